@@ -1,0 +1,1 @@
+"""How a trained network becomes a measured release: capture, prune, measure, feed back, recover, export, bundle."""

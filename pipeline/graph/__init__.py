@@ -1,0 +1,1 @@
+"""ONNX: export, narrowing, rewriting and checking."""

@@ -1,0 +1,1 @@
+"""What each width costs on the device, and the choice of widths that keeps the budget."""

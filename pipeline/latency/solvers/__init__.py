@@ -1,0 +1,1 @@
+"""Ways of choosing widths under a budget, one solver per file."""

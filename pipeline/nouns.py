@@ -1,0 +1,365 @@
+"""The shared nouns of the pipeline: what its subfolders hand to each other. Frozen, free of torch and onnx.
+
+A *unit* is the smallest set of channels that have to go together: one number per unit, the same number on every
+axis position that belongs to it. -1 marks a position that is never cut. Units with the same members form a
+`ChannelGroup`. *Width* is units kept; *ratio* is units removed / total. Times are milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Units = NDArray[np.int32]
+"""Unit id of every position along one axis, or -1. Shape (length of the axis,)."""
+
+
+# --- the network, seen without torch -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Interchangeable units: every unit of a group touches the same axes of the same tensors.
+
+    id: hash of the sorted members, stable between runs. name: the first layer that produces the channels.
+    units: unit ids in channel order; a `PruningPlan` indexes into this. members: `parameter[axis]` slots, for people.
+    frozen: why it is not offered for pruning, or None. block: the removable block that it lives and dies with.
+    """
+
+    id: str
+    name: str
+    units: tuple[int, ...]
+    members: tuple[str, ...]
+    frozen: str | None = None
+    block: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Units in the dense network."""
+        return len(self.units)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual branch that can be removed whole: what is added to the skip goes, the skip stays.
+
+    add: name of the adding module in the captured graph, which is also the scope of its ONNX node.
+    skip: which operand of the addition (0 or 1) stays. nodes: captured graph nodes of the branch.
+    params: parameters and buffers that leave with it.
+    """
+
+    id: str
+    add: str
+    skip: int
+    nodes: tuple[str, ...]
+    params: tuple[str, ...]
+    frozen: str | None = None
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number in the graph that counts or indexes channels, so that it has to be rewritten when channels go.
+
+    node: module name in the captured graph, which is the scope of its ONNX node (`/node/Op`). `units` by kind:
+
+    pad      (units added before, units added after) along `axis`; value: the two counts that stay
+    split    one entry a piece along `axis`; value: the size of each piece
+    reshape  one entry a target axis, None where the size never changes (`sizes` holds it, -1 = the batch); value: the target shape
+    gather   (units of the input axis,), `indices` = positions in the dense input; value: positions in the cut input
+    slice    (units before, inside, after) along `axis`; value: start and stop
+    """
+
+    node: str
+    kind: Literal["pad", "split", "reshape", "gather", "slice"]
+    axis: int
+    units: tuple[Units | None, ...]
+    sizes: tuple[int, ...] = ()
+    indices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Topology:
+    """All that pruning, narrowing and the latency table need to know of a network.
+
+    params: parameter or buffer name -> axis -> units, for every axis that can be cut.
+    leaves: captured modules whose channels stay, with the reason.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    blocks: tuple[Block, ...]
+    params: Mapping[str, Mapping[int, Units]]
+    constants: tuple[Constant, ...]
+    leaves: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def offered(self) -> tuple[ChannelGroup, ...]:
+        """Groups that may be pruned."""
+        return tuple(group for group in self.groups if group.frozen is None)
+
+    @property
+    def removable(self) -> tuple[Block, ...]:
+        """Blocks that may be removed."""
+        return tuple(block for block in self.blocks if block.frozen is None)
+
+    def group(self, id: str) -> ChannelGroup:
+        """The group with this id. Raises KeyError."""
+        return next(g for g in self.groups if g.id == id) if any(g.id == id for g in self.groups) else _missing(id)
+
+    def block(self, id: str) -> Block:
+        """The block with this id. Raises KeyError."""
+        return next(b for b in self.blocks if b.id == id) if any(b.id == id for b in self.blocks) else _missing(id)
+
+
+def _missing(id: str) -> Any:
+    raise KeyError(id)
+
+
+# --- what is decided ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeepUnits:
+    """Keep these units of a group; kept: ascending indices into `ChannelGroup.units` of the dense network."""
+
+    group: str
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DropBlock:
+    """Remove a residual branch."""
+
+    block: str
+
+
+Edit = KeepUnits | DropBlock
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """A versioned, ordered list of edits of the dense network. Plans are equal when they make the same network."""
+
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Group id -> kept indices, for the groups that are cut."""
+        return {edit.group: edit.kept for edit in self.edits if isinstance(edit, KeepUnits)}
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Ids of removed blocks."""
+        return frozenset(edit.block for edit in self.edits if isinstance(edit, DropBlock))
+
+    def widths(self, groups: Iterable[ChannelGroup]) -> dict[str, int]:
+        """Group id -> units kept, for every group given (a group that is not cut keeps all)."""
+        kept = self.kept
+        return {group.id: len(kept[group.id]) if group.id in kept else group.size for group in groups}
+
+    def to_json(self) -> str:
+        """Canonical text form, the same for equal plans."""
+        edits: list[dict[str, Any]] = []
+        for edit in self.edits:
+            if isinstance(edit, KeepUnits):
+                edits.append({"edit": "keep_units", "group": edit.group, "kept": list(edit.kept)})
+            else:
+                edits.append({"edit": "drop_block", "block": edit.block})
+        return json.dumps({"version": 1, "edits": edits}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Inverse of `to_json`. Raises ValueError for what is not a plan of version 1."""
+        table = json.loads(text)
+        if not isinstance(table, dict) or table.get("version") != 1 or not isinstance(table.get("edits"), list):
+            raise ValueError("not a pruning plan of version 1")
+        edits: list[Edit] = []
+        for edit in table["edits"]:
+            if edit.get("edit") == "keep_units":
+                kept = tuple(int(i) for i in edit["kept"])
+                if list(kept) != sorted(set(kept)) or (kept and kept[0] < 0):
+                    raise ValueError(f"kept units of group {edit['group']} are not ascending indices")
+                edits.append(KeepUnits(str(edit["group"]), kept))
+            elif edit.get("edit") == "drop_block":
+                edits.append(DropBlock(str(edit["block"])))
+            else:
+                raise ValueError(f"unknown edit {edit.get('edit')!r}")
+        return cls(tuple(edits))
+
+
+ConstantValue = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A plan resolved against a topology: what to slice and what to rewrite, by name. Serves torch surgery and ONNX alike.
+
+    params: name -> axis -> kept positions (ascending). constants: node -> (kind, axis, new value).
+    dropped: the removed blocks. A convolution's `groups` follows from its weight: a depthwise one (weight axis 1 of
+    size 1) keeps its outputs-per-group, every other one keeps its number of groups.
+    """
+
+    params: Mapping[str, Mapping[int, NDArray[np.int64]]]
+    constants: Mapping[str, tuple[str, int, ConstantValue]]
+    dropped: tuple[Block, ...] = ()
+
+
+# --- how units are ranked, and what a cut costs in accuracy --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The order in which the units of one group should go.
+
+    removal_order: indices into the group's units, first to go first. marginal_loss: the criterion's own estimate of
+    what each removal in that order adds, non-negative, same length. twin: for each removal the surviving unit that can
+    stand in for it. new_weights: parameter name -> array, for criteria that reconstruct.
+    """
+
+    group: str
+    removal_order: tuple[int, ...]
+    marginal_loss: tuple[float, ...]
+    twin: tuple[int, ...] | None = None
+    new_weights: Mapping[str, NDArray[np.float32]] | None = None
+
+    def keep(self, width: int) -> tuple[int, ...]:
+        """Ascending indices of the units that stay when `width` of them stay."""
+        return tuple(sorted(self.removal_order[len(self.removal_order) - width :]))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Calibration loss added by single cuts after local repair, measured.
+
+    groups: group id -> {width: added loss}; the full width (loss 0) is in it. blocks: block id -> added loss of
+    removing the whole branch. Widths between the measured ones are interpolated by the solver's caller.
+    """
+
+    groups: Mapping[str, Mapping[int, float]]
+    blocks: Mapping[str, float]
+
+    def loss(self, group: str, width: int) -> float:
+        """Added loss of a group at a width, linear between measured widths, flat outside them."""
+        curve = sorted(self.groups[group].items())
+        return float(np.interp(width, [w for w, _ in curve], [v for _, v in curve]))
+
+
+# --- latency -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A channel count that a site sees: constant + sum of coefficient x width over groups."""
+
+    terms: tuple[tuple[str, int], ...]
+    constant: int = 0
+
+    def size(self, widths: Mapping[str, int]) -> int:
+        """Channels for the given group widths."""
+        return self.constant + sum(coefficient * widths[group] for group, coefficient in self.terms)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A piece of the network that is one row of the table: a residual block, or one layer with what follows it.
+
+    dims: its distinct channel counts, inputs first. block: the removable block whose branch it holds. nodes: names of its ONNX nodes.
+    chainable: output shape equals input shape at all widths, so that copies can be chained and a slope measured.
+    """
+
+    id: str
+    kind: str
+    dims: tuple[Dim, ...]
+    nodes: tuple[str, ...]
+    block: str | None = None
+    chainable: bool = False
+
+
+class RowBuilder(Protocol):
+    """What the table needs of the graph: its sites, and for any widths a small ONNX model of one of them."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site of the dense graph, in execution order; together they hold each node once."""
+        ...
+
+    def row(self, site: Site, widths: tuple[int, ...], *, copies: int = 1, dropped: bool = False) -> bytes:
+        """A runnable ONNX model of the site at these channel counts (one a dim), `copies` of it in a chain."""
+        ...
+
+    def terms(self, site: Site, widths: tuple[int, ...], *, dropped: bool = False) -> dict[str, float]:
+        """Work of the site by kind (MACs per kernel kind, elements written), the regressors of the fit."""
+        ...
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """Milliseconds of a site at every combination of its dims that the grid allows.
+
+    ms: widths (one a dim) -> time. dropped_ms: the same with the block's branch removed (empty where it has none).
+    measured: the combinations that were measured rather than fitted.
+    """
+
+    site: Site
+    ms: Mapping[tuple[int, ...], float]
+    dropped_ms: Mapping[tuple[int, ...], float] = field(default_factory=dict)
+    measured: frozenset[tuple[int, ...]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted latency and the standard error of the table that made it, both in milliseconds."""
+
+    ms: float
+    spread_ms: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What each width costs on one device: the sum of its sites, times a correction that feedback rounds set.
+
+    dense_ms: predicted latency of the dense network before correction is the sum over sites at full widths plus `fixed_ms`.
+    choices: group id -> widths that the device's grid allows, ascending, full size last. grid: the step found.
+    """
+
+    sites: tuple[SiteCost, ...]
+    choices: Mapping[str, tuple[int, ...]]
+    grid: int
+    dense_ms: float
+    fixed_ms: float = 0.0
+    correction: float = 1.0
+    spread: float = 0.0
+
+    def predict(self, widths: Mapping[str, int], dropped: Iterable[str] = ()) -> Prediction:
+        """Latency at these group widths with these blocks removed. Raises KeyError for widths off the grid."""
+        gone = frozenset(dropped)
+        total = self.fixed_ms
+        for cost in self.sites:
+            key = tuple(dim.size(widths) for dim in cost.site.dims)
+            off = cost.site.block is not None and cost.site.block in gone
+            total += cost.dropped_ms.get(key, 0.0) if off else cost.ms[key]
+        ms = total * self.correction
+        return Prediction(ms, ms * self.spread)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver returns: widths and removed blocks, what it predicts, and how far from proven optimal it is.
+
+    gap: relative optimality gap of an exact solver, None where it has none.
+    """
+
+    widths: Mapping[str, int]
+    dropped: frozenset[str]
+    predicted_ms: float
+    loss: float
+    gap: float | None = None
+    seconds: float = 0.0
+
+
+Evaluate = Callable[[Solution], tuple[float, float]]
+"""Try a choice: (latency in ms measured on the target, calibration loss). Injected into solvers that search by trying."""

@@ -1,0 +1,1 @@
+"""What ranks the units inside a group, one criterion per file."""

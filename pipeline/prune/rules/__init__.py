@@ -1,0 +1,1 @@
+"""How channels flow through each family of operators, one file per family."""

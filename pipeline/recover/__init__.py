@@ -1,0 +1,1 @@
+"""Training that gives back what pruning took."""

@@ -1,0 +1,1 @@
+"""What a training step may add to the loss, one hook per file."""

@@ -1,0 +1,1 @@
+"""What ships: bundle and manifest."""

@@ -1,0 +1,1 @@
+"""Ways of writing weights into a bundle, one per file."""

@@ -1,0 +1,1 @@
+"""What people and CI read: text, JSON and one self-contained HTML page."""

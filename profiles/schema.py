@@ -1,0 +1,217 @@
+"""The types of a profile: what is asked of which device. Frozen; an unknown key is an error that names its near miss.
+
+A profile is a TOML file in this folder or one of the user's own with `extends = "<profile>"`. Latencies are in
+milliseconds; a latency ratio is measured / dense, taken interleaved in one session.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from profiles.errors import UsageError, near_miss
+
+PERCENTILES = ("p50", "mean", "p90", "p99")
+_BUDGET = re.compile(r"^\s*(?P<value>[0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(?P<unit>ms|us|s|x)\s*(?:@\s*(?P<at>\w+))?\s*$")
+
+
+class Spec(BaseModel):
+    """Base of all profile tables: frozen, and an unknown key is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Budget(Spec):
+    """A latency limit: absolute (`limit_ms`) or relative to the dense network of the same session (`ratio`).
+
+    Text form: `8ms`, `0.5x`, `0.5x@p90`. At `p50` a relative budget is met when the 99 % upper bound of the
+    interleaved ratio is at most `ratio`.
+    """
+
+    limit_ms: float | None = Field(default=None, gt=0)
+    ratio: float | None = Field(default=None, gt=0)
+    percentile: Literal["p50", "mean", "p90", "p99"] = "p50"
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read `8ms`, `0.5x` or `0.5x@p90`; anything else, zero included, is a UsageError."""
+        match = _BUDGET.match(text)
+        if not match:
+            raise UsageError(f"budget '{text}' is not a latency.", "write it like 8ms, 0.5x or 0.5x@p90.")
+        value = float(match["value"])
+        if value <= 0:
+            raise UsageError(f"budget '{text}' must be above zero.", "write it like 8ms or 0.5x.")
+        at = match["at"] or "p50"
+        if at not in PERCENTILES:
+            raise UsageError(f"budget '{text}' names the percentile '{at}'. {near_miss(at, PERCENTILES)}")
+        if match["unit"] == "x":
+            return cls(ratio=value, percentile=at)
+        return cls(limit_ms=value * {"ms": 1.0, "us": 1e-3, "s": 1e3}[match["unit"]], percentile=at)
+
+    def __str__(self) -> str:
+        head = f"{self.ratio:g}x" if self.ratio is not None else f"{self.limit_ms:g}ms"
+        return head if self.percentile == "p50" else f"{head}@{self.percentile}"
+
+
+class InputSpec(Spec):
+    """One input of the network, batch axis first."""
+
+    name: str = "input"
+    shape: tuple[int, ...] = Field(min_length=1)
+    dtype: Literal["float32", "int64"] = "float32"
+
+
+class PruneSpec(Spec):
+    """What may be pruned, how units are ranked and how widths are chosen."""
+
+    criterion: str = "fisher"
+    solver: str = "exact"
+    repair: Literal["none", "bn", "least-squares"] = "least-squares"
+    rounds: int = Field(default=4, ge=1, le=32)
+    min_width: int = Field(default=8, ge=1)
+    drop_blocks: bool = True
+    slack: float = Field(default=0.03, gt=0, lt=1, description="largest part of the budget that may stay unused")
+    calibration: int = Field(default=512, ge=1, description="samples used for ranking, values and repair")
+    value_widths: int = Field(default=3, ge=1, description="widths per group whose loss is measured")
+    grid: int | None = Field(default=None, ge=1, description="width step; measured on the device if left out")
+    freeze: tuple[str, ...] = ()
+    solver_seconds: float = Field(default=15.0, gt=0)
+    seed: int = 0
+
+
+class MeasureSpec(Spec):
+    """How latency is measured: the protocol of docs/measuring.md. Blocks are interleaved over all models of a session."""
+
+    threads: int = Field(default=1, ge=1)
+    spin: bool = False
+    rank_processes: int = Field(default=3, ge=1)
+    rank_rounds: int = Field(default=30, ge=3)
+    accept_processes: int = Field(default=8, ge=2)
+    accept_rounds: int = Field(default=60, ge=3)
+    block_dropped: int = Field(default=4, ge=0)
+    block_timed: int = Field(default=10, ge=1)
+    block_min_ms: float = Field(default=5.0, ge=0)
+    warmup_s: float = Field(default=1.0, ge=0)
+    warmup_inferences: int = Field(default=50, ge=1)
+    warmup_max_s: float = Field(default=10.0, gt=0)
+    steady: float = Field(default=0.02, gt=0, description="largest difference of two successive half-second medians")
+    max_seconds: float = Field(default=300.0, gt=0, description="cap of one session; fewer inferences per block to keep it")
+    seed: int = 0
+
+
+class RecoverSpec(Spec):
+    """Distillation from the dense network after repair."""
+
+    epochs: int = Field(default=1, ge=0)
+    max_minutes: float = Field(default=60.0, ge=0)
+    learning_rate: float = Field(default=0.05, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    temperature: float = Field(default=4.0, gt=0)
+    alpha: float = Field(default=0.9, ge=0, le=1, description="share of the distillation term")
+    patience: int = Field(default=3, ge=1, description="epochs without a better validate before stopping")
+    hooks: tuple[str, ...] = ()
+    seed: int = 0
+
+
+class GraphSpec(Spec):
+    """Which ONNX is written and which passes rewrite it, in order."""
+
+    opset: int = Field(default=17, ge=11)
+    passes: tuple[str, ...] = ("fold-constants", "drop-identity", "drop-dropout", "fold-batchnorm", "merge-pads", "dead-ends")
+
+
+class Profile(Spec):
+    """A device and what is asked of it."""
+
+    name: str
+    target: str = Field(description="a file of targets/: local, ssh, jetson, …")
+    runtime: str = Field(default="ort", description="a file of targets/runtimes/")
+    host: str | None = None
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    budget: Budget | None = None
+    prune: PruneSpec = PruneSpec()
+    measure: MeasureSpec = MeasureSpec()
+    recover: RecoverSpec = RecoverSpec()
+    graph: GraphSpec = GraphSpec()
+
+
+def _keys(model: type[BaseModel]) -> dict[str, Any]:
+    return {name: field.annotation for name, field in model.model_fields.items()}
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> UsageError:
+    """Turn pydantic's first complaint into one sentence with the key, the value and the near miss."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        table: type[BaseModel] | None = model
+        for part in path[:-1]:
+            kind = _keys(table).get(part) if table else None
+            candidates = [kind, *getattr(kind, "__args__", ())]
+            table = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        known = list(_keys(table)) if table else []
+        return UsageError(f"{where}: no key named '{key}'. {near_miss(path[-1], known)}")
+    if first["type"] == "missing":
+        return UsageError(f"{where}: the key '{key}' is missing.", f"add '{path[-1]} = …' to {where}.")
+    value = first.get("input")
+    kind = "a string" if isinstance(value, str) else "a table" if isinstance(value, dict) else "a value"
+    return UsageError(f"{where}: {key} is {value!r}, {kind}; {first['msg'][0].lower()}{first['msg'][1:]}.")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file; what is missing or malformed is a UsageError that names the place."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file '{path}'.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.") from None
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that come with the product."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.toml"))
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _resolve(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if name in seen:
+        raise UsageError(f"profiles extend each other in a circle: {' -> '.join((*seen, name))}.")
+    path = Path(name) if name.endswith(".toml") else Path(__file__).parent / f"{name}.toml"
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise UsageError(f"there is no profile file '{name}'.", "deploy list profiles")
+        raise UsageError(f"no target named '{name}'. {near_miss(name, profile_names())}", "deploy list profiles")
+    table = read_toml(path)
+    table.setdefault("name", path.stem)
+    parent = table.pop("extends", None)
+    return _merge(_resolve(str(parent), (*seen, name)), table) if parent else table
+
+
+def load_profile(name: str, overrides: dict[str, Any] | None = None) -> Profile:
+    """A profile by name or by path of a user's own TOML file, with `extends` resolved and overrides applied.
+
+    overrides: nested tables with the same keys as the file, e.g. {"prune": {"solver": "uniform"}}.
+    Raises UsageError for an unknown name, key or value.
+    """
+    table = _merge(_resolve(name, ()), overrides or {})
+    if isinstance(table.get("budget"), str):
+        table["budget"] = Budget.parse(table["budget"]).model_dump()
+    try:
+        return Profile.model_validate(table)
+    except ValidationError as error:
+        where = name if name.endswith(".toml") else f"profiles/{name}.toml"
+        raise explain(error, Profile, where) from None

@@ -1,0 +1,1 @@
+"""Runtimes: what turns an ONNX file into something that runs, one file each."""

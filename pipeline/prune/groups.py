@@ -1,0 +1,212 @@
+"""Channel groups and removable blocks of a captured network.
+
+Labels are propagated through every operator, their connected components are the units, and units that touch the same
+axes of the same tensors form a group. A block is a residual branch: the nodes that reach an addition only through one
+of its operands, with one entry and at least one layer that mixes channels. Everything is then proved (proof.py); what
+fails is frozen with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from torch import fx
+
+from pipeline.nouns import Block, ChannelGroup, Constant, Topology, Units
+from pipeline.prune import operators
+from pipeline.prune.capture import Network
+from pipeline.prune.labels import NONE, Ids, Labels, LabelSpace, Op, Reader
+from pipeline.prune.neutral import describe
+from pipeline.prune.rules.base import rules, unknown
+
+
+def propagate(network: Network) -> LabelSpace:
+    """Run every rule over the network."""
+    space, table = LabelSpace(), rules()
+    for op in describe(network):
+        if op.kind == "input":
+            ids = space.fresh(op.out_shape[1]) if len(op.out_shape) > 1 else np.zeros(0, dtype=np.int64)
+            space.tensors[op.output] = Labels.channels(ids) if ids.size else NONE
+            space.freeze(ids, "it is an input of the network")
+        elif op.kind == "output":
+            for name in op.inputs:
+                space.freeze(space.tensors[name], "it is an output of the network")
+        elif op.kind == "parameter":
+            _parameter(op, space)
+        elif op.kind != "piece":
+            table.get(op.kind, unknown)(op, space)
+    return space
+
+
+def _parameter(op: Op, space: LabelSpace) -> None:
+    """A parameter used directly (layer scale, position embedding): a label along every axis longer than one."""
+    axes = tuple(axis for axis, size in enumerate(op.out_shape) if size > 1)
+    if len(axes) != 1:
+        space.tensors[op.output] = NONE
+        return
+    ids = space.fresh(op.out_shape[axes[0]])
+    space.param(op.params["value"], axes[0], ids)
+    space.tensors[op.output] = Labels(axes, ids)
+
+
+def find_groups(network: Network, *, freeze: Sequence[str] = (), prove: bool = True, seed: int = 0) -> Network:
+    """The network with its topology: proved groups and blocks; `freeze` names layers (prefixes) that stay as they are."""
+    space = propagate(network)
+    component = space.units()
+    topology, readers = _topology(network, space, component)
+    topology = _freeze_named(topology, freeze)
+    found = dataclasses.replace(network, topology=topology, readers=readers)
+    if not prove:
+        return found
+    from pipeline.prune.proof import refute
+
+    reasons = refute(found, seed=seed)
+    groups = tuple(dataclasses.replace(g, frozen=g.frozen or reasons.get(g.id)) for g in topology.groups)
+    blocks = tuple(dataclasses.replace(b, frozen=b.frozen or reasons.get(b.id)) for b in topology.blocks)
+    return dataclasses.replace(found, topology=dataclasses.replace(topology, groups=groups, blocks=blocks))
+
+
+def _freeze_named(topology: Topology, names: Sequence[str]) -> Topology:
+    def named(group: ChannelGroup) -> str | None:
+        hit = next((n for n in names for m in group.members if m == n or m.startswith(f"{n}.")), None)
+        return f"prune.freeze names '{hit}'" if hit else None
+
+    groups = tuple(dataclasses.replace(g, frozen=g.frozen or named(g)) for g in topology.groups)
+    return dataclasses.replace(topology, groups=groups)
+
+
+def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topology, tuple[Reader, ...]]:
+    def units(ids: Ids | None) -> Units | None:
+        if ids is None:
+            return None
+        return np.where(ids >= 0, component[np.maximum(ids, 0)], -1).astype(np.int32) if component.size else ids.astype(np.int32)
+
+    params: dict[str, dict[int, Units]] = defaultdict(dict)
+    for (name, axis), ids in space.params.items():
+        params[name][axis] = units(ids)  # type: ignore[assignment]
+    constants = tuple(
+        Constant(c.node, c.kind, c.axis, tuple(units(ids) for ids in c.ids), c.sizes, c.indices)  # type: ignore[arg-type]
+        for c in space.constants
+    )
+    frozen: dict[int, str] = {}
+    for ids, reason in space.frozen:
+        for unit in np.unique(component[ids]):
+            frozen.setdefault(int(unit), reason)
+    blocks = find_blocks(network)
+    groups = _groups(params, frozen, blocks)
+    readers = tuple(dataclasses.replace(r, ids=units(r.ids)) for r in space.readers)  # type: ignore[arg-type]
+    return Topology(groups, blocks, dict(params), constants, tuple(network.leaves.items())), readers
+
+
+def _groups(
+    params: dict[str, dict[int, Units]], frozen: dict[int, str], blocks: tuple[Block, ...]
+) -> tuple[ChannelGroup, ...]:
+    touched: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    first: dict[int, tuple[int, int]] = {}
+    slots = [(f"{name}[{axis}]", ids) for name, axes in params.items() for axis, ids in axes.items()]
+    for number, (slot, ids) in enumerate(slots):
+        present, counts = np.unique(ids[ids >= 0], return_counts=True)
+        for unit, times in zip(present.tolist(), counts.tolist(), strict=True):
+            touched[unit].append((slot, times))
+        if slot.endswith("[0]"):
+            for position, unit in enumerate(ids.tolist()):
+                first.setdefault(unit, (number, position))
+    by_members: dict[tuple[tuple[str, int], ...], list[int]] = defaultdict(list)
+    for unit, members in touched.items():
+        by_members[tuple(sorted(members))].append(unit)
+    order = {unit: first.get(unit, (len(slots), unit)) for unit in touched}
+    found = [_group(key, sorted(ids, key=order.__getitem__), slots, frozen, blocks) for key, ids in by_members.items()]
+    return tuple(sorted(found, key=lambda g: order[g.units[0]]))
+
+
+def _group(
+    key: tuple[tuple[str, int], ...], units: list[int], slots: list[tuple[str, Units]], frozen: dict[int, str], blocks: tuple[Block, ...]
+) -> ChannelGroup:
+    members = tuple(slot for slot, _ in slots if slot in dict(key))
+    params = {m.rsplit("[", 1)[0] for m in members if m.endswith("]")}
+    weights = [m for m in members if m.endswith(".weight[0]")] or [m for m in members if m.endswith("]")]
+    reason = next((frozen[u] for u in units if u in frozen), None)
+    if reason is None and not any(m.endswith("[0]") for m in members):
+        reason = "no layer produces it"
+    if reason is None and len(units) == 1:
+        reason = "it is a single unit"
+    digest = hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:12]
+    name = weights[0].rsplit("[", 1)[0].rsplit(".", 1)[0] if weights else members[0]
+    block = next((b.id for b in blocks if params and params <= set(b.params)), None)
+    return ChannelGroup(digest, name, tuple(units), members, reason, block)
+
+
+# --- blocks --------------------------------------------------------------------------------------------------------
+
+
+def find_blocks(network: Network) -> tuple[Block, ...]:
+    """Residual branches that can be removed whole, in execution order; of nested ones the inner."""
+    graph = network.graph.graph
+    ancestors: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in graph.nodes:
+        ancestors[node] = frozenset({node}).union(*(ancestors[n] for n in node.all_input_nodes))
+    modules = dict(network.graph.named_modules())
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], operators.ResidualAdd):
+            block = _branch(network, node, ancestors)
+            if block is not None:
+                found.append(block)
+    taken: set[str] = set()
+    kept: list[Block] = []
+    for block in sorted(found, key=lambda b: len(b.nodes)):
+        if not taken & set(block.nodes):
+            taken |= set(block.nodes)
+            kept.append(block)
+    position = {node.name: i for i, node in enumerate(graph.nodes)}
+    return tuple(sorted(kept, key=lambda b: position[b.nodes[-1]]))
+
+
+def _mixes(network: Network, nodes: set[fx.Node]) -> int:
+    """Weights of more than one axis among the nodes: how much a branch computes."""
+    modules = dict(network.graph.named_modules())
+    total = 0
+    for node in nodes:
+        weight = getattr(modules.get(str(node.target)), "weight", None) if node.op == "call_module" else None
+        total += weight.numel() if weight is not None and weight.dim() > 1 else 0
+    return total
+
+
+def _branch(network: Network, add: fx.Node, ancestors: dict[fx.Node, frozenset[fx.Node]]) -> Block | None:
+    a, b = (arg for arg in add.args if isinstance(arg, fx.Node))
+    if a is b or network.shapes[a.name] != network.shapes[b.name]:
+        return None
+    only = (set(ancestors[a] - ancestors[b]), set(ancestors[b] - ancestors[a]))
+    work = [_mixes(network, nodes) for nodes in only]
+    if work[0] == work[1]:
+        return None
+    branch = 0 if work[0] > work[1] else 1
+    nodes, end = only[branch], (a, b)[branch]
+    entries = {n for node in nodes for n in node.all_input_nodes if n not in nodes and n.op != "get_attr"}
+    closed = all(user in nodes or (node is end and user is add) for node in nodes for user in node.users)
+    if len(entries) != 1 or not closed or any(node.op in ("placeholder", "get_attr") for node in nodes):
+        return None
+    ordered = [node for node in network.graph.graph.nodes if node in nodes]
+    params = tuple(
+        f"{node.target}.{name}"
+        for node in ordered
+        if node.op == "call_module"
+        for name, _ in [*network.graph.get_submodule(str(node.target)).named_parameters(), *network.graph.get_submodule(str(node.target)).named_buffers()]
+    )
+    weights = [p.rsplit(".", 2)[0] for p in params if p.endswith(".weight")]
+    common = _common_prefix(weights)
+    return Block(common or str(add.target), str(add.target), 1 - branch, tuple(n.name for n in ordered), params)
+
+
+def _common_prefix(paths: list[str]) -> str:
+    split = [path.split(".") for path in paths]
+    prefix = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) != 1:
+            break
+        prefix.append(parts[0])
+    return ".".join(prefix)

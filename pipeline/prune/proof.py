@@ -1,0 +1,174 @@
+"""Groups are proved, not believed: the dense net with units masked at every reader must equal the net physically cut.
+
+The proof runs in float64 on a copy with random weights, norms, biases and layer scales (on trained or zero-initialised
+weights it can be vacuous), half of the units of every group removed. All groups are proved together; where that fails
+they are bisected, and what fails alone is refuted with its reason. The outputs must react to every group, seen from the
+gradient of its gates, and the cut net must survive a training step.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from pipeline.nouns import Block, ChannelGroup, DropBlock, KeepUnits, PruningPlan, Topology
+from pipeline.prune.capture import Network
+from pipeline.prune.execute import MaskedRun, TouchedRun
+from pipeline.prune.labels import Reader
+from pipeline.prune.plan import kept_units, resolve
+from pipeline.prune.surgery import carry_out
+from profiles.errors import DeployError
+
+TOLERANCE = 1e-8
+Item = ChannelGroup | Block
+
+
+def randomised(graph: fx.GraphModule, seed: int) -> fx.GraphModule:
+    """A float64 copy with random parameters: weights of unit gain, scales in 0.5 … 1.5, biases and means about 0.3."""
+    copied = copy.deepcopy(graph).double().eval()
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*copied.named_parameters(), *copied.named_buffers()]:
+            if not value.is_floating_point():
+                continue
+            if value.dim() > 1:
+                fan_in = max(1, value[0].numel())
+                value.copy_(torch.randn(value.shape, generator=source, dtype=torch.float64) * (2.0 / fan_in) ** 0.5)
+            elif name.endswith(("weight", "running_var")) or "." not in name:
+                value.copy_(torch.rand(value.shape, generator=source, dtype=torch.float64) + 0.5)
+            else:
+                value.copy_(torch.randn(value.shape, generator=source, dtype=torch.float64) * 0.3)
+    return copied
+
+
+def _half(group: ChannelGroup, seed: int) -> KeepUnits:
+    digest = int(hashlib.sha256(f"{seed}:{group.id}".encode()).hexdigest()[:8], 16)
+    kept = np.random.default_rng(digest).permutation(group.size)[: max(1, group.size // 2)]
+    return KeepUnits(group.id, tuple(sorted(int(i) for i in kept)))
+
+
+class _Proof:
+    def __init__(self, network: Network, seed: int) -> None:
+        self.topology = network.topology
+        self.readers = network.readers
+        self.seed = seed
+        self.graph = randomised(network.graph, seed)
+        source = torch.Generator().manual_seed(seed)
+        self.inputs = tuple(_random_like(x, source) for x in network.example)
+        self.reasons: dict[str, str] = {}
+
+    def difference(self, items: Sequence[Item], *, train: bool) -> str | None:
+        """Why masking and cutting these together is not the same, or None."""
+        edits = [_half(i, self.seed) if isinstance(i, ChannelGroup) else DropBlock(i.id) for i in items]
+        plan = PruningPlan(tuple(edits))
+        try:
+            cut = resolve(self.topology, plan)
+            pruned = carry_out(self.graph, cut)
+            keep = torch.from_numpy(kept_units(self.topology, plan))
+            skip = {block.add: block.skip for block in cut.dropped}
+            with torch.no_grad():
+                masked = _flat(MaskedRun(self.graph, self.readers, keep, skip).run(*self.inputs))
+                got = _flat(pruned(*self.inputs))
+            if masked.shape != got.shape:
+                return f"cutting it gives an output of {tuple(got.shape)} instead of {tuple(masked.shape)}"
+            worst = float((masked - got).abs().max() / (1 + masked.abs().max()))
+            if not worst <= TOLERANCE:
+                return f"masking and cutting it differ by {worst:.2g}"
+            return _train_step(pruned, self.inputs) if train else None
+        except (RuntimeError, ValueError, IndexError, TypeError, DeployError) as error:
+            return f"cutting it fails: {str(error).splitlines()[0]}"
+
+    def accept(self, items: list[Item], *, train: bool) -> list[Item]:
+        """The items that can be cut together, found by bisection; the others get a reason."""
+        if not items:
+            return []
+        reason = self.difference(items, train=train)
+        if reason is None:
+            return items
+        if len(items) == 1:
+            self.reasons[items[0].id] = reason
+            return []
+        middle = len(items) // 2
+        good = self.accept(items[:middle], train=train)
+        rest = self.accept(items[middle:], train=train)
+        if self.difference([*good, *rest], train=train) is None:
+            return [*good, *rest]
+        for item in rest:
+            reason = self.difference([*good, item], train=train)
+            if reason is None:
+                good = [*good, item]
+            else:
+                self.reasons[item.id] = reason
+        return good
+
+
+def _random_like(x: Tensor, source: torch.Generator) -> Tensor:
+    if not x.is_floating_point():
+        return torch.cat([x, x]) if x.shape[0] == 1 else x
+    return torch.randn((max(2, x.shape[0]), *x.shape[1:]), generator=source, dtype=torch.float64)
+
+
+def _flat(outputs: object) -> Tensor:
+    tensors = [outputs] if isinstance(outputs, Tensor) else [t for t in outputs if isinstance(t, Tensor)]  # type: ignore[attr-defined]
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _train_step(pruned: nn.Module, inputs: tuple[Tensor, ...]) -> str | None:
+    student = copy.deepcopy(pruned).train()
+    _flat(student(*inputs)).square().mean().backward()  # type: ignore[no-untyped-call]
+    for name, value in student.named_parameters():
+        if value.grad is not None and not bool(torch.isfinite(value.grad).all()):
+            return f"a training step gives a gradient of '{name}' that is not finite"
+    return None
+
+
+def _reactions(graph: fx.GraphModule, readers: tuple[Reader, ...], inputs: tuple[Tensor, ...], units: int) -> Tensor:
+    """Absolute gradient of a random read-out of the outputs to the gate of every unit, shape (units,)."""
+    gates = torch.ones(units + 1, dtype=torch.float64, requires_grad=True)
+
+    def gate(reader: Reader, x: Tensor) -> Tensor:
+        view = [1] * x.dim()
+        view[reader.axis] = -1
+        return x * gates[torch.from_numpy(reader.ids).long()].reshape(view)
+
+    outputs = _flat(TouchedRun(graph, readers, gate).run(*inputs))
+    weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (outputs * weights).sum().backward()  # type: ignore[no-untyped-call]
+    return gates.grad.abs() if gates.grad is not None else torch.zeros(units + 1)
+
+
+def refute(network: Network, *, seed: int = 0) -> dict[str, str]:
+    """Why each group or block that is not frozen yet cannot be offered; those that pass are not in the result."""
+    proof = _Proof(network, seed)
+    topology: Topology = network.topology
+    top = max((max(g.units) for g in topology.groups if g.units), default=-1) + 1
+    reactions = _reactions(proof.graph, network.readers, proof.inputs, top)
+    groups: list[Item] = []
+    for group in topology.offered:
+        if float(reactions[list(group.units)].max()) > 0:
+            groups.append(group)
+        else:
+            proof.reasons[group.id] = "the outputs do not react to it"
+    groups = proof.accept(groups, train=False)
+    groups = proof.accept(groups, train=True)
+    blocks = proof.accept([b for b in topology.removable if _reacts(proof, b)], train=True)
+    inner = {block.id for block in blocks}
+    proof.accept([*blocks, *(g for g in groups if not (isinstance(g, ChannelGroup) and g.block in inner))], train=False)
+    return proof.reasons
+
+
+def _reacts(proof: _Proof, block: Block) -> bool:
+    """The outputs change when the block goes."""
+    everything = torch.ones(max((max(g.units) for g in proof.topology.groups if g.units), default=0) + 2, dtype=torch.bool)
+    with torch.no_grad():
+        whole = _flat(proof.graph(*proof.inputs))
+        without = _flat(MaskedRun(proof.graph, (), everything, {block.add: block.skip}).run(*proof.inputs))
+    if torch.equal(whole, without):
+        proof.reasons[block.id] = "the outputs do not react to it"
+        return False
+    return True

@@ -1,0 +1,46 @@
+"""Convolutions: outputs are fresh, inputs are read; depthwise keeps its channels, a grouped one ties its groups.
+
+Weight (out, in / groups, k…), transposed (in, out / groups, k…). With groups the position j inside a group goes from
+every group at once, so that all groups stay equal; a depthwise convolution with multiplier m repeats each label m times.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.prune.labels import Ids, Labels, LabelSpace, Op
+
+KINDS = ("conv", "conv_transpose")
+
+
+def _tied(ids: Ids, groups: int, space: LabelSpace) -> Ids:
+    """Tie position j of every group; returns the labels of the first group."""
+    table = ids.reshape(groups, -1)
+    space.tie(np.broadcast_to(table[0], table.shape), table)
+    return np.asarray(table[0])
+
+
+def apply(op: Op, space: LabelSpace) -> None:
+    """Propagate labels through a convolution over (N, C, spatial…)."""
+    groups, weight = int(op.attrs["groups"]), op.params["weight"]
+    channels_in, channels_out = op.in_shapes[0][1], op.out_shape[1]
+    into, out_of = (1, 0) if op.kind == "conv" else (0, 1)
+    if op.kind == "conv" and groups == channels_in and groups > 1:
+        out = np.repeat(space.along(op, 0, 1), channels_out // groups)
+        space.param(weight, 0, out)
+    elif groups == 1:
+        space.param(weight, into, space.read(op, 0, 1))
+        out = space.fresh(channels_out)
+        space.param(weight, out_of, out)
+    elif op.kind == "conv":
+        space.param(weight, 1, _tied(space.read(op, 0, 1), groups, space))
+        out = space.fresh(channels_out)
+        _tied(out, groups, space)
+        space.param(weight, 0, out)
+    else:
+        reason = f"'{op.name}' is a grouped transposed convolution"
+        space.freeze(space.along(op, 0, 1), reason)
+        out = np.full(channels_out, -1, dtype=np.int64)
+    if "bias" in op.params:
+        space.param(op.params["bias"], 0, out)
+    space.tensors[op.output] = Labels.channels(out)

@@ -1,0 +1,19 @@
+"""Ranking: one criterion, found by name, applied to every offered group."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from pipeline.nouns import Ranking
+from pipeline.prune.criteria.base import PACKAGE, Criterion
+from pipeline.prune.evidence import Evidence
+from profiles import plugins
+from profiles.errors import UsageError
+
+
+def rank(evidence: Evidence, criterion: str) -> dict[str, Ranking]:
+    """Group id -> ranking. Raises UsageError for an unknown criterion or one that needs what the project lacks."""
+    chosen = cast(Criterion, plugins.load(PACKAGE, criterion))
+    if "targets" in chosen.NEEDS and evidence.samples.targets is None:
+        raise UsageError(f"the criterion '{criterion}' needs labels, and data.calibration gives none.", "yield (inputs, targets), or --criterion fisher.")
+    return {ranking.group: ranking for ranking in chosen.rank(evidence)}

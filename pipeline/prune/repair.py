@@ -1,0 +1,236 @@
+"""Repair without training: batch-norm statistics, or sequential least squares.
+
+Least squares walks through the pruned network in execution order. At each layer the inputs X are those of the *pruned*
+network as repaired so far, the target T is the dense network's value where the layer's output lands (taps.py), and
+
+    min_{W, b}  ‖ s ∘ (X W + b) + h + other − T ‖² + λ ‖ W − W₀ ‖²,      λ = ridge · tr(XᵀX) / d
+
+is solved for every output channel, the ridge pulling toward the weights that were there. Where only a ReLU reads the
+result, negative targets ask for nothing but "not positive": T is replaced by min(prediction, 0) there, and solved again
+a few times with the same factor. b goes into the layer's bias, or into the running mean of its batch norm.
+
+Sources: methods.md's row on sequential least squares follows He et al. (Channel pruning, ICCV 2017) and ReLU-aware
+asymmetric reconstruction (Zhang et al., 2015); aiming the layer before a removed run at the run's output is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pipeline.nouns import Cut, PruningPlan
+from pipeline.prune.capture import Network
+from pipeline.prune.evidence import Samples
+from pipeline.prune.plan import resolve
+from pipeline.prune.taps import DenseTaps, Tap, aims, find_tap, is_layer, positions
+
+RIDGE = 1e-3
+HEAD_RIDGE = 1e-2
+RELU_TURNS = 6
+MODES = ("none", "bn", "least-squares")
+
+
+def repair(
+    pruned: fx.GraphModule,
+    network: Network,
+    plan: PruningPlan,
+    samples: Samples,
+    mode: str = "least-squares",
+    *,
+    taps: DenseTaps | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> fx.GraphModule:
+    """A repaired copy of a pruned network, in eval mode; neither argument is touched.
+
+    mode: none | bn | least-squares. taps: dense values of the same samples, to share between calls.
+    """
+    repaired = copy.deepcopy(pruned).eval()
+    if mode == "bn":
+        _recalibrate(repaired, samples)
+    elif mode == "least-squares":
+        taps = taps or DenseTaps(network, samples.joined())
+        fit = SequentialFit(repaired, network, resolve(network.topology, plan), taps, progress=progress)
+        fit.run(*taps.inputs)
+    return repaired
+
+
+@torch.no_grad()
+def _recalibrate(model: nn.Module, samples: Samples) -> None:
+    """Running statistics of every batch norm from the samples, as plain averages over batches."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    saved = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for batch in samples.inputs:
+        if len(batch[0]) > 1:
+            model(*batch)
+    for norm, momentum in zip(norms, saved, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+class SequentialFit(fx.Interpreter):
+    """Runs a pruned network over the calibration samples and refits each layer just before it runs.
+
+    only: names of the layers to refit (all where None).
+    """
+
+    def __init__(
+        self,
+        pruned: fx.GraphModule,
+        network: Network,
+        cut: Cut,
+        taps: DenseTaps,
+        *,
+        only: frozenset[str] | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        super().__init__(pruned)
+        self.pruned, self.taps, self.cut = pruned, taps, cut
+        self.aim = aims(network, cut.dropped)
+        self.only, self.progress = only, progress
+        self.done: set[str] = set()
+        self.layers = [node for node in pruned.graph.nodes if is_layer(pruned, node)]
+
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Refit and run; the result is the output of the repaired network."""
+        return super().run(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not self.done and self.env:
+            self.done = {node.name for node in self.env}
+        if n in self.layers and (self.only is None or n.name in self.only):
+            (x,), _ = self.fetch_args_kwargs_from_env(n)
+            self._refit(n, x)
+            if self.progress is not None:
+                self.progress((self.layers.index(n) + 1) / len(self.layers))
+        value = super().run_node(n)
+        self.done.add(n.name)
+        return value
+
+    def _refit(self, node: fx.Node, x: Tensor) -> None:
+        tap = find_tap(self.pruned, node, self.done)
+        wanted = self.aim.get(tap.node, tap.node)
+        if wanted not in self.taps:
+            return
+        layer = self.pruned.get_submodule(str(node.target))
+        samples = self.taps.samples
+        patches, out_shape = _patches(layer, x, samples)
+        target = self.taps.value(wanted)
+        kept = self.cut.params.get(f"{node.target}.weight", {}).get(0)
+        if kept is not None:
+            target = target[:, torch.from_numpy(kept)]
+        if patches.shape[0] != target.shape[0]:
+            return
+        if tap.other is not None:
+            other = self.env[next(m for m in self.env if m.name == tap.other)]
+            target = target - _rows_like(other, samples)
+        _solve(layer, self._norm(tap), patches, target, tap)
+
+    def _norm(self, tap: Tap) -> nn.BatchNorm2d | None:
+        norm = self.pruned.get_submodule(tap.norm) if tap.norm else None
+        return norm if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None  # type: ignore[return-value]
+
+
+def _rows_like(x: Tensor, samples: int) -> Tensor:
+    if x.dim() == 2:
+        return x
+    if x.dim() == 3:
+        return x.reshape(-1, x.shape[-1])
+    sample, place = positions(x.shape, samples)
+    return x.flatten(2)[sample, :, place]
+
+
+def _patches(layer: nn.Module, x: Tensor, samples: int) -> tuple[Tensor, tuple[int, ...]]:
+    """What each kept output position reads, shape (rows, groups, inputs per group)."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, 1, x.shape[-1]), tuple(x.shape)
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    flat = isinstance(layer, nn.Conv1d)
+    kernel, stride, dilation = (_pair(v, flat) for v in (layer.kernel_size, layer.stride, layer.dilation))
+    padded = nn.functional.pad(x, layer._reversed_padding_repeated_twice)
+    padded = padded.unsqueeze(2) if flat else padded
+    n, c, h, w = padded.shape
+    out_h = (h - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    out_w = (w - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+    sample, place = positions((n, c, out_h * out_w), samples)
+    sn, sc, sh, sw = padded.stride()
+    windows = padded.as_strided(
+        (n, c, out_h, out_w, *kernel), (sn, sc, sh * stride[0], sw * stride[1], sh * dilation[0], sw * dilation[1])
+    )
+    taken = windows[sample, :, place // out_w, place % out_w]
+    return taken.reshape(taken.shape[0], layer.groups, -1), (n, layer.out_channels, out_h, out_w)
+
+
+def _pair(value: Any, flat: bool) -> tuple[int, int]:
+    return (1, int(value[0])) if flat else (int(value[0]), int(value[1]))
+
+
+def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, target: Tensor, tap: Tap) -> None:
+    """Refit one layer in place. patches (rows, groups, d), target (rows, out): t minus the other operand."""
+    weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+    groups, d = patches.shape[1], patches.shape[2]
+    old = weight.detach().reshape(groups, -1, d)  # (groups, out per group, d)
+    scale, shift = torch.ones(target.shape[1]), torch.zeros(target.shape[1])
+    if norm is not None and norm.running_mean is not None and norm.running_var is not None:
+        gamma = norm.weight.detach() if norm.affine else torch.ones_like(norm.running_var)
+        beta = norm.bias.detach() if norm.affine else torch.zeros_like(norm.running_var)
+        scale = gamma / torch.sqrt(norm.running_var + norm.eps)
+        shift = beta - scale * norm.running_mean
+    offset: Tensor = layer.bias.detach() if layer.bias is not None else torch.zeros(target.shape[1])  # type: ignore[operator, union-attr]
+    alive = scale.abs() > 1e-3 * scale.abs().max().clamp_min(1e-12)
+    safe = torch.where(alive, scale, torch.ones_like(scale))
+
+    mean = patches.mean(0)  # (groups, d)
+    centred = (patches - mean).transpose(0, 1)  # (groups, rows, d)
+    gram = centred.transpose(1, 2) @ centred
+    trace = gram.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = HEAD_RIDGE if isinstance(layer, nn.Linear) else RIDGE
+    damped = gram + torch.diag_embed((ridge * trace + 1e-8)[:, None].expand(-1, d))
+    factor, info = torch.linalg.cholesky_ex(damped.double())
+    if bool(info.any()):
+        return
+    new, bias = old.clone(), offset.clone()
+    for turn in range(RELU_TURNS if tap.relu else 1):
+        goal = target
+        if tap.relu and turn:
+            landed = _predict(centred, mean, new, bias) * scale + shift
+            goal = _not_positive(target, landed)
+        wanted = (goal - shift) / safe  # what X W + b should be
+        residual = wanted - wanted.mean(0)
+        residual = residual.reshape(-1, groups, old.shape[1]).transpose(0, 1) - centred @ old.transpose(1, 2)
+        step = torch.cholesky_solve((centred.transpose(1, 2) @ residual).double(), factor).float()  # (groups, d, out)
+        new = old + step.transpose(1, 2)
+        bias = wanted.mean(0) - torch.einsum("god,gd->go", new, mean).reshape(-1)
+    if not bool(torch.isfinite(new).all() and torch.isfinite(bias).all()):
+        return
+    mask = alive.reshape(groups, -1, 1)
+    weight.data.copy_(torch.where(mask, new, old).reshape(weight.shape))
+    _set_bias(layer, norm, torch.where(alive, bias, offset), offset)
+
+
+def _not_positive(target: Tensor, landed: Tensor) -> Tensor:
+    """Where the dense value is negative, any value that is not positive will do."""
+    return torch.where(target > 0, target, landed.clamp_max(0))
+
+
+def _predict(centred: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = (centred @ weight.transpose(1, 2)).transpose(0, 1)  # (rows, groups, out)
+    y = y + torch.einsum("god,gd->go", weight, mean)
+    return y.reshape(y.shape[0], -1) + bias
+
+
+def _set_bias(layer: nn.Module, norm: nn.BatchNorm2d | None, bias: Tensor, offset: Tensor) -> None:
+    if layer.bias is not None:
+        layer.bias.data.copy_(bias)  # type: ignore[union-attr, operator]
+    elif norm is not None and norm.running_mean is not None:
+        norm.running_mean.sub_(bias - offset)
+    else:
+        layer.bias = nn.Parameter(bias.clone())

@@ -1,0 +1,171 @@
+"""What a layer of the pruned network should give: the dense network's value at the place where the layer's output lands.
+
+A layer's output y = X W + b lands, after its batch norm and a residual addition, at
+
+    t = s ∘ (X W + b) + h + other          s = γ / σ, h = β − γ μ / σ, other = the second operand of the addition
+
+and `tap` is the node of t. The wanted t is the dense network's value there, or, where blocks behind it were removed, the
+dense value behind the removed run: the layer before a removed run is aimed at what the run gave.
+Values are kept at a few positions of each sample, the same for all tensors of one spatial size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from pipeline.nouns import Block
+from pipeline.prune import operators
+from pipeline.prune.capture import Network
+
+ROWS = 16384
+RELUS = {F.relu, torch.relu}
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where the output of a layer lands. node: last node of the chain. norm: its batch norm. other: the addition's second operand.
+
+    relu: everything that reads `node` is a ReLU.
+    """
+
+    layer: str
+    node: str
+    norm: str | None
+    other: str | None
+    relu: bool
+
+
+def is_layer(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """A convolution in one or two dimensions with zero padding, or a fully connected layer: what least squares can refit."""
+    if node.op != "call_module":
+        return False
+    module = graph.get_submodule(str(node.target))
+    plain = isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros"
+    return plain or isinstance(module, nn.Linear)
+
+
+def is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """A ReLU in any of its spellings."""
+    if node.op == "call_module":
+        return isinstance(graph.get_submodule(str(node.target)), nn.ReLU)
+    return node.target in RELUS or (node.op == "call_method" and node.target == "relu")
+
+
+def find_tap(graph: fx.GraphModule, layer: fx.Node, done: set[str]) -> Tap:
+    """The tap of a layer when the nodes in `done` have been computed."""
+    node, norm, other = layer, None, None
+    following = _only_user(node)
+    if following is not None and following.op == "call_module":
+        module = graph.get_submodule(str(following.target))
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
+            node, norm = following, str(following.target)
+            following = _only_user(node)
+    if following is not None and following.op == "call_module":
+        if isinstance(graph.get_submodule(str(following.target)), operators.ResidualAdd):
+            second = next((a for a in following.args if a is not node), None)
+            if isinstance(second, fx.Node) and second.name in done:
+                node, other = following, second.name
+    relu = bool(node.users) and all(is_relu(graph, user) for user in node.users)
+    return Tap(layer.name, node.name, norm, other, relu)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def aims(network: Network, dropped: Sequence[Block]) -> dict[str, str]:
+    """Dense node that stands in for another one, for the nodes before removed runs: {add or norm before: last removed add}."""
+    nodes = {node.name: node for node in network.graph.graph.nodes}
+    by_target = {str(node.target): node for node in network.graph.graph.nodes if node.op == "call_module"}
+    aim: dict[str, str] = {}
+    for block in dropped:
+        add = by_target[block.add]
+        skip = add.args[block.skip]
+        if not isinstance(skip, fx.Node):
+            continue
+        inside = {nodes[name] for name in block.nodes}
+        if any(user is not add and user not in inside for user in skip.users):
+            continue
+        source = skip
+        if is_relu(network.graph, skip) and isinstance(skip.args[0], fx.Node) and len(skip.args[0].users) == 1:
+            source = skip.args[0]
+        start = next((before for before, after in aim.items() if after == source.name), source.name)
+        aim[start] = add.name
+    return aim
+
+
+def positions(shape: Sequence[int], samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices (sample, flat position) of the rows kept of a tensor (samples, C, spatial…): at most about ROWS of them."""
+    space = int(torch.tensor(list(shape[2:])).prod()) if len(shape) > 2 else 1
+    each = max(1, min(space, -(-ROWS // samples)))
+    source = torch.Generator().manual_seed(seed + space)
+    if each == space:
+        picked = torch.arange(space).repeat(samples)
+    else:
+        picked = torch.rand(samples, space, generator=source).argsort(1)[:, :each].reshape(-1)
+    return torch.arange(samples).repeat_interleave(each), picked
+
+
+def rows(x: Tensor, samples: int) -> Tensor:
+    """Values at the kept positions: (samples, C, spatial…) -> (rows, C); (samples, …, C) of a layer over the last axis likewise."""
+    if x.dim() == 2:
+        return x
+    sample, place = positions(x.shape, samples)
+    return x.flatten(2)[sample, :, place]
+
+
+class DenseTaps:
+    """Dense values at the kept positions, by node name, computed in one pass over the samples and kept."""
+
+    def __init__(self, network: Network, inputs: tuple[Tensor, ...]) -> None:
+        self.network, self.inputs = network, inputs
+        self.samples = len(inputs[0])
+        self._values = _collect(network.graph, inputs, _wanted(network.graph))
+
+    def value(self, node: str) -> Tensor:
+        """Dense value of a node at the kept positions, shape (rows, channels). Raises KeyError."""
+        return self._values[node]
+
+    def __contains__(self, node: str) -> bool:
+        return node in self._values
+
+
+def _wanted(graph: fx.GraphModule) -> set[str]:
+    """Layers' taps, and additions: whatever can be asked for later."""
+    names, done = set(), {node.name for node in graph.graph.nodes}
+    for node in graph.graph.nodes:
+        if is_layer(graph, node):
+            tap = find_tap(graph, node, done)
+            names |= {tap.node, node.name if tap.norm is None else _norm_node(graph, tap.norm)}
+        elif node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), operators.ResidualAdd):
+            names.add(node.name)
+    return names
+
+
+def _norm_node(graph: fx.GraphModule, target: str) -> str:
+    return next(node.name for node in graph.graph.nodes if node.op == "call_module" and node.target == target)
+
+
+class _Sampling(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule, wanted: set[str], samples: int) -> None:
+        super().__init__(graph)
+        self.wanted, self.samples = wanted, samples
+        self.taken: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        value = super().run_node(n)
+        if n.name in self.wanted and isinstance(value, Tensor) and value.dim() >= 2:
+            self.taken[n.name] = rows(value, self.samples) if value.dim() != 3 else value.reshape(-1, value.shape[-1])
+        return value
+
+
+@torch.no_grad()
+def _collect(graph: fx.GraphModule, inputs: tuple[Tensor, ...], wanted: Iterable[str]) -> dict[str, Tensor]:
+    run = _Sampling(graph, set(wanted), len(inputs[0]))
+    run.run(*inputs)
+    return run.taken

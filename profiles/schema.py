@@ -45,7 +45,7 @@ class Budget(Spec):
         value = float(match["value"])
         if value <= 0:
             raise UsageError(f"budget '{text}' must be above zero.", "write it like 8ms or 0.5x.")
-        at = match["at"] or "p50"
+        at: Any = match["at"] or "p50"
         if at not in PERCENTILES:
             raise UsageError(f"budget '{text}' names the percentile '{at}'. {near_miss(at, PERCENTILES)}")
         if match["unit"] == "x":
@@ -122,7 +122,16 @@ class GraphSpec(Spec):
     """Which ONNX is written and which passes rewrite it, in order."""
 
     opset: int = Field(default=17, ge=11)
-    passes: tuple[str, ...] = ("fold-constants", "drop-identity", "drop-dropout", "fold-batchnorm", "merge-pads", "dead-ends")
+    passes: tuple[str, ...] = (
+        "fold-constants",
+        "drop-identity",
+        "drop-dropout",
+        "fold-batchnorm",
+        "merge-pads",
+        "merge-slices",
+        "shortcut-conv",
+        "dead-ends",
+    )
 
 
 class Profile(Spec):
@@ -141,7 +150,7 @@ class Profile(Spec):
 
 
 def _keys(model: type[BaseModel]) -> dict[str, Any]:
-    return {name: field.annotation for name, field in model.model_fields.items()}
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> UsageError:
@@ -151,7 +160,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Usage
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         table: type[BaseModel] | None = model
-        for part in path[:-1]:
+        for part in (part for part in path[:-1] if not part.isdigit()):
             kind = _keys(table).get(part) if table else None
             candidates = [kind, *getattr(kind, "__args__", ())]
             table = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,7 @@ def capture(model: nn.Module, example: Sequence[Tensor]) -> Network:
     shapes = _run_shapes(graph, example)
     _name_constants(graph, shapes)
     graph.graph.eliminate_dead_code()
+    _skips_first(graph)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
     graph.recompile()
@@ -390,6 +391,40 @@ def _shuffle_module(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tupl
     order = torch.arange(shapes[source.name][1]).reshape(groups, -1).t().flatten().tolist()
     new = _to_module(graph, node, fresh("channel_gather"), operators.ChannelGather(order, 1), (source,))
     shapes[new.name] = shapes[source.name]
+
+
+def ancestors(graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
+    """Every node -> itself and all nodes that it depends on."""
+    found: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in graph.nodes:
+        found[node] = frozenset({node}).union(*(found[n] for n in node.all_input_nodes))
+    return found
+
+
+def weight_count(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
+    """Entries of the weights of more than one axis among these nodes: how much a branch computes."""
+    total = 0
+    for node in nodes:
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        weight = getattr(module, "weight", None)
+        total += weight.numel() if isinstance(weight, Tensor) and weight.dim() > 1 else 0
+    return total
+
+
+def _skips_first(graph: fx.GraphModule) -> None:
+    """Compute the lighter operand of every addition before the heavier: a repair then knows it when it fits the branch."""
+    reach = ancestors(graph.graph)
+    for node in list(graph.graph.nodes):
+        if node.op != "call_module" or not isinstance(graph.get_submodule(str(node.target)), operators.ResidualAdd):
+            continue
+        a, b = node.args
+        only = sorted((reach[a] - reach[b], reach[b] - reach[a]), key=lambda nodes: weight_count(graph, nodes))
+        position = {n: i for i, n in enumerate(graph.graph.nodes)}
+        for early in sorted(only[0], key=position.__getitem__):
+            inputs = [n for n in early.all_input_nodes if n.op not in ("placeholder", "get_attr")]
+            if inputs and early.op not in ("placeholder", "get_attr"):
+                order = {n: i for i, n in enumerate(graph.graph.nodes)}
+                max(inputs, key=order.__getitem__).append(early)
 
 
 def _moves(graph: fx.GraphModule, node: Any) -> bool:

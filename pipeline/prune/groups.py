@@ -18,7 +18,7 @@ from torch import fx
 
 from pipeline.nouns import Block, ChannelGroup, Constant, Topology, Units
 from pipeline.prune import operators
-from pipeline.prune.capture import Network
+from pipeline.prune.capture import Network, ancestors, weight_count
 from pipeline.prune.labels import NONE, Ids, Labels, LabelSpace, Op, Reader
 from pipeline.prune.neutral import describe
 from pipeline.prune.rules.base import rules, unknown
@@ -146,14 +146,12 @@ def _group(
 def find_blocks(network: Network) -> tuple[Block, ...]:
     """Residual branches that can be removed whole, in execution order; of nested ones the inner."""
     graph = network.graph.graph
-    ancestors: dict[fx.Node, frozenset[fx.Node]] = {}
-    for node in graph.nodes:
-        ancestors[node] = frozenset({node}).union(*(ancestors[n] for n in node.all_input_nodes))
+    reach = ancestors(graph)
     modules = dict(network.graph.named_modules())
     found = []
     for node in graph.nodes:
         if node.op == "call_module" and isinstance(modules[str(node.target)], operators.ResidualAdd):
-            block = _branch(network, node, ancestors)
+            block = _branch(network, node, reach)
             if block is not None:
                 found.append(block)
     taken: set[str] = set()
@@ -166,22 +164,12 @@ def find_blocks(network: Network) -> tuple[Block, ...]:
     return tuple(sorted(kept, key=lambda b: position[b.nodes[-1]]))
 
 
-def _mixes(network: Network, nodes: set[fx.Node]) -> int:
-    """Weights of more than one axis among the nodes: how much a branch computes."""
-    modules = dict(network.graph.named_modules())
-    total = 0
-    for node in nodes:
-        weight = getattr(modules.get(str(node.target)), "weight", None) if node.op == "call_module" else None
-        total += weight.numel() if weight is not None and weight.dim() > 1 else 0
-    return total
-
-
-def _branch(network: Network, add: fx.Node, ancestors: dict[fx.Node, frozenset[fx.Node]]) -> Block | None:
+def _branch(network: Network, add: fx.Node, reach: dict[fx.Node, frozenset[fx.Node]]) -> Block | None:
     a, b = (arg for arg in add.args if isinstance(arg, fx.Node))
     if a is b or network.shapes[a.name] != network.shapes[b.name]:
         return None
-    only = (set(ancestors[a] - ancestors[b]), set(ancestors[b] - ancestors[a]))
-    work = [_mixes(network, nodes) for nodes in only]
+    only = (set(reach[a] - reach[b]), set(reach[b] - reach[a]))
+    work = [weight_count(network.graph, nodes) for nodes in only]
     if work[0] == work[1]:
         return None
     branch = 0 if work[0] > work[1] else 1

@@ -26,7 +26,7 @@ from pipeline.nouns import Cut, PruningPlan
 from pipeline.prune.capture import Network
 from pipeline.prune.evidence import Samples
 from pipeline.prune.plan import resolve
-from pipeline.prune.taps import DenseTaps, Tap, aims, find_tap, is_layer, positions
+from pipeline.prune.taps import DenseTaps, Tap, aims, find_tap, is_layer, positions, rows
 
 RIDGE = 1e-3
 HEAD_RIDGE = 1e-2
@@ -78,7 +78,7 @@ def _recalibrate(model: nn.Module, samples: Samples) -> None:
 class SequentialFit(fx.Interpreter):
     """Runs a pruned network over the calibration samples and refits each layer just before it runs.
 
-    only: names of the layers to refit (all where None).
+    turns: how often layers before a ReLU are solved again.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class SequentialFit(fx.Interpreter):
         cut: Cut,
         taps: DenseTaps,
         *,
-        only: frozenset[str] | None = None,
+        turns: int = RELU_TURNS,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         super().__init__(pruned)
         self.pruned, self.taps, self.cut = pruned, taps, cut
         self.aim = aims(network, cut.dropped)
-        self.only, self.progress = only, progress
+        self.turns, self.progress = turns, progress
         self.done: set[str] = set()
         self.layers = [node for node in pruned.graph.nodes if is_layer(pruned, node)]
 
@@ -106,7 +106,7 @@ class SequentialFit(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if not self.done and self.env:
             self.done = {node.name for node in self.env}
-        if n in self.layers and (self.only is None or n.name in self.only):
+        if n in self.layers:
             (x,), _ = self.fetch_args_kwargs_from_env(n)
             self._refit(n, x)
             if self.progress is not None:
@@ -121,8 +121,7 @@ class SequentialFit(fx.Interpreter):
         if wanted not in self.taps:
             return
         layer = self.pruned.get_submodule(str(node.target))
-        samples = self.taps.samples
-        patches, out_shape = _patches(layer, x, samples)
+        patches = _patches(layer, x, self.taps.limit)
         target = self.taps.value(wanted)
         kept = self.cut.params.get(f"{node.target}.weight", {}).get(0)
         if kept is not None:
@@ -131,27 +130,18 @@ class SequentialFit(fx.Interpreter):
             return
         if tap.other is not None:
             other = self.env[next(m for m in self.env if m.name == tap.other)]
-            target = target - _rows_like(other, samples)
-        _solve(layer, self._norm(tap), patches, target, tap)
+            target = target - rows(other, self.taps.limit)
+        _solve(layer, self._norm(tap), patches, target, self.turns if tap.relu else 1)
 
     def _norm(self, tap: Tap) -> nn.BatchNorm2d | None:
         norm = self.pruned.get_submodule(tap.norm) if tap.norm else None
         return norm if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None  # type: ignore[return-value]
 
 
-def _rows_like(x: Tensor, samples: int) -> Tensor:
-    if x.dim() == 2:
-        return x
-    if x.dim() == 3:
-        return x.reshape(-1, x.shape[-1])
-    sample, place = positions(x.shape, samples)
-    return x.flatten(2)[sample, :, place]
-
-
-def _patches(layer: nn.Module, x: Tensor, samples: int) -> tuple[Tensor, tuple[int, ...]]:
+def _patches(layer: nn.Module, x: Tensor, limit: int) -> Tensor:
     """What each kept output position reads, shape (rows, groups, inputs per group)."""
     if isinstance(layer, nn.Linear):
-        return x.reshape(-1, 1, x.shape[-1]), tuple(x.shape)
+        return x.reshape(-1, 1, x.shape[-1])
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     flat = isinstance(layer, nn.Conv1d)
     kernel, stride, dilation = (_pair(v, flat) for v in (layer.kernel_size, layer.stride, layer.dilation))
@@ -160,20 +150,20 @@ def _patches(layer: nn.Module, x: Tensor, samples: int) -> tuple[Tensor, tuple[i
     n, c, h, w = padded.shape
     out_h = (h - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
     out_w = (w - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    sample, place = positions((n, c, out_h * out_w), samples)
+    sample, place = positions((n, c, out_h * out_w), n, limit)
     sn, sc, sh, sw = padded.stride()
     windows = padded.as_strided(
         (n, c, out_h, out_w, *kernel), (sn, sc, sh * stride[0], sw * stride[1], sh * dilation[0], sw * dilation[1])
     )
     taken = windows[sample, :, place // out_w, place % out_w]
-    return taken.reshape(taken.shape[0], layer.groups, -1), (n, layer.out_channels, out_h, out_w)
+    return taken.reshape(taken.shape[0], layer.groups, -1)
 
 
 def _pair(value: Any, flat: bool) -> tuple[int, int]:
     return (1, int(value[0])) if flat else (int(value[0]), int(value[1]))
 
 
-def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, target: Tensor, tap: Tap) -> None:
+def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, target: Tensor, turns: int) -> None:
     """Refit one layer in place. patches (rows, groups, d), target (rows, out): t minus the other operand."""
     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
     groups, d = patches.shape[1], patches.shape[2]
@@ -198,9 +188,9 @@ def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, targe
     if bool(info.any()):
         return
     new, bias = old.clone(), offset.clone()
-    for turn in range(RELU_TURNS if tap.relu else 1):
+    for turn in range(turns):
         goal = target
-        if tap.relu and turn:
+        if turn:
             landed = _predict(centred, mean, new, bias) * scale + shift
             goal = _not_positive(target, landed)
         wanted = (goal - shift) / safe  # what X W + b should be

@@ -1,0 +1,94 @@
+"""What a device can be asked: who it is, its state, to build an artifact, to measure it and to run it.
+
+A target is a file of this folder with `target(profile, state) -> Target`. It knows nothing of torch or of pruning.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles import plugins
+from profiles.schema import MeasureSpec, Profile
+from targets.harness.device import Condition, Fingerprint, Preflight
+from targets.harness.measurement import Session
+
+Array = NDArray[Any]
+Progress = Callable[[float], None]
+"""Called with the done share of the work, 0 to 1, about once a second."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowTimes:
+    """Times of small models measured together with their reference, in turn, in one process.
+
+    ms: milliseconds, shape (models, rounds): the median of one block of inferences. reference_ms: shape (rounds,):
+    the median over several sessions of the reference model in the same round, so that `ms / reference_ms` is a ratio
+    free of the drift between rounds.
+    """
+
+    ms: NDArray[np.float64]
+    reference_ms: NDArray[np.float64]
+
+
+class Target(ABC):
+    """A device with a runtime. profile: what is asked of it; state: the `.deploy` folder, for temporary files.
+
+    All methods raise DeployError for what the user can mend: unreadable models, lost processes, too little memory.
+    """
+
+    def __init__(self, profile: Profile, state: Path) -> None:
+        self.profile = profile
+        self.state = state
+
+    @abstractmethod
+    def fingerprint(self) -> Fingerprint:
+        """Who the device is; equal between runs on the same device with the same runtime."""
+
+    @abstractmethod
+    def preflight(self) -> Preflight:
+        """What could spoil a measurement now."""
+
+    @abstractmethod
+    def build(self, onnx: Path, out: Path) -> Path:
+        """Turn an ONNX file into the runtime's artifact at `out`, opened once to be sure; returns its path."""
+
+    @abstractmethod
+    def measure(
+        self,
+        artifacts: Mapping[str, Path],
+        spec: MeasureSpec,
+        mode: Literal["rank", "accept"],
+        progress: Progress | None = None,
+    ) -> Session:
+        """Time all artifacts interleaved in one session, the device leased. The same file may stand under two names.
+
+        mode: "rank" takes spec.rank_processes x spec.rank_rounds, "accept" the longer accept_* counts.
+        """
+
+    @abstractmethod
+    def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
+        """Time many small ONNX models and the reference in turn in one process, for the latency table."""
+
+    @abstractmethod
+    def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
+        """Outputs for one numpy batch of any size, one array an input, batch axis first.
+
+        An artifact with a fixed batch is run over it and the last part is padded.
+        """
+
+    @abstractmethod
+    def doctor(self) -> list[Condition]:
+        """Everything that should be in order before using the device, what is missing included."""
+
+
+def load_target(profile: Profile, state: Path) -> Target:
+    """The target that a profile names. Raises UsageError for an unknown one."""
+    module = plugins.load("targets", profile.target)
+    return cast(Target, module.target(profile, state))

@@ -1,0 +1,802 @@
+"""The measuring agent: one file that runs on the device, with nothing but Python 3.6 or later, numpy and ONNX Runtime.
+
+    agent.py facts                      who the device is, as JSON
+    agent.py state FOLDER               how busy, hot and full it is, as JSON
+    agent.py worker                     one process that holds models: JSON requests on stdin, JSON answers on stdout
+    agent.py drive JOB.json OUT.json    spawns workers and measures several models in turn (measurement.md, section 3)
+    agent.py rows JOB.json OUT.json     many small models in turn in one process, for the latency table
+
+The clock is read around a complete synchronous inference with pre-bound buffers, in the process that infers; no timing
+crosses a pipe. A block is a few untimed inferences, then the timed ones. In every round the models follow each other in
+a random order that the seed fixes. Results are written with fsync under their SHA-256.
+"""
+
+import gc
+import glob
+import hashlib
+import json
+import os
+import platform
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
+
+PROTOCOL = "ort-interleaved-1"
+FLAG_SWITCHES = 5
+CLOCK_CHANGE = 0.01
+MAX_TIMED = 4096
+
+Table = Dict[str, Any]
+
+
+class AgentError(Exception):
+    """What ends a job. kind: model, memory, disk, killed, lost, late, long or job; model: which one it is, or None."""
+
+    def __init__(self, kind: str, message: str, model: Optional[str] = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.model = model
+
+    def to_table(self) -> Table:
+        """Plain table for JSON."""
+        return {"event": "error", "kind": self.kind, "message": self.message, "model": self.model}
+
+
+def now_ns() -> int:
+    """Nanoseconds of the monotonic clock."""
+    return int(time.perf_counter() * 1e9)
+
+
+CLOCK: Callable[[], int] = getattr(time, "perf_counter_ns", now_ns)
+
+
+# --- what the device is --------------------------------------------------------------------------------------------
+
+
+def read_text(path: str) -> str:
+    """Text of a small system file, or "" where it is missing or not readable."""
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8", "replace").strip("\x00 \t\r\n")
+    except OSError:
+        return ""
+
+
+def read_number(path: str) -> Optional[int]:
+    """Whole number in a small system file, or None."""
+    text = read_text(path).split()
+    try:
+        return int(text[0]) if text else None
+    except ValueError:
+        return None
+
+
+def processor() -> Tuple[str, str]:
+    """Name of the processor and the SHA-256 of its feature flags."""
+    rows: Dict[str, str] = {}
+    for line in read_text("/proc/cpuinfo").splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip() not in rows:
+            rows[key.strip()] = value.strip()
+    arm = " ".join(rows[key] for key in ("CPU implementer", "CPU part", "CPU variant") if key in rows)
+    name = rows.get("model name") or rows.get("Model") or arm or platform.processor() or platform.machine()
+    flags = " ".join(sorted((rows.get("flags") or rows.get("Features") or "").split()))
+    return name, hashlib.sha256(flags.encode()).hexdigest()
+
+
+def machine() -> str:
+    """Model of the board or computer, else its instruction set."""
+    board = read_text("/proc/device-tree/model")
+    vendor, product = read_text("/sys/class/dmi/id/sys_vendor"), read_text("/sys/class/dmi/id/product_name")
+    return board or " ".join(part for part in (vendor, product) if part) or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def group_folders() -> List[str]:
+    """Folders of the control groups, own and parents, that may limit this process's processor time."""
+    found: List[str] = []
+    for line in read_text("/proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if number == "0" and not kinds:
+            roots = ["/sys/fs/cgroup"]
+        elif "cpu" in kinds.split(","):
+            roots = ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/" + kinds]
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for root in roots:
+            for depth in range(len(parts), -1, -1):
+                folder = os.path.join(root, *parts[:depth])
+                if folder not in found and os.path.exists(os.path.join(folder, "cpu.stat")):
+                    found.append(folder)
+    return found
+
+
+def cpu_quota() -> Optional[float]:
+    """Cores that the tightest control group allows, or None."""
+    quotas = []
+    for folder in group_folders():
+        words = read_text(os.path.join(folder, "cpu.max")).split()
+        if len(words) == 2 and words[0] != "max":
+            quotas.append(int(words[0]) / int(words[1]))
+        quota, period = read_number(folder + "/cpu.cfs_quota_us"), read_number(folder + "/cpu.cfs_period_us")
+        if quota is not None and period and quota > 0:
+            quotas.append(quota / period)
+    return min(quotas) if quotas else None
+
+
+def quota_stops(folders: Sequence[str]) -> int:
+    """How often a processor quota has stopped this process's control groups."""
+    total = 0
+    for folder in folders:
+        for line in read_text(folder + "/cpu.stat").splitlines():
+            if line.startswith("nr_throttled "):
+                total += int(line.split()[1])
+    return total
+
+
+def throttle_paths() -> List[str]:
+    """Files that count how often the hardware lowered its clock."""
+    found = glob.glob("/sys/class/hwmon/hwmon*/oc*_event_cnt")
+    return sorted(found + glob.glob("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count"))
+
+
+def clock_folders() -> List[str]:
+    """Folders of the processor's frequency controls."""
+    return sorted(glob.glob("/sys/devices/system/cpu/cpu[0-9]*/cpufreq"))
+
+
+def clocks() -> str:
+    """Whether clocks are "locked" (lowest allowed frequency = highest), "floating", or "hidden" by the system."""
+    spans = [(read_number(f + "/scaling_min_freq"), read_number(f + "/scaling_max_freq")) for f in clock_folders()]
+    if not spans:
+        return "hidden"
+    return "locked" if all(low is not None and low == high for low, high in spans) else "floating"
+
+
+def runtime_build(package: str) -> Tuple[str, str]:
+    """Version of an installed package and the SHA-256 of its wheel's record (else of its library), not imported."""
+    for folder in sys.path:
+        for info in sorted(glob.glob(os.path.join(folder or ".", package + "*.dist-info"))):
+            named = os.path.basename(info)[: -len(".dist-info")].rpartition("-")
+            record = read_text(os.path.join(info, "RECORD"))
+            if record and named[0].replace("-", "_") in (package, package + "_gpu"):
+                wheel = [line for line in record.splitlines() if line.startswith(package + "/") and ".pyc" not in line]
+                return named[2], hashlib.sha256("\n".join(sorted(wheel)).encode()).hexdigest()
+    module = __import__(package)
+    digest = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(os.path.dirname(str(module.__file__)), "capi", "*.so*"))):
+        digest.update(sha256(path).encode())
+    return str(module.__version__), digest.hexdigest()
+
+
+def facts(package: str) -> Table:
+    """What does not change between two runs on this device: the fields of a fingerprint."""
+    name, flags = processor()
+    version, build = runtime_build(package)
+    governors = sorted({read_text(folder + "/scaling_governor") for folder in clock_folders()})
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "machine": machine(),
+        "cpu": name,
+        "cpu_flags": flags,
+        "cores": usable_cores(),
+        "cpu_quota": cpu_quota(),
+        "kernel": platform.system() + " " + platform.release(),
+        "memory_mib": int(round(pages / 2.0**20 / 256.0)) * 256,
+        "power": " ".join(governors),
+        "clocks": clocks(),
+        "runtime": package,
+        "runtime_version": version,
+        "runtime_build": build,
+        "python": "%d.%d" % sys.version_info[:2],
+    }
+
+
+def processor_ticks() -> Tuple[int, int, int]:
+    """All ticks, stolen ticks and runnable threads of the system so far; zeros where the system does not count them."""
+    total, steal, running = 0, 0, 0
+    for line in read_text("/proc/stat").splitlines():
+        words = line.split()
+        if words and words[0] == "cpu":
+            ticks = [int(word) for word in words[1:9]]
+            total, steal = sum(ticks), ticks[7] if len(ticks) > 7 else 0
+        elif words and words[0] == "procs_running":
+            running = int(words[1])
+    return total, steal, running
+
+
+def temperatures() -> Dict[str, float]:
+    """Degrees Celsius of each thermal zone."""
+    found = {}
+    for zone in sorted(glob.glob("/sys/class/thermal/thermal_zone*")):
+        value = read_number(zone + "/temp")
+        if value is not None:
+            found[(read_text(zone + "/type") or "zone") + " " + zone.rsplit("zone", 1)[-1]] = value / 1000.0
+    return found
+
+
+def free_memory_mib() -> Optional[int]:
+    """Memory that can be had without swapping, or None where it is not shown."""
+    for line in read_text("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) // 1024
+    return None
+
+
+def state(folder: str, watch_s: float = 0.3) -> Table:
+    """What moves from one moment to the next; looks on for `watch_s` seconds. folder: where results will be written."""
+    first = processor_ticks()
+    running = []
+    for _ in range(15):
+        time.sleep(watch_s / 15)
+        running.append(processor_ticks()[2])
+    last = processor_ticks()
+    ticks = last[0] - first[0]
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(os.path.abspath(folder))
+    disk = os.statvfs(folder)
+    return {
+        "load": os.getloadavg()[0],
+        "cores": usable_cores(),
+        "runnable": max(0, sorted(running)[len(running) // 2] - 1),
+        "steal_percent": 100.0 * (last[1] - first[1]) / ticks if ticks > 0 else None,
+        "cpu_quota": cpu_quota(),
+        "power": " ".join(sorted({read_text(f + "/scaling_governor") for f in clock_folders()})),
+        "clocks": clocks(),
+        "clocks_khz": [read_number(f + "/scaling_cur_freq") for f in clock_folders()],
+        "temperatures": temperatures(),
+        "throttle": {path: read_number(path) or 0 for path in throttle_paths()},
+        "memory_free_mib": free_memory_mib(),
+        "disk_free_mib": int(disk.f_bavail * disk.f_frsize // 2**20),
+        "folder": folder,
+    }
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: str) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for part in iter(lambda: file.read(1 << 20), b""):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def write_result(path: str, table: Table) -> str:
+    """Write JSON under a temporary name, force it to the disk and move it; returns its SHA-256."""
+    data = json.dumps(table, separators=(",", ":")).encode()
+    part = path + ".part"
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        if os.path.exists(part):
+            os.remove(part)
+        raise AgentError(
+            "disk", "cannot write %d bytes of results to %s: %s" % (len(data), path, error.strerror)
+        ) from None
+    return hashlib.sha256(data).hexdigest()
+
+
+def tell(table: Table) -> None:
+    """One JSON line on stdout."""
+    sys.stdout.write(json.dumps(table) + "\n")
+    sys.stdout.flush()
+
+
+# --- one model -----------------------------------------------------------------------------------------------------
+
+NUMPY_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def runtime_errors() -> Tuple[Type[Exception], ...]:
+    """The exception classes that ONNX Runtime raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+    own = [value for value in vars(native).values() if isinstance(value, type) and issubclass(value, Exception)]
+    return tuple(own) + (RuntimeError, ValueError, TypeError, OSError, MemoryError)
+
+
+def error_text(error: BaseException) -> str:
+    """First line of an error, without ONNX Runtime's prefix of codes and without its source file names."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    scarce = text.find("Failed to allocate")
+    return text[max(0, scarce) :].strip().rstrip(".")
+
+
+class Model(object):
+    """An opened session with input and output buffers bound once.
+
+    options: threads, spin, providers, seed. Inputs are seeded noise of the declared shapes; a free batch axis is 1.
+    """
+
+    def __init__(self, path: str, options: Table) -> None:
+        try:
+            self._open(path, options)
+        except runtime_errors() as error:
+            text = error_text(error)
+            scarce = isinstance(error, MemoryError) or "alloc" in text
+            raise AgentError("memory" if scarce else "model", text, path) from None
+
+    def _open(self, path: str, options: Table) -> None:
+        import onnxruntime as ort
+
+        asked = list(options["providers"])
+        lacking = [name for name in asked if name not in ort.get_available_providers()]
+        if lacking:
+            raise ValueError("no provider %s, there are %s" % (lacking[0], ", ".join(ort.get_available_providers())))
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = options["threads"]
+        settings.inter_op_num_threads = 1
+        settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.log_severity_level = 3
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spin"] else "0")
+        self.session = ort.InferenceSession(path, settings, providers=asked)
+        self.binding = self.session.io_binding()
+        self._bind(options["seed"])
+
+    def _bind(self, seed: int) -> None:
+        import numpy as np
+        import onnxruntime as ort
+
+        noise = np.random.RandomState(seed)
+        self.values = []
+        for port in self.session.get_inputs():
+            shape = [1 if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(port.shape)]
+            free = [size for size in shape if not isinstance(size, int)]
+            if free:
+                raise ValueError("input '%s' has the free size '%s'; only the batch may be free" % (port.name, free[0]))
+            if port.type not in NUMPY_TYPES:
+                raise ValueError("input '%s' is a %s, which cannot be filled" % (port.name, port.type))
+            kind = np.dtype(NUMPY_TYPES[port.type])
+            array = noise.standard_normal(shape) if kind.kind == "f" else noise.randint(0, 2, shape)
+            self.values.append(ort.OrtValue.ortvalue_from_numpy(aligned(array, kind)))
+            self.binding.bind_ortvalue_input(port.name, self.values[-1])
+        names = [port.name for port in self.session.get_outputs()]
+        for name in names:
+            self.binding.bind_output(name)
+        self.session.run_with_iobinding(self.binding)
+        made = self.binding.get_outputs()
+        self.binding.clear_binding_outputs()
+        for name, value in zip(names, made):
+            self.binding.bind_ortvalue_output(name, value)
+        self.values.extend(made)
+
+    def block(self, dropped: int, timed: int) -> List[int]:
+        """Nanoseconds of `timed` inferences after `dropped` untimed ones."""
+        run, binding, clock = self.session.run_with_iobinding, self.binding, CLOCK
+        for _ in range(dropped):
+            run(binding)
+        out = [0] * timed
+        for i in range(timed):
+            begin = clock()
+            run(binding)
+            out[i] = clock() - begin
+        return out
+
+    def warm(self, rule: Table) -> Table:
+        """Infer until min_s and min_inferences are reached and two windows' medians differ by less than `steady`."""
+        begin, count, steady = CLOCK(), 0, False
+        medians: List[int] = []
+        while True:
+            samples: List[int] = []
+            window = CLOCK()
+            while CLOCK() - window < rule["window_s"] * 1e9:
+                samples.extend(self.block(0, 1))
+            medians.append(median(samples))
+            count += len(samples)
+            seconds = (CLOCK() - begin) * 1e-9
+            if len(medians) > 1 and seconds >= rule["min_s"] and count >= rule["min_inferences"]:
+                steady = abs(medians[-1] - medians[-2]) < rule["steady"] * medians[-2]
+            if steady or seconds >= rule["max_s"]:
+                return {"inferences": count, "seconds": seconds, "windows_ns": medians[-8:], "steady": steady}
+
+
+def aligned(array: Any, kind: Any) -> Any:
+    """The array as `kind` in memory that starts at a multiple of 64 bytes, as the runtime's own buffers do.
+
+    numpy promises 16 bytes only, and where a buffer happens to start would move the time of small networks.
+    """
+    import numpy as np
+
+    size = array.size * kind.itemsize
+    raw = np.empty(size + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    out = raw[start : start + size].view(kind).reshape(array.shape)
+    out[...] = array
+    return out
+
+
+def median(values: Sequence[int]) -> int:
+    """Middle value; the lower middle of an even count is averaged with the upper one."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) // 2
+
+
+# --- the worker: one process that infers ---------------------------------------------------------------------------
+
+
+class Watch(object):
+    """Reads, around a block, what may have disturbed it."""
+
+    def __init__(self) -> None:
+        self.paths = throttle_paths()
+        self.clocks = [f + "/scaling_cur_freq" for f in clock_folders()] if clocks() == "locked" else []
+        self.membership = ""
+        self.groups: List[str] = []
+
+    def read(self) -> Table:
+        """Counters at this moment."""
+        import resource
+
+        membership = read_text("/proc/self/cgroup")
+        if membership != self.membership:
+            self.membership, self.groups = membership, group_folders()
+        return {
+            "switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
+            "throttle": sum(read_number(path) or 0 for path in self.paths),
+            "stops": quota_stops(self.groups),
+            "khz": [read_number(path) or 0 for path in self.clocks],
+        }
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, however that happens."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def quiet_collector() -> None:
+    """Collect once, then never during a measurement."""
+    gc.collect()
+    gc.disable()
+    if hasattr(gc, "freeze"):
+        gc.freeze()
+
+
+def worker() -> int:
+    """Answer requests until stdin ends. stdout is kept for answers; whatever a library prints goes to stderr."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    models: Dict[str, Model] = {}
+    watch = Watch()
+    for line in sys.stdin:
+        try:
+            answer = answer_request(json.loads(line), models, watch)
+        except AgentError as error:
+            answer = error.to_table()
+        except MemoryError:
+            answer = AgentError("memory", "out of memory").to_table()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    return 0
+
+
+def answer_request(request: Table, models: Dict[str, Model], watch: Watch) -> Table:
+    """Do one request: open, warm or block."""
+    verb, name = request["do"], request["name"]
+    if verb == "open":
+        models[name] = Model(request["path"], request["options"])
+        quiet_collector()
+        return {"opened": name}
+    if verb == "warm":
+        return models[name].warm(request["rule"])
+    if verb == "block":
+        before = watch.read()
+        ns = models[name].block(request["dropped"], request["timed"])
+        after = watch.read()
+        moved = {key: after[key] - before[key] for key in ("switches", "throttle", "stops")}
+        return dict(moved, ns=ns, khz=[before["khz"], after["khz"]])
+    raise AgentError("job", "unknown request '%s'" % verb)
+
+
+# --- the driver: spawns workers and gives them turns ---------------------------------------------------------------
+
+
+class Worker(object):
+    """The driver's end of a worker process."""
+
+    def __init__(self, name: str, environment: Dict[str, str]) -> None:
+        self.name = name
+        self.errors = tempfile.TemporaryFile()
+        self.buffer = b""
+        command = [sys.executable, os.path.abspath(__file__), "worker"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, env=environment)
+
+    def send(self, request: Table) -> None:
+        """Send a request."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            raise self.lost() from None
+
+    def receive(self, patience_s: float) -> Table:
+        """The answer to the last request."""
+        assert self.process.stdout is not None
+        pipe, end = self.process.stdout.fileno(), time.time() + patience_s
+        while b"\n" not in self.buffer:
+            ready = select.select([pipe], [], [], max(0.0, end - time.time()))[0]
+            if not ready:
+                raise AgentError("late", "gave no answer within %.0f s" % patience_s, self.name)
+            part = os.read(pipe, 1 << 16)
+            if not part:
+                raise self.lost()
+            self.buffer += part
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        answer: Table = json.loads(line.decode())
+        if answer.get("event") == "error":
+            raise AgentError(answer["kind"], answer["message"], self.name)
+        return answer
+
+    def ask(self, request: Table, patience_s: float) -> Table:
+        """Send and receive."""
+        self.send(request)
+        return self.receive(patience_s)
+
+    def lost(self) -> AgentError:
+        """Why the process ended."""
+        code = self.process.wait()
+        self.errors.seek(0)
+        said = self.errors.read().decode("utf-8", "replace").strip().splitlines()
+        if code == -signal.SIGKILL:
+            return AgentError("killed", "was killed by signal 9, as a system does that runs out of memory", self.name)
+        how = "ended by signal %d" % -code if code < 0 else "ended with code %d" % code
+        return AgentError("lost", how + (": " + said[-1] if said else ""), self.name)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.errors):
+            try:
+                file.close()
+            except OSError:
+                pass
+
+
+def environment_of(job: Table) -> Dict[str, str]:
+    """Environment of a worker: the thread counts of numerical libraries set to the job's."""
+    threads = str(job["options"]["threads"])
+    return dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+
+
+def plan_blocks(job: Table, medians: Dict[str, int], spent_s: float) -> Tuple[int, int, Dict[str, int]]:
+    """Rounds, dropped and timed inferences a block, so that the session keeps to max_seconds.
+
+    medians: ns of one inference of each model; spent_s: seconds that one process took to start and warm up. Blocks grow
+    until they hold block_min_ns of timed work. Where the cap is near, blocks shrink first, then the rounds, down to 3.
+    """
+    repeats, rounds, dropped = job["processes"], job["rounds"], job["dropped"]
+    timed = {
+        n: min(MAX_TIMED, max(job["timed"], -(-int(job["block_min_ns"]) // max(1, ns)))) for n, ns in medians.items()
+    }
+    turn_s = sum(medians.values()) * 1e-9
+    left_s = job["max_seconds"] - repeats * spent_s
+    room_s = left_s / (repeats * rounds)
+    work_s = sum(timed[n] * medians[n] for n in medians) * 1e-9
+    if dropped * turn_s + work_s <= room_s:
+        return rounds, dropped, timed
+    if dropped * turn_s >= 0.5 * room_s:
+        dropped = min(dropped, 1)
+    share = max(0.0, (room_s - dropped * turn_s) / work_s)
+    timed = {n: max(1, int(timed[n] * share)) for n in timed}
+    least_s = sum((dropped + timed[n]) * medians[n] for n in medians) * 1e-9
+    if least_s > room_s:
+        rounds = int(left_s / (repeats * least_s))
+    if rounds < 3:
+        needed = repeats * (spent_s + 3 * least_s)
+        raise AgentError(
+            "long", "the shortest session takes about %.1f s, the cap is %.1f s" % (needed, job["max_seconds"])
+        )
+    return rounds, dropped, timed
+
+
+def drive(job: Table) -> Table:
+    """Measure the job's models in turn, in fresh processes for every repeat; raw results as a plain table."""
+    rng = random.Random(job["seed"])
+    names = [model["name"] for model in job["models"]]
+    for model in job["models"]:
+        if sha256(model["path"]) != model["sha256"]:
+            raise AgentError("model", "is not the file that was sent: its SHA-256 differs", model["name"])
+    before = processor_ticks()
+    repeats: List[Table] = []
+    plan: Optional[Tuple[int, int, Dict[str, int]]] = None
+    for repeat in range(job["processes"]):
+        workers: Dict[str, Worker] = {}
+        try:
+            begin = time.time()
+            warmups = start_workers(job, workers, rng, repeat)
+            if plan is None:
+                medians = {name: int(warmups[name]["windows_ns"][-1]) for name in names}
+                plan = plan_blocks(job, medians, time.time() - begin)
+            repeats.append(run_rounds(job, workers, warmups, plan, rng, repeat))
+        finally:
+            for worker in workers.values():
+                worker.close()
+    after = processor_ticks()
+    ticks = max(1, after[0] - before[0])
+    telemetry = {"steal_percent": 100.0 * (after[1] - before[1]) / ticks, "load_end": os.getloadavg()[0]}
+    assert plan is not None
+    flag(repeats, names)
+    return {"repeats": repeats, "rounds": plan[0], "dropped": plan[1], "timed": plan[2], "telemetry": telemetry}
+
+
+def start_workers(job: Table, workers: Dict[str, Worker], rng: random.Random, repeat: int) -> Dict[str, Table]:
+    """Start one process a model, open the models and warm them up one after the other, in random order."""
+    patience, environment = job["patience_s"], environment_of(job)
+    order = list(job["models"])
+    rng.shuffle(order)
+    for model in order:
+        workers[model["name"]] = Worker(model["name"], environment)
+        request = {"do": "open", "name": model["name"], "path": model["path"], "options": job["options"]}
+        workers[model["name"]].send(request)
+    for model in order:
+        workers[model["name"]].receive(patience)
+    warmups = {}
+    for position, model in enumerate(order):
+        name = model["name"]
+        warmups[name] = workers[name].ask({"do": "warm", "name": name, "rule": job["warmup"]}, patience)
+        tell({"event": "progress", "done": (repeat + 0.4 * (position + 1) / len(order)) / job["processes"]})
+    return warmups
+
+
+def run_rounds(
+    job: Table,
+    workers: Dict[str, Worker],
+    warmups: Dict[str, Table],
+    plan: Tuple[int, int, Dict[str, int]],
+    rng: random.Random,
+    repeat: int,
+) -> Table:
+    """One repeat: every round gives each model one block, in random order."""
+    rounds, dropped, timed = plan
+    names = [model["name"] for model in job["models"]]
+    position = {name: index for index, name in enumerate(names)}
+    blocks: Dict[str, List[Table]] = {name: [] for name in names}
+    order, told = [], time.time()
+    for turn in range(rounds):
+        ranked = list(names)
+        rng.shuffle(ranked)
+        order.append([position[name] for name in ranked])
+        for name in ranked:
+            request = {"do": "block", "name": name, "dropped": dropped, "timed": timed[name]}
+            blocks[name].append(workers[name].ask(request, job["patience_s"]))
+        if time.time() - told > 1.0:
+            told = time.time()
+            tell({"event": "progress", "done": (repeat + 0.4 + 0.6 * (turn + 1) / rounds) / job["processes"]})
+    return {"order": order, "warmups": warmups, "blocks": blocks}
+
+
+def flag(repeats: List[Table], names: Sequence[str]) -> None:
+    """Mark the blocks that something else disturbed.
+
+    A block is flagged when its involuntary switches exceed the model's median by more than 5 (by more than four times
+    the square root of the median where that is larger: the natural scatter of the count in long blocks), when a
+    hardware throttle counter moved, or when a locked clock differs by more than 1 % from the session's.
+    """
+    rates = sorted(khz for r in repeats for n in names for b in r["blocks"][n] for side in b["khz"] for khz in side)
+    usual = rates[len(rates) // 2] if rates else 0
+    for name in names:
+        middle = median([block["switches"] for repeat in repeats for block in repeat["blocks"][name]])
+        limit = middle + max(FLAG_SWITCHES, 4.0 * middle**0.5)
+        for repeat in repeats:
+            for block in repeat["blocks"][name]:
+                off = any(abs(khz - usual) > CLOCK_CHANGE * usual for side in block["khz"] for khz in side)
+                block["flagged"] = bool(block["switches"] > limit or block["throttle"] != 0 or off)
+
+
+# --- rows: many small models in one process ------------------------------------------------------------------------
+
+
+def rows(job: Table) -> Table:
+    """Block medians in ns of every model in every round, with several sessions of the reference among them."""
+    models: List[Model] = []
+    for path in list(job["models"]) + [job["reference"]] * job["sessions"]:
+        models.append(Model(path, job["options"]))
+    quiet_collector()
+    counts = []
+    for model in models:
+        once = min(model.block(1, 3))
+        counts.append(max(job["timed"], min(job["timed_max"], int(job["block_ns"] // max(1, once)))))
+    rng = random.Random(job["seed"])
+    order = list(range(len(models)))
+    times: List[List[int]] = [[] for _ in models]
+    for turn in range(job["rounds"] + 1):
+        rng.shuffle(order)
+        for index in order:
+            middle = median(models[index].block(job["dropped"], counts[index]))
+            if turn:
+                times[index].append(middle)
+    rows_end = len(job["models"])
+    return {"rows": times[:rows_end], "reference": times[rows_end:]}
+
+
+# --- command line --------------------------------------------------------------------------------------------------
+
+
+def stop(number: int, frame: Any) -> None:
+    """Turn a request to end into an exit that closes the workers on its way."""
+    raise SystemExit(128 + number)
+
+
+def run_job(verb: str, job_path: str, out_path: str) -> int:
+    """Do a job file; the result goes to a file, progress and the outcome go to stdout."""
+    signal.signal(signal.SIGTERM, stop)
+    with open(job_path, "rb") as file:
+        job = json.loads(file.read().decode())
+    if job.get("tied"):
+        die_with_parent()
+    try:
+        table = drive(job) if verb == "drive" else rows(job)
+        digest = write_result(out_path, table)
+    except AgentError as error:
+        tell(error.to_table())
+        return 1
+    except MemoryError:
+        tell(AgentError("memory", "out of memory").to_table())
+        return 1
+    tell({"event": "done", "sha256": digest})
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one verb; exit code 2 for a wrong command line."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != here]
+    if list(arguments) == ["worker"]:
+        return worker()
+    if list(arguments) == ["facts"]:
+        tell(facts("onnxruntime"))
+        return 0
+    if len(arguments) == 2 and arguments[0] == "state":
+        tell(state(arguments[1]))
+        return 0
+    if len(arguments) == 3 and arguments[0] in ("drive", "rows"):
+        return run_job(*arguments)
+    sys.stderr.write(str(__doc__) + "\n")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,226 @@
+"""Who the device is (`Fingerprint`) and what state it is in before a measurement (`Preflight`).
+
+A fingerprint holds nothing that moves between two runs on the same machine; whatever moves is a `Condition` of the
+preflight. Both are made from the plain tables that `agent.py facts` and `agent.py state` print on the device, so
+that a board and the machine at hand are described by the same lines. measurement.md, section 3, rules 2, 8 and 9.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import UndecidedError
+from profiles.schema import MeasureSpec
+from targets.harness import agent
+
+FREE_DISK_MIB = 256
+FREE_MEMORY_MIB = 256
+HOT_C = 85.0
+STEAL_PERCENT = 2.0
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a latency depends on and what stays the same between runs on one machine.
+
+    cpu_flags and runtime_build are SHA-256 hashes; cpu_quota: cores that a control group allows, or None; power: the
+    frequency governor or power mode, "" where the system shows none; clocks: "locked", "floating" or "hidden".
+    """
+
+    machine: str
+    cpu: str
+    cpu_flags: str
+    cores: int
+    cpu_quota: float | None
+    kernel: str
+    memory_mib: int
+    power: str
+    clocks: str
+    runtime: str
+    runtime_version: str
+    runtime_build: str
+    python: str
+    providers: tuple[str, ...]
+    threads: int
+    spin: bool
+    simulated: bool = False
+
+    def digest(self) -> str:
+        """SHA-256 of all fields, in hex: equal on the same machine, runtime and threading."""
+        return hashlib.sha256(json.dumps(self.to_table(), sort_keys=True).encode()).hexdigest()
+
+    def differs(self, other: Fingerprint) -> dict[str, tuple[Any, Any]]:
+        """Field name -> (this value, the other's), for the fields that differ."""
+        mine, theirs = asdict(self), asdict(other)
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+
+    def to_table(self) -> dict[str, Any]:
+        """Plain table for JSON."""
+        table = asdict(self)
+        table["providers"] = list(self.providers)
+        return table
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Fingerprint:
+        """Inverse of `to_table`."""
+        return cls(**{**table, "providers": tuple(table["providers"])})
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One thing that can spoil a measurement. value: as seen, with its unit; ok: whether it is as it should be.
+
+    why: what it does to a number; mend: what the user can do. fatal: measuring makes no sense while it is not ok.
+    """
+
+    name: str
+    value: str
+    ok: bool
+    why: str = ""
+    mend: str = ""
+    fatal: bool = False
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The state of the device just before a session, kept with its numbers."""
+
+    conditions: tuple[Condition, ...]
+
+    @property
+    def spoilt(self) -> tuple[Condition, ...]:
+        """Conditions that are not as they should be."""
+        return tuple(c for c in self.conditions if not c.ok)
+
+    def require(self) -> Preflight:
+        """Itself, or an UndecidedError for the first condition that makes measuring meaningless."""
+        for condition in self.conditions:
+            if condition.fatal and not condition.ok:
+                raise UndecidedError(
+                    f"cannot measure: {condition.name} is {condition.value}; {condition.why}.", condition.mend
+                )
+        return self
+
+    def to_table(self) -> list[dict[str, Any]]:
+        """Plain table for JSON."""
+        return [asdict(c) for c in self.conditions]
+
+    @classmethod
+    def from_table(cls, table: list[dict[str, Any]]) -> Preflight:
+        """Inverse of `to_table`."""
+        return cls(tuple(Condition(**row) for row in table))
+
+
+def fingerprint(facts: Mapping[str, Any], providers: tuple[str, ...], spec: MeasureSpec) -> Fingerprint:
+    """The fingerprint made of what `agent.facts` reads on the device and how inference is asked to run there."""
+    kept = {name: facts[name] for name in Fingerprint.__dataclass_fields__ if name in facts}
+    return Fingerprint(**kept, providers=providers, threads=spec.threads, spin=spec.spin)
+
+
+def preflight(spec: MeasureSpec, state: Mapping[str, Any] | None = None, folder: Path | None = None) -> Preflight:
+    """Look at the device before a session; nothing is changed on it and nothing is refused here (`Preflight.require`).
+
+    state: what `agent.state` read on the device, the machine at hand if left out; folder: where results are written.
+    """
+    seen = dict(agent.state(str(folder or Path.cwd()))) if state is None else dict(state)
+    makers = (_busy, _load, _steal, _cores, _quota, _power, _heat, _throttle, _memory, _disk)
+    return Preflight(tuple(c for maker in makers if (c := maker(seen, spec)) is not None))
+
+
+def _busy(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
+    others = int(seen["runnable"])
+    why = (
+        "waiting threads that spin disturb each other: two equal networks then differ by 7.6 %"
+        if spec.spin
+        else ("they take the cores and the caches, so absolute times rise; ratios of one session stay true")
+    )
+    mend = (
+        "set measure.spin = false, or stop what else runs there." if spec.spin else "stop what else runs on the device."
+    )
+    return Condition("runnable threads", f"{others} of others", others == 0, why, mend, fatal=spec.spin)
+
+
+def _load(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
+    load, cores = float(seen["load"]), int(seen["cores"])
+    why = "the machine was busy in the last minute, so absolute times may be high"
+    return Condition(
+        "load", f"{load:.2f} on {cores} cores", load < 0.5 * cores, why, "wait, or stop what else runs there."
+    )
+
+
+def _steal(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
+    if seen.get("steal_percent") is None:
+        return None
+    steal = float(seen["steal_percent"])
+    why = "the host of this virtual machine gives its cores to others"
+    return Condition(
+        "steal", f"{steal:.1f} %", steal < STEAL_PERCENT, why, "measure at a quieter time or on real hardware."
+    )
+
+
+def _cores(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
+    cores = int(seen["cores"])
+    mend = f"set measure.threads = {cores} or lower."
+    why = f"{spec.threads} threads on {cores} cores wait for each other"
+    return Condition("cores", str(cores), spec.threads <= cores, why, mend, fatal=True)
+
+
+def _quota(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
+    quota = seen.get("cpu_quota")
+    value = "none" if quota is None else f"{float(quota):g} cores"
+    why = "the control group stops the process in the middle of inferences: the median hides it, mean and p99 do not"
+    return Condition("processor quota", value, quota is None, why, "lift the quota of the container or control group.")
+
+
+def _power(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
+    governor, clocks = str(seen["power"]), str(seen["clocks"])
+    if clocks == "hidden":
+        return Condition("clocks", "not shown by this system", True)
+    why = "the clock follows load and heat, so times move with what ran before"
+    mend = "lock the clock (cpupower frequency-set -g performance, jetson_clocks), or accept floating clocks."
+    return Condition("clocks", f"{clocks}, governor {governor or 'unknown'}", clocks == "locked", why, mend)
+
+
+def _heat(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
+    zones = dict(seen["temperatures"])
+    if not zones:
+        return None
+    name, hottest = max(zones.items(), key=lambda item: float(item[1]))
+    why = "a hot chip lowers its clock during the run"
+    return Condition(
+        "temperature",
+        f"{float(hottest):.0f} C at {name}",
+        float(hottest) < HOT_C,
+        why,
+        "let the device cool, or cool it better.",
+    )
+
+
+def _throttle(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
+    counters = dict(seen["throttle"])
+    if not counters:
+        return None
+    total = sum(int(count) for count in counters.values())
+    why = "the device has lowered its clock since it was started; a block in which a counter moves is rejected"
+    return Condition("throttle events", str(total), total == 0, why, "check cooling and power supply.")
+
+
+def _memory(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
+    if seen.get("memory_free_mib") is None:
+        return None
+    free = int(seen["memory_free_mib"])
+    why = "a network may not fit, or the system may swap during the run"
+    return Condition(
+        "free memory", f"{free} MiB", free >= FREE_MEMORY_MIB, why, "stop what holds memory on the device."
+    )
+
+
+def _disk(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
+    free = int(seen["disk_free_mib"])
+    why = f"raw samples need room; {FREE_DISK_MIB} MiB should be free"
+    return Condition("free disk", f"{free} MiB", free >= FREE_DISK_MIB, why, f"free space where {seen['folder']} lies.")

@@ -1,0 +1,541 @@
+"""Measurements and what may be said of them: raw nanoseconds are kept, every statistic is derived from them.
+
+Two levels of scatter, two tools (measurement.md, sections 2 and 3):
+
+- Between processes (memory layout, drift): the unit is a process. A ratio at the median is
+  e_i = median over rounds of log(block median of a / block median of b) in process i, and its bounds are
+  mean(e) -/+ t(0.99, R-1) sd(e) / sqrt(R): two one-sided 99 % bounds. Blocks of one round follow each other at once,
+  so what the machine does to both cancels.
+- Within a distribution: a percentile gets distribution-free bounds from order statistics, by the early-stopping rule
+  of MLPerf Inference with c = 0.99: of n samples the t-1 highest are discarded, t the largest with
+  P[Bin(n, 1-p) <= t] <= 1-c, and the highest left bounds the percentile from above; the lower bound is the mirror
+  image. With too few samples there is no bound and the value is None with the reason, never the maximum in disguise.
+
+A ratio of means or tails is the ratio of the pooled statistics. Its bounds are a two-level bootstrap (processes, then
+rounds inside them, the same rounds for both networks), stretched about the centre by
+t(0.99, R-1) / z(0.99) x sqrt(R / (R-1)) because few processes show too little of their own scatter.
+
+Flagged blocks are left out; nothing is ever trimmed by its value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from profiles.errors import DeployError, UsageError, near_miss
+from profiles.schema import Budget, MeasureSpec
+from targets.harness.device import Fingerprint, Preflight
+
+CONFIDENCE = 0.99
+CONTAMINATED = 0.20
+STOPPED = 0.05
+"""Share of blocks in which a processor quota stopped a network: a stop lasts as long as many blocks."""
+NEEDED = {"p90": 1024, "p99": 4096}
+"""Pooled inferences without which a tail percentile is not reported."""
+BOOTSTRAP = 1000
+SHARES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
+
+Statistic = Literal["p50", "mean", "p90", "p99"]
+Outcome = Literal["met", "missed", "undecided"]
+Nanoseconds = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """A statistic of latencies with its one-sided 99 % bounds, in milliseconds.
+
+    value_ms is None, with the reason, where there are too few samples; bounds that do not exist are 0 and infinity.
+    """
+
+    value_ms: float | None
+    low_ms: float
+    high_ms: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A ratio with its one-sided 99 % bounds. sd: scatter of its logarithm between processes; n: processes."""
+
+    center: float
+    low: float
+    high: float
+    sd: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.center:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """How a process was warmed up. windows_ns: medians of its last windows; steady: whether two in a row agreed."""
+
+    inferences: int
+    seconds: float
+    windows_ns: tuple[int, ...]
+    steady: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """One process's timed blocks of one network: one row a round.
+
+    ns: nanoseconds of each timed inference, int64, shape (rounds, timed). flagged: shape (rounds,), True where
+    something that is not the network disturbed the block. switches: involuntary context switches, shape (rounds,).
+    quota_stops: how often a control group's processor quota stopped the process, shape (rounds,).
+    """
+
+    ns: Nanoseconds
+    flagged: NDArray[np.bool_]
+    switches: NDArray[np.int64]
+    quota_stops: NDArray[np.int64]
+    warmup: Warmup
+
+    @property
+    def kept(self) -> Nanoseconds:
+        """Nanoseconds of the blocks that are not flagged, in one row; of all blocks where every one is flagged."""
+        return self.ns[self.usable].ravel()
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Rounds to use, shape (rounds,)."""
+        return np.ones_like(self.flagged) if bool(self.flagged.all()) else ~self.flagged
+
+    @property
+    def medians_ns(self) -> NDArray[np.float64]:
+        """Block medians, shape (rounds,)."""
+        medians: NDArray[np.float64] = np.median(self.ns, axis=1)
+        return medians
+
+
+def percentile_bounds(samples_ns: Nanoseconds, share: float) -> tuple[float, float]:
+    """Lower and upper 99 % bound in ms of the `share` quantile, distribution-free; 0 and infinity without one."""
+    ordered = np.sort(samples_ns)
+    n = ordered.size
+    drop_high = _count(n, 1.0 - share)
+    drop_low = _count(n, share)
+    high = float(ordered[n - drop_high]) * 1e-6 if drop_high >= 1 else math.inf
+    low = float(ordered[drop_low - 1]) * 1e-6 if drop_low >= 1 else 0.0
+    return low, high
+
+
+def _count(n: int, share: float) -> int:
+    """Largest t with P[Bin(n, share) <= t] <= 1 - c, or 0."""
+    if n == 0:
+        return 0
+    t = int(stats.binom.ppf(1.0 - CONFIDENCE, n, share))
+    while t >= 1 and float(stats.binom.cdf(t, n, share)) > 1.0 - CONFIDENCE:
+        t -= 1
+    return max(t, 0)
+
+
+def _quantile(samples_ns: Nanoseconds, statistic: Statistic, pooled: bool) -> Percentile:
+    n, share = int(samples_ns.size), SHARES[statistic]
+    low, high = percentile_bounds(samples_ns, share)
+    needed = NEEDED.get(statistic, 1) if pooled else 1
+    if n < needed:
+        return Percentile(None, low, high, f"{statistic} needs {needed} inferences, there are {n}")
+    if math.isinf(high):
+        return Percentile(None, low, high, f"{n} inferences are too few to bound {statistic} from above")
+    return Percentile(float(np.quantile(samples_ns, share)) * 1e-6, low, high)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """All raw samples of one artifact in one session.
+
+    name: its name in the session; sha256: of the artifact; runtime: name and version; processes: the `Blocks` of each
+    fresh process.
+    """
+
+    name: str
+    sha256: str
+    runtime: str
+    processes: tuple[Blocks, ...]
+
+    @cached_property
+    def pooled_ns(self) -> Nanoseconds:
+        """Nanoseconds of every usable inference of all processes."""
+        return np.concatenate([block.kept for block in self.processes])
+
+    @property
+    def p50_ms(self) -> float:
+        """Median over all usable inferences, in ms."""
+        return float(np.median(self.pooled_ns)) * 1e-6
+
+    @property
+    def mean_ms(self) -> float:
+        """Mean over all usable inferences, in ms."""
+        return float(np.mean(self.pooled_ns)) * 1e-6
+
+    @property
+    def p90(self) -> Percentile:
+        """Pooled 90th percentile."""
+        return _quantile(self.pooled_ns, "p90", pooled=True)
+
+    @property
+    def p99(self) -> Percentile:
+        """Pooled 99th percentile."""
+        return _quantile(self.pooled_ns, "p99", pooled=True)
+
+    @property
+    def mean(self) -> Percentile:
+        """Mean with a t bound over the means of the processes."""
+        means = np.array([float(np.mean(block.kept)) for block in self.processes]) * 1e-6
+        return Percentile(self.mean_ms, *_t_bounds(means))
+
+    @property
+    def p50(self) -> Percentile:
+        """Pooled median."""
+        return _quantile(self.pooled_ns, "p50", pooled=True)
+
+    @property
+    def spread(self) -> float:
+        """Process-to-process spread: standard deviation of the log medians of the processes; 0 for one process."""
+        medians = np.log([float(np.median(block.kept)) for block in self.processes])
+        return float(np.std(medians, ddof=1)) if medians.size > 1 else 0.0
+
+    @property
+    def flagged_share(self) -> float:
+        """Share of the blocks that are flagged."""
+        return float(np.mean(np.concatenate([block.flagged for block in self.processes])))
+
+    @property
+    def stopped_share(self) -> float:
+        """Share of the blocks in which a processor quota stopped the process."""
+        return float(np.mean(np.concatenate([block.quota_stops > 0 for block in self.processes])))
+
+    @property
+    def steady(self) -> bool:
+        """Whether every process was steady at the end of its warm-up."""
+        return all(block.warmup.steady for block in self.processes)
+
+    def statistic(self, name: Statistic) -> Percentile:
+        """The pooled statistic by name."""
+        return {"p50": self.p50, "mean": self.mean, "p90": self.p90, "p99": self.p99}[name]
+
+    def by_process(self, name: Statistic) -> tuple[Percentile, ...]:
+        """The statistic in every process alone. A process's mean is bounded by a t bound over its block means."""
+        if name == "mean":
+            return tuple(_block_mean(block) for block in self.processes)
+        return tuple(_quantile(block.kept, name, pooled=False) for block in self.processes)
+
+
+def _block_mean(block: Blocks) -> Percentile:
+    means = block.ns[block.usable].mean(axis=1) * 1e-6
+    return Percentile(float(means.mean()), *_t_bounds(means))
+
+
+def _t_bounds(values: NDArray[np.float64]) -> tuple[float, float]:
+    n = values.size
+    if n < 2:
+        return 0.0, math.inf
+    half = float(stats.t.ppf(CONFIDENCE, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return max(0.0, float(values.mean()) - half), float(values.mean()) + half
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """Artifacts measured in turn, and all that is needed to judge and to repeat it. Times of day are in UTC, ISO 8601.
+
+    order: for each process and round the names in the order they ran. telemetry: what was read during the run.
+    """
+
+    measurements: Mapping[str, Measurement]
+    fingerprint: Fingerprint
+    preflight: Preflight
+    spec: MeasureSpec
+    mode: Literal["rank", "accept"]
+    seed: int
+    order: tuple[tuple[tuple[str, ...], ...], ...]
+    started: str
+    ended: str
+    lease_owner: str
+    protocol: str
+    agent_sha256: str
+    telemetry: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def contaminated(self) -> bool:
+        """Whether too much was disturbed for any result: more than 20 % of some network's blocks flagged.
+
+        A processor quota that stops a single network is that network's own trouble and shows in its mean and p99; one
+        that stops every network is the device's, and contaminates too.
+        """
+        flagged = any(m.flagged_share > CONTAMINATED for m in self.measurements.values())
+        return flagged or all(m.stopped_share > STOPPED for m in self.measurements.values())
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the numbers come from the simulated device and are no user's."""
+        return self.fingerprint.simulated
+
+    def measurement(self, name: str) -> Measurement:
+        """The measurement of this name. Raises UsageError with the near miss."""
+        if name not in self.measurements:
+            raise UsageError(f"no network named '{name}' in this session. {near_miss(name, self.measurements)}")
+        return self.measurements[name]
+
+    def ratio(self, a: str, b: str, statistic: Statistic = "p50") -> Interval:
+        """Latency of `a` over that of `b` with 99 % bounds, which are 0 and infinity without enough samples."""
+        first, second = self.measurement(a), self.measurement(b)
+        return (
+            _median_ratio(first, second) if statistic == "p50" else _pooled_ratio(first, second, statistic, self.seed)
+        )
+
+    def to_json(self) -> str:
+        """Text form with every raw sample, exact."""
+        return json.dumps(_session_table(self), separators=(",", ":"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Session:
+        """Inverse of `to_json`. Raises DeployError for what is not a session of version 1."""
+        try:
+            table = json.loads(text)
+            if table["version"] != 1:
+                raise DeployError(f"the measurement has version {table['version']}, this tool reads version 1.")
+            return _session(table)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DeployError(f"not a measurement record: {type(error).__name__} {error}.") from None
+
+
+def _pairs(a: Measurement, b: Measurement) -> list[tuple[Blocks, Blocks, NDArray[np.bool_]]]:
+    """Processes of both with the rounds in which neither is flagged; all rounds where none is left."""
+    pairs = []
+    for one, two in zip(a.processes, b.processes, strict=True):
+        usable = ~one.flagged & ~two.flagged
+        pairs.append((one, two, usable if bool(usable.any()) else np.ones_like(usable)))
+    return pairs
+
+
+def _median_ratio(a: Measurement, b: Measurement) -> Interval:
+    logs = np.array([float(np.median(np.log(x.medians_ns / y.medians_ns)[use])) for x, y, use in _pairs(a, b)])
+    n, center = logs.size, float(logs.mean())
+    if n < 2:
+        return Interval(math.exp(center), 0.0, math.inf, 0.0, n)
+    sd = float(np.std(logs, ddof=1))
+    half = float(stats.t.ppf(CONFIDENCE, n - 1)) * sd / math.sqrt(n)
+    return Interval(math.exp(center), math.exp(center - half), math.exp(center + half), sd, n)
+
+
+def _pooled_ratio(a: Measurement, b: Measurement, statistic: Statistic, seed: int) -> Interval:
+    pairs = [(x.ns[use], y.ns[use]) for x, y, use in _pairs(a, b)]
+    n = len(pairs)
+    center = math.log(_pooled([x for x, _ in pairs], statistic) / _pooled([y for _, y in pairs], statistic))
+    enough = min(sum(x.size for x, _ in pairs), sum(y.size for _, y in pairs)) >= NEEDED.get(statistic, 1)
+    if n < 2 or not enough:
+        return Interval(math.exp(center), 0.0, math.inf, 0.0, n)
+    logs = _bootstrap(pairs, statistic, np.random.default_rng(seed))
+    stretch = float(stats.t.ppf(CONFIDENCE, n - 1) / stats.norm.ppf(CONFIDENCE)) * math.sqrt(n / (n - 1))
+    low, high = (center + stretch * (float(np.quantile(logs, q)) - center) for q in (1.0 - CONFIDENCE, CONFIDENCE))
+    sd = float(np.std(logs, ddof=1)) * math.sqrt(n * n / (n - 1))
+    return Interval(math.exp(center), math.exp(min(low, center)), math.exp(max(high, center)), sd, n)
+
+
+def _pooled(blocks: list[Nanoseconds], statistic: Statistic) -> float:
+    samples = np.concatenate([block.ravel() for block in blocks])
+    return float(np.mean(samples)) if statistic == "mean" else float(np.quantile(samples, SHARES[statistic]))
+
+
+def _bootstrap(
+    pairs: list[tuple[Nanoseconds, Nanoseconds]], statistic: Statistic, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Log ratios of the pooled statistic, shape (BOOTSTRAP,). A resample is a count for every round of a process."""
+    n = len(pairs)
+    picks = rng.multinomial(n, np.full(n, 1.0 / n), size=BOOTSTRAP)
+    rounds = [len(x) for x, _ in pairs]
+    counts = np.concatenate(
+        [rng.multinomial(picks[:, i] * size, np.full(size, 1.0 / size)) for i, size in enumerate(rounds)], axis=1
+    )
+    first, second = (_weighted([pair[side] for pair in pairs], counts, statistic) for side in (0, 1))
+    logs: NDArray[np.float64] = np.log(first / second)
+    return logs
+
+
+def _weighted(blocks: list[Nanoseconds], counts: NDArray[np.int64], statistic: Statistic) -> NDArray[np.float64]:
+    """The statistic of the pooled samples when round r counts counts[:, r] times, shape (resamples,)."""
+    if statistic == "mean":
+        sums = np.concatenate([block.sum(axis=1) for block in blocks])
+        sizes = np.concatenate([np.full(len(block), block.shape[1]) for block in blocks])
+        means: NDArray[np.float64] = (counts @ sums) / (counts @ sizes)
+        return means
+    samples = np.concatenate([block.ravel() for block in blocks])
+    starts = np.cumsum([0, *(len(block) for block in blocks[:-1])])
+    owners = np.concatenate([s + np.repeat(np.arange(len(b)), b.shape[1]) for s, b in zip(starts, blocks, strict=True)])
+    ranking = np.argsort(samples)
+    samples, owners = samples[ranking], owners[ranking]
+    values = np.empty(len(counts))
+    for i, row in enumerate(counts):
+        passed = np.cumsum(row[owners])
+        values[i] = samples[np.searchsorted(passed, SHARES[statistic] * passed[-1])]
+    return values
+
+
+# --- what is said of a budget --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict with its numbers. value, low, high and limit are ratios for a relative budget, else milliseconds."""
+
+    verdict: Outcome
+    value: float
+    low: float
+    high: float
+    limit: float
+    unit: Literal["x", "ms"]
+    reason: str
+
+
+def judge(session: Session, candidate: str, dense: str, budget: Budget) -> Judgement:
+    """Whether a candidate keeps a budget, with the numbers that say so.
+
+    Relative: met when the upper 99 % bound of the interleaved ratio is at most the budget, missed when the lower bound
+    is above it. Absolute: met when the upper bound of the declared percentile is at most the limit in every process,
+    missed when the lower bound is above it in every one. Anything else, a contaminated session included, is undecided.
+    """
+    judged = (
+        _judge_ratio(session, candidate, dense, budget)
+        if budget.ratio is not None
+        else _judge_limit(session, candidate, budget)
+    )
+    if session.contaminated:
+        reason = "the session is contaminated: more than 20 % of the blocks of a network were disturbed"
+        return Judgement("undecided", judged.value, judged.low, judged.high, judged.limit, judged.unit, reason)
+    return judged
+
+
+def verdict(session: Session, candidate: str, dense: str, budget: Budget) -> Outcome:
+    """The bare verdict of `judge`."""
+    return judge(session, candidate, dense, budget).verdict
+
+
+def _outcome(low: float, high: float, limit: float) -> Outcome:
+    return "met" if high <= limit else "missed" if low > limit else "undecided"
+
+
+def _judge_ratio(session: Session, candidate: str, dense: str, budget: Budget) -> Judgement:
+    limit = float(budget.ratio or 0.0)
+    interval = session.ratio(candidate, dense, budget.percentile)
+    outcome = _outcome(interval.low, interval.high, limit)
+    bounds = f"bounds {interval.low:.3f} to {interval.high:.3f}"
+    reason = f"{budget.percentile} is {interval.center:.3f}x of '{dense}', {bounds}, budget {limit:g}x"
+    return Judgement(outcome, interval.center, interval.low, interval.high, limit, "x", reason)
+
+
+def _judge_limit(session: Session, candidate: str, budget: Budget) -> Judgement:
+    limit = float(budget.limit_ms or 0.0)
+    measurement = session.measurement(candidate)
+    each = measurement.by_process(budget.percentile)
+    low, high = min(p.low_ms for p in each), max(p.high_ms for p in each)
+    pooled = measurement.statistic(budget.percentile)
+    value = pooled.value_ms if pooled.value_ms is not None else math.nan
+    if pooled.value_ms is None:
+        return Judgement("undecided", value, low, high, limit, "ms", pooled.reason)
+    outcome = _outcome(low, high, limit)
+    bounds = f"bounds over {len(each)} processes {low:.3f} to {high:.3f} ms"
+    reason = f"{budget.percentile} is {value:.3f} ms, {bounds}, budget {limit:g} ms"
+    return Judgement(outcome, value, low, high, limit, "ms", reason)
+
+
+# --- text form -----------------------------------------------------------------------------------------------------
+
+
+def _block_table(block: Blocks) -> dict[str, Any]:
+    return {
+        "ns": block.ns.tolist(),
+        "flagged": [int(f) for f in block.flagged],
+        "switches": block.switches.tolist(),
+        "quota_stops": block.quota_stops.tolist(),
+        "warmup": {
+            "inferences": block.warmup.inferences,
+            "seconds": block.warmup.seconds,
+            "windows_ns": list(block.warmup.windows_ns),
+            "steady": block.warmup.steady,
+        },
+    }
+
+
+def block_from_table(table: Mapping[str, Any]) -> Blocks:
+    """A process's blocks from their plain table. Raises ValueError where the shapes do not agree."""
+    ns = np.array(table["ns"], dtype=np.int64)
+    flagged = np.array(table["flagged"], dtype=bool)
+    switches = np.array(table["switches"], dtype=np.int64)
+    stops = np.array(table["quota_stops"], dtype=np.int64)
+    if ns.ndim != 2 or not ns.size or bool((ns <= 0).any()):
+        raise ValueError(f"samples of shape {ns.shape} are not rounds of positive nanoseconds")
+    if not (flagged.shape == switches.shape == stops.shape == ns.shape[:1]):
+        raise ValueError(
+            f"{ns.shape[0]} rounds, but {flagged.size} flags, {switches.size} switches and {stops.size} stops"
+        )
+    for array in (ns, flagged, switches, stops):
+        array.setflags(write=False)
+    warmup = dict(table["warmup"])
+    warmup["windows_ns"] = tuple(warmup["windows_ns"])
+    return Blocks(ns, flagged, switches, stops, Warmup(**warmup))
+
+
+def _session_table(session: Session) -> dict[str, Any]:
+    names = list(session.measurements)
+    position = {name: index for index, name in enumerate(names)}
+    return {
+        "version": 1,
+        "names": names,
+        "measurements": [
+            {
+                "name": m.name,
+                "sha256": m.sha256,
+                "runtime": m.runtime,
+                "processes": [_block_table(b) for b in m.processes],
+            }
+            for m in session.measurements.values()
+        ],
+        "fingerprint": session.fingerprint.to_table(),
+        "fingerprint_sha256": session.fingerprint.digest(),
+        "preflight": session.preflight.to_table(),
+        "spec": session.spec.model_dump(),
+        "mode": session.mode,
+        "seed": session.seed,
+        "order": [[[position[name] for name in turn] for turn in process] for process in session.order],
+        "started": session.started,
+        "ended": session.ended,
+        "lease_owner": session.lease_owner,
+        "protocol": session.protocol,
+        "agent_sha256": session.agent_sha256,
+        "telemetry": dict(session.telemetry),
+    }
+
+
+def _session(table: Mapping[str, Any]) -> Session:
+    names = [str(name) for name in table["names"]]
+    measurements = {
+        row["name"]: Measurement(
+            row["name"], row["sha256"], row["runtime"], tuple(block_from_table(b) for b in row["processes"])
+        )
+        for row in table["measurements"]
+    }
+    return Session(
+        measurements=measurements,
+        fingerprint=Fingerprint.from_table(table["fingerprint"]),
+        preflight=Preflight.from_table(table["preflight"]),
+        spec=MeasureSpec.model_validate(table["spec"]),
+        mode=table["mode"],
+        seed=int(table["seed"]),
+        order=tuple(tuple(tuple(names[i] for i in turn) for turn in process) for process in table["order"]),
+        started=table["started"],
+        ended=table["ended"],
+        lease_owner=table["lease_owner"],
+        protocol=table["protocol"],
+        agent_sha256=table["agent_sha256"],
+        telemetry={str(key): float(value) for key, value in table["telemetry"].items()},
+    )

@@ -1,0 +1,102 @@
+"""ONNX Runtime: the artifact is the ONNX file itself, checked to open and run.
+
+Session settings are those of the measuring agent: sequential execution, one inter-op thread, all graph optimisations,
+no spinning.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from profiles.errors import DeployError
+from targets.harness import agent
+from targets.runtimes.base import Array, Opened, Port, Runtime
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime on the processor."""
+
+    name = "onnxruntime"
+
+    def version(self) -> str:
+        """Version of the installed wheel."""
+        for wheel in ("onnxruntime", "onnxruntime-gpu"):
+            try:
+                return metadata.version(wheel)
+            except metadata.PackageNotFoundError:
+                continue
+        raise DeployError("onnxruntime is not installed.", "pip install onnxruntime")
+
+    def build(self, onnx: Path, out: Path, providers: Sequence[str], threads: int) -> Path:
+        """Copy the ONNX file to `out` after opening it and running it once on zeros."""
+        opened = self.open(onnx, providers, threads)
+        arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
+        try:
+            opened.run(arrays)
+        except agent.runtime_errors() as error:
+            raise DeployError(
+                f"'{onnx}' opens in ONNX Runtime {self.version()} but does not run: {agent.error_text(error)}."
+            ) from None
+        try:
+            if onnx.resolve() != out.resolve():
+                out.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(onnx, out)
+        except OSError as error:
+            raise DeployError(
+                f"cannot write '{out}': {error.strerror}.", "free space or choose another folder."
+            ) from None
+        return out
+
+    def open(self, artifact: Path, providers: Sequence[str], threads: int) -> Opened:
+        """Open an ONNX file."""
+        if not artifact.is_file():
+            raise DeployError(f"there is no file '{artifact}'.")
+        try:
+            return OrtSession(artifact, providers, threads)
+        except agent.runtime_errors() as error:
+            raise unreadable(str(artifact), self.version(), agent.error_text(error)) from None
+
+
+class OrtSession(Opened):
+    """An ONNX file opened by ONNX Runtime."""
+
+    def __init__(self, path: Path, providers: Sequence[str], threads: int) -> None:
+        import onnxruntime as ort
+
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 3
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session: Any = ort.InferenceSession(str(path), settings, providers=list(providers))
+        self.inputs = tuple(_port(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_port(value) for value in self._session.get_outputs())
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """Outputs for arrays of the declared shapes."""
+        feeds = {port.name: array for port, array in zip(self.inputs, arrays, strict=True)}
+        return list(self._session.run(None, feeds))
+
+
+def _port(value: Any) -> Port:
+    shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+    return Port(value.name, shape, agent.NUMPY_TYPES.get(value.type, value.type))
+
+
+def unreadable(path: str, version: str, why: str) -> DeployError:
+    """The error for a model that ONNX Runtime does not open."""
+    return DeployError(
+        f"ONNX Runtime {version} cannot open '{path}': {why}.",
+        "export the network again, or check the file.",
+    )
+
+
+def runtime() -> Runtime:
+    """The plug-in."""
+    return OnnxRuntime()

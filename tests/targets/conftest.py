@@ -1,0 +1,72 @@
+"""Small convolutional networks as ONNX files, and a measuring spec that takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from profiles.schema import MeasureSpec, Profile, load_profile
+
+MakeConv = Callable[..., Path]
+
+
+def write_conv(path: Path, channels: int = 16, size: int = 16, layers: int = 2, batch: int | str | None = 1) -> Path:
+    """A chain of 3x3 convolutions with ReLU, then the mean of each map: (batch, 3, size, size) -> (batch, channels)."""
+    rng = np.random.default_rng(0)
+    nodes, weights, last, width = [], [], "input", 3
+    for i in range(layers):
+        kernel = (rng.standard_normal((channels, width, 3, 3)) * 0.1).astype(np.float32)
+        weights.append(numpy_helper.from_array(kernel, f"w{i}"))
+        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"]))
+        last, width = f"r{i}", channels
+    nodes.append(helper.make_node("GlobalAveragePool", [last], ["pooled"]))
+    nodes.append(helper.make_node("Flatten", ["pooled"], ["output"]))
+    ports = (
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, size, size]),
+        helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, channels]),
+    )
+    graph = helper.make_graph(nodes, "conv", [ports[0]], [ports[1]], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def conv(tmp_path: Path) -> MakeConv:
+    """Makes such a network under a name in the temporary folder."""
+    return lambda name="net", **sizes: write_conv(tmp_path / f"{name}.onnx", **sizes)
+
+
+@pytest.fixture
+def quick() -> MeasureSpec:
+    """A spec with few rounds and short warm-ups."""
+    return MeasureSpec(
+        rank_processes=2,
+        rank_rounds=8,
+        accept_processes=2,
+        accept_rounds=8,
+        block_min_ms=1.0,
+        warmup_s=0.1,
+        warmup_inferences=10,
+        warmup_max_s=0.5,
+        max_seconds=60.0,
+    )
+
+
+@pytest.fixture
+def local() -> Profile:
+    """The profile of the machine at hand."""
+    return load_profile("local")
+
+
+@pytest.fixture
+def simulated() -> Profile:
+    """The profile of the simulated device."""
+    return load_profile("simulated")

@@ -1,0 +1,123 @@
+"""Who a device is, and what could spoil a measurement on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from profiles.errors import UndecidedError
+from profiles.schema import MeasureSpec
+from targets.harness import agent, device
+from targets.harness.device import Fingerprint, Preflight, preflight
+
+CALM = {
+    "load": 0.1,
+    "cores": 4,
+    "runnable": 0,
+    "steal_percent": 0.0,
+    "cpu_quota": None,
+    "power": "performance",
+    "clocks": "locked",
+    "temperatures": {"soc 0": 45.0, "gpu 1": 50.0},
+    "throttle": {"oc1": 0},
+    "memory_free_mib": 4000,
+    "disk_free_mib": 9000,
+    "folder": "/data",
+}
+
+
+def fingerprint(**changes) -> Fingerprint:
+    return replace(device.fingerprint(agent.facts("onnxruntime"), ("CPUExecutionProvider",), MeasureSpec()), **changes)
+
+
+def spoilt(spec: MeasureSpec | None = None, **changes):
+    return {c.name: c for c in preflight(spec or MeasureSpec(), {**CALM, **changes}).spoilt}
+
+
+def test_a_fingerprint_is_the_same_when_it_is_read_again():
+    assert fingerprint() == fingerprint()
+    assert fingerprint().digest() == fingerprint().digest()
+
+
+def test_a_fingerprint_names_the_runtime_that_is_installed():
+    import onnxruntime
+
+    made = fingerprint()
+    assert (made.runtime, made.runtime_version) == ("onnxruntime", onnxruntime.__version__)
+    assert len(made.runtime_build) == len(made.cpu_flags) == 64
+    assert made.cores >= 1 and made.memory_mib > 0 and made.cpu and made.machine and made.kernel
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"runtime_version": "0.0"}, {"threads": 7}, {"spin": True}, {"power": "x"}, {"kernel": "x"}, {"cores": 99}],
+)
+def test_whatever_a_latency_depends_on_changes_the_digest(change):
+    assert fingerprint(**change).digest() != fingerprint().digest()
+    assert list(fingerprint(**change).differs(fingerprint())) == list(change)
+
+
+def test_a_fingerprint_comes_back_from_its_table():
+    assert Fingerprint.from_table(fingerprint().to_table()) == fingerprint()
+
+
+def test_a_calm_device_spoils_nothing():
+    assert spoilt() == {}
+    preflight(MeasureSpec(spin=True), CALM).require()
+
+
+def test_a_busy_machine_is_recorded_and_not_refused():
+    state = preflight(MeasureSpec(), {**CALM, "runnable": 3, "load": 5.0})
+    assert [c.name for c in state.spoilt] == ["runnable threads", "load"]
+    assert state.require() is state
+
+
+def test_spinning_threads_on_a_busy_machine_are_refused():
+    with pytest.raises(UndecidedError) as error:
+        preflight(MeasureSpec(spin=True), {**CALM, "runnable": 2}).require()
+    assert str(error.value) == (
+        "cannot measure: runnable threads is 2 of others; waiting threads that spin disturb each other: "
+        "two equal networks then differ by 7.6 %.\nset measure.spin = false, or stop what else runs there."
+    )
+
+
+def test_more_threads_than_cores_are_refused():
+    with pytest.raises(UndecidedError) as error:
+        preflight(MeasureSpec(threads=8), CALM).require()
+    assert (
+        str(error.value)
+        == "cannot measure: cores is 4; 8 threads on 4 cores wait for each other.\nset measure.threads = 4 or lower."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "value"),
+    [
+        ({"steal_percent": 7.25}, "steal", "7.2 %"),
+        ({"cpu_quota": 0.4}, "processor quota", "0.4 cores"),
+        ({"clocks": "floating", "power": "powersave"}, "clocks", "floating, governor powersave"),
+        ({"temperatures": {"soc 0": 93.4}}, "temperature", "93 C at soc 0"),
+        ({"throttle": {"oc1": 2, "oc3": 1}}, "throttle events", "3"),
+        ({"memory_free_mib": 100}, "free memory", "100 MiB"),
+        ({"disk_free_mib": 10}, "free disk", "10 MiB"),
+    ],
+)
+def test_each_thing_that_spoils_a_number_is_named_with_why_and_how_to_mend_it(change, name, value):
+    found = spoilt(**change)
+    assert list(found) == [name]
+    assert found[name].value == value
+    assert found[name].why and found[name].mend.endswith(".")
+
+
+def test_what_a_system_does_not_show_is_left_out_and_not_guessed():
+    state = preflight(
+        MeasureSpec(), {**CALM, "steal_percent": None, "memory_free_mib": None, "temperatures": {}, "throttle": {}}
+    )
+    assert not {"steal", "free memory", "temperature", "throttle events"} & {c.name for c in state.conditions}
+
+
+def test_the_preflight_of_this_machine_comes_back_from_its_table(tmp_path):
+    state = preflight(MeasureSpec(), folder=tmp_path / "not" / "yet" / "made")
+    assert Preflight.from_table(state.to_table()) == state
+    assert {"load", "cores", "free disk"} <= {c.name for c in state.conditions}

@@ -1,0 +1,84 @@
+"""What every target and every runtime does, run over the whole folder."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+
+from profiles import plugins
+from profiles.errors import UsageError
+from profiles.schema import load_profile, profile_names
+from targets.base import Target, load_target
+from targets.harness import lease as leases
+from targets.harness.measurement import Session
+from targets.runtimes.base import Runtime, load_runtime
+
+TARGETS = plugins.names("targets")
+
+
+@pytest.fixture
+def target(request, tmp_path, monkeypatch):
+    (tmp_path / "lock").mkdir()
+    monkeypatch.setattr(leases, "lease_folder", lambda: tmp_path / "lock")
+    return load_target(load_profile("local", {"target": request.param}), tmp_path / ".deploy")
+
+
+def test_the_folder_lists_its_targets():
+    assert {"local", "simulated"} <= set(TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+def test_every_target_measures_interleaved_and_says_who_it_is(target, conv, quick):
+    assert isinstance(target, Target)
+    artifact = target.build(conv("net"), target.state / "model.onnx")
+    session = target.measure({"a": artifact, "b": artifact}, quick, "rank")
+    assert list(session.measurements) == ["a", "b"]
+    assert session.fingerprint.digest() == target.fingerprint().digest()
+    assert Session.from_json(session.to_json()).ratio("a", "b") == session.ratio("a", "b")
+
+
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+def test_every_target_times_rows_and_infers(target, conv):
+    times = target.rows([conv("net"), conv("net")], conv("net"), 4)
+    assert times.ms.shape == (2, 4) and (times.ms > 0).all() and (times.reference_ms > 0).all()
+    (out,) = target.infer(conv("net", size=8), [np.zeros((3, 3, 8, 8), np.float32)])
+    assert out.shape == (3, 16)
+
+
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+def test_every_target_explains_what_is_not_as_it_should_be(target):
+    conditions = target.doctor()
+    assert conditions
+    assert all(c.why and c.mend for c in conditions if not c.ok)
+
+
+@pytest.mark.parametrize("name", plugins.names("targets.runtimes"))
+def test_every_runtime_says_its_name_and_version(name):
+    runtime = load_runtime(name)
+    assert isinstance(runtime, Runtime) and runtime.name and runtime.version()
+
+
+@pytest.mark.parametrize("name", [*TARGETS, *(f"runtimes.{r}" for r in plugins.names("targets.runtimes"))])
+def test_every_plug_in_says_in_one_line_what_it_is(name):
+    package, _, stem = f"targets.{name}".rpartition(".")
+    assert 20 < len(plugins.summary(package, stem)) <= 120
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_names_a_target_and_a_runtime_that_exist(name):
+    profile = load_profile(name)
+    assert profile.target in TARGETS
+    assert profile.runtime in plugins.names("targets.runtimes")
+
+
+def test_an_unknown_target_names_its_near_miss(tmp_path):
+    with pytest.raises(UsageError) as error:
+        load_target(load_profile("local", {"target": "locl"}), tmp_path)
+    assert str(error.value) == "no target named 'locl'. Did you mean 'local'?\ndeploy list targets"
+
+
+def test_the_abstract_verbs_are_documented():
+    for name in Target.__abstractmethods__:
+        assert inspect.getdoc(getattr(Target, name))

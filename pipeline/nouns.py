@@ -108,15 +108,11 @@ class Topology:
 
     def group(self, id: str) -> ChannelGroup:
         """The group with this id. Raises KeyError."""
-        return next(g for g in self.groups if g.id == id) if any(g.id == id for g in self.groups) else _missing(id)
+        return {group.id: group for group in self.groups}[id]
 
     def block(self, id: str) -> Block:
         """The block with this id. Raises KeyError."""
-        return next(b for b in self.blocks if b.id == id) if any(b.id == id for b in self.blocks) else _missing(id)
-
-
-def _missing(id: str) -> Any:
-    raise KeyError(id)
+        return {block.id: block for block in self.blocks}[id]
 
 
 # --- what is decided ---------------------------------------------------------------------------------------------
@@ -247,6 +243,16 @@ class Sensitivity:
         curve = sorted(self.groups[group].items())
         return float(np.interp(width, [w for w, _ in curve], [v for _, v in curve]))
 
+    def to_table(self) -> dict[str, Any]:
+        """Plain data from which `from_table` makes an equal one."""
+        return {"groups": {id: sorted(curve.items()) for id, curve in self.groups.items()}, "blocks": dict(self.blocks)}
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Sensitivity:
+        """Inverse of `to_table`."""
+        groups = {id: {int(width): float(loss) for width, loss in curve} for id, curve in table["groups"].items()}
+        return cls(groups, {id: float(loss) for id, loss in table["blocks"].items()})
+
 
 # --- latency -------------------------------------------------------------------------------------------------------
 
@@ -268,7 +274,7 @@ class Site:
     """A piece of the network that is one row of the table: a residual block, or one layer with what follows it.
 
     dims: its distinct channel counts, inputs first. block: the removable block whose branch it holds. nodes: names of its ONNX nodes.
-    chainable: output shape equals input shape at all widths, so that copies can be chained and a slope measured.
+    chainable: copies can be strung together and a slope measured (`RowBuilder.copies` says how many, also when dropped).
     """
 
     id: str
@@ -287,8 +293,19 @@ class RowBuilder(Protocol):
         """Every site of the dense graph, in execution order; together they hold each node once."""
         ...
 
+    def copies(self, site: Site, *, dropped: bool = False) -> tuple[int, int]:
+        """Two numbers of copies (few, many) that measure the site: ms = (t(many) - t(few)) / (many - few).
+
+        (1, 3) or (2, 6) where copies can be strung together; else (0, 1): the site and what surrounds it, minus that.
+        """
+        ...
+
     def row(self, site: Site, widths: tuple[int, ...], *, copies: int = 1, dropped: bool = False) -> bytes:
-        """A runnable ONNX model of the site at these channel counts (one a dim), `copies` of it in a chain."""
+        """A runnable ONNX model with `copies` of the site at these channel counts (one a dim); 0 is what surrounds them.
+
+        dropped: with the removable block's branch gone. Equal bytes for equal rows, so that t(many) = t(few) = nothing
+        to measure where the models are the same.
+        """
         ...
 
     def terms(self, site: Site, widths: tuple[int, ...], *, dropped: bool = False) -> dict[str, float]:
@@ -344,6 +361,40 @@ class LatencyTable:
             total += cost.dropped_ms.get(key, 0.0) if off else cost.ms[key]
         ms = total * self.correction
         return Prediction(ms, ms * self.spread)
+
+    def to_table(self) -> dict[str, Any]:
+        """Plain data from which `from_table` makes an equal table."""
+
+        def costs(ms: Mapping[tuple[int, ...], float]) -> list[list[Any]]:
+            return [[list(key), value] for key, value in sorted(ms.items())]
+
+        sites = [
+            {
+                "id": c.site.id, "kind": c.site.kind, "block": c.site.block, "chainable": c.site.chainable, "nodes": list(c.site.nodes),
+                "dims": [[[list(term) for term in dim.terms], dim.constant] for dim in c.site.dims],
+                "ms": costs(c.ms), "dropped_ms": costs(c.dropped_ms), "measured": sorted(list(key) for key in c.measured),
+            }
+            for c in self.sites
+        ]  # fmt: skip
+        own = {"grid": self.grid, "dense_ms": self.dense_ms, "fixed_ms": self.fixed_ms, "correction": self.correction, "spread": self.spread}
+        return {"sites": sites, "choices": {id: list(widths) for id, widths in self.choices.items()}, **own}
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> LatencyTable:
+        """Inverse of `to_table`."""
+
+        def costs(rows: list[list[Any]]) -> dict[tuple[int, ...], float]:
+            return {tuple(key): float(value) for key, value in rows}
+
+        sites = []
+        for row in table["sites"]:
+            dims = tuple(Dim(tuple((str(g), int(c)) for g, c in terms), int(constant)) for terms, constant in row["dims"])
+            site = Site(row["id"], row["kind"], dims, tuple(row["nodes"]), row["block"], row["chainable"])
+            measured = frozenset(tuple(key) for key in row["measured"])
+            sites.append(SiteCost(site, costs(row["ms"]), costs(row["dropped_ms"]), measured))
+        choices = {id: tuple(widths) for id, widths in table["choices"].items()}
+        numbers = {name: table[name] for name in ("grid", "dense_ms", "fixed_ms", "correction", "spread")}
+        return cls(tuple(sites), choices, **numbers)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pipeline.nouns import Cut, DropBlock, KeepUnits, PruningPlan, Ranking, Sensitivity, Topology
 from pipeline.prune.capture import Network
@@ -100,27 +100,36 @@ def _behind(network: Network, pruned: fx.GraphModule, add: str) -> set[str]:
 
 
 def _start(pruned: fx.GraphModule, changed: frozenset[str], values: Mapping[str, object]) -> dict[fx.Node, object]:
-    """Values that a run of the pruned graph can start from: everything that no change reaches, where it is still read."""
+    """What a run of the pruned graph need not compute: nodes that no change reaches, with their value where it is read."""
     dirty: set[fx.Node] = set()
     for node in pruned.graph.nodes:
         if node.name in changed or any(n in dirty for n in node.all_input_nodes):
             dirty.add(node)
-    clean = [node for node in pruned.graph.nodes if node not in dirty]
-    return {node: values[node.name] for node in clean if node.name in values and node.op != "placeholder"}
+    again: set[fx.Node] = set()
+    for node in reversed(pruned.graph.nodes):
+        read = any(user in dirty or user in again for user in node.users)
+        if node not in dirty and node.op != "placeholder" and read and node.name not in values:
+            again.add(node)
+    clean = [n for n in pruned.graph.nodes if n not in dirty and n not in again and n.op != "placeholder"]
+    return {node: values.get(node.name) for node in clean}
 
 
 class _Keeping(fx.Interpreter):
-    """Keeps results, in execution order, up to a limit of memory."""
+    """Keeps the results that edits start from (what a layer or an addition reads, not what lies inside a layer and its norm)."""
 
     def __init__(self, graph: fx.GraphModule, limit: int) -> None:
         super().__init__(graph)
         self.left = limit
         self.kept: dict[str, object] = {}
 
+    def _inside(self, n: fx.Node) -> bool:
+        module = self.submodules.get(str(n.target)) if n.op == "call_module" else None
+        return len(n.users) == 1 and isinstance(module, nn.Conv1d | nn.Conv2d | nn.modules.batchnorm._BatchNorm)
+
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-        if n.op == "output" or size <= self.left:
+        if n.op == "output" or (size <= self.left and not self._inside(n)):
             self.left -= size
             self.kept[n.name] = value
         return value
@@ -131,6 +140,14 @@ def _dense_values(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str
     run = _Keeping(graph, KEEP_MIB << 20)
     run.run(*inputs)
     return run.kept
+
+
+def affordable(network: Network, limit_mib: int = KEEP_MIB) -> int:
+    """How many samples fit: those whose layer inputs together take `limit_mib`."""
+    keeping = _Keeping(network.graph, 0)
+    nodes = [node for node in network.graph.graph.nodes if node.name in network.shapes and not keeping._inside(node)]
+    each = sum(4 * math.prod(network.shapes[node.name][1:]) for node in nodes)
+    return max(16, (limit_mib << 20) // max(1, each))
 
 
 def measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pipeline.nouns import Cut, PruningPlan
 from pipeline.prune import operators
 from pipeline.prune.capture import Network
 from pipeline.prune.plan import resolve
+from profiles.errors import DeployError
 
 
 def prune(network: Network, plan: PruningPlan) -> fx.GraphModule:
@@ -96,3 +98,26 @@ def _refit(module: nn.Module) -> None:
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.numel()
+
+
+def restore(pruned: fx.GraphModule, state: Mapping[str, Tensor], where: str) -> fx.GraphModule:
+    """Load the weights of a pruned network into its structure, in place; biases that a repair has added are made.
+
+    Raises DeployError naming the first tensor that is missing, unexpected or of another shape.
+    """
+    for name in state:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = pruned.get_submodule(path)
+        except AttributeError:
+            continue
+        if leaf == "bias" and getattr(owner, "bias", 0) is None:
+            owner.bias = nn.Parameter(torch.zeros(state[name].shape))
+    own = pruned.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            raise DeployError(f"{where}: the tensor '{name}' is {'missing' if name not in state else 'unexpected'}.", "the plan and the weights are not of one run.")
+        if own[name].shape != state[name].shape:
+            raise DeployError(f"{where}: '{name}' is {tuple(state[name].shape)}, and the plan makes it {tuple(own[name].shape)}.")
+    pruned.load_state_dict(dict(state))
+    return pruned

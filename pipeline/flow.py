@@ -1,0 +1,442 @@
+"""The whole pipeline on one page, read from top to bottom: a trained network becomes a bundle that keeps its budget.
+
+    capture → dense ONNX → rankings → table → values → search (choose, narrow, measure, correct)
+            → repair → recover → export → measure → gate → bundle
+
+Each step is a stage with a key; what is measured is journalled, so a run that was killed ends with the same bundle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import torch
+from safetensors.torch import load_file, save_file
+from torch import fx
+
+from pipeline.graph.export import export
+from pipeline.graph.narrow import narrow_file
+from pipeline.graph.optimize import PassLog, optimize
+from pipeline.graph.rows import Rows
+from pipeline.graph.verify import check_model
+from pipeline.latency.solvers.base import Solver
+from pipeline.latency.store import Store
+from pipeline.latency.tabulate import tabulate
+from pipeline.latency.timing import Tally
+from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Topology
+from pipeline.project import Project, load_project, predict_torch
+from pipeline.prune.capture import Network, capture
+from pipeline.prune.evidence import Evidence, Samples
+from pipeline.prune.groups import find_groups
+from pipeline.prune.neutral import macs
+from pipeline.prune.plan import make_plan, resolve
+from pipeline.prune.ranking import rank
+from pipeline.prune.repair import MODES, repair
+from pipeline.prune.sensitivity import LossProbe, affordable, measure
+from pipeline.prune.surgery import prune, restore
+from pipeline.prune.taps import DenseTaps
+from pipeline.recover.train import RecoverData, recover
+from pipeline.report.data import ReportData, summary
+from pipeline.run import BuildRequest, Run
+from pipeline.search import Found, Loop, Measured, dense_prediction, search
+from pipeline.stage import Outcome, Stage
+from profiles import plugins
+from profiles.errors import DeployError
+from profiles.schema import Budget, Profile, load_profile
+from targets.base import Target, load_target
+from targets.harness.measurement import Judgement, Session, judge
+
+TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
+DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
+VALUE_SAMPLES = 384
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """How a build ended. summary: the one JSON object of `--json`. exit_code: as profiles/errors.py says."""
+
+    summary: Mapping[str, Any]
+    report: ReportData | None
+    bundle: Path | None
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every step needs: the run, what was asked, the device, the user's project and the captured network."""
+
+    run: Run
+    profile: Profile
+    budget: Budget
+    target: Target
+    project: Project
+    network: Network
+    samples: Samples
+    repairs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def topology(self) -> Topology:
+        """The network's topology."""
+        return self.network.topology
+
+    @property
+    def source(self) -> str:
+        """Hash of the project: what every stage's key begins with."""
+        return self.project.digest()
+
+    def scratch(self, name: str) -> Path:
+        """A file of this run that is not a result."""
+        return self.run.folder("work") / name
+
+
+def build(request: BuildRequest) -> BuildResult:
+    """Run the pipeline. Raises DeployError for what the user can mend; a missed budget or accuracy is a result, not an error."""
+    project = load_project(request.project)
+    profile = load_profile(request.target, _merged(project.overrides, request.overrides))
+    budget = Budget.parse(request.budget) if request.budget else profile.budget
+    if budget is None:
+        raise DeployError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
+    target = load_target(profile, request.root / ".deploy")
+    model = project.model()
+    samples = _samples(project, profile.prune.calibration)
+    run = Run.resume(request.root, request.out, console=request.console) if request.resume else None
+    run = run or Run.create(request.root, profile, out=request.out, request=request)
+    with run:
+        begun = run.seconds
+        network = find_groups(capture(model, project.example()), freeze=profile.prune.freeze)
+        offered = f"{len(network.topology.offered)} groups, {len(network.topology.removable)} blocks proved"
+        run.finished("capture", run.seconds - begun, offered)
+        samples = samples.first(affordable(network))
+        work = Work(run, profile, budget, target, project, network, samples)
+        return _dry(work) if request.dry_run else _release(work)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _samples(project: Project, limit: int) -> Samples:
+    batches = project.calibration(limit)
+    return Samples(batches.inputs, batches.targets)
+
+
+# --- the steps, in order -------------------------------------------------------------------------------------------
+
+
+def _release(work: Work) -> BuildResult:
+    """Every step, to the bundle."""
+    from pipeline import outcome
+
+    dense = _dense(work)
+    accuracy_dense = _accuracy(work, dense.path("onnx"), "dense")
+    rankings = _rankings(work)
+    table = _table(work, dense)
+    probe = LossProbe(work.network, work.samples.first(VALUE_SAMPLES))
+    values = _values(work, probe, rankings, table)
+    ratio = _relative_budget(work, dense)
+    found = _search(work, dense, probe, rankings, table, values, ratio)
+    del probe
+    if found.chosen is None:
+        return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
+    plan = found.chosen.plan
+    repaired = _repair(work, plan)
+    recovered = _recover(work, plan, repaired)
+    final = _export(work, plan, recovered)
+    accuracy = _accuracy(work, final.path("onnx"), "pruned")
+    session, judged = _accept(work, dense, final)
+    return outcome.release(work, outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy))
+
+
+def _dry(work: Work) -> BuildResult:
+    """Groups, table and solved plan; nothing is trained."""
+    from pipeline import outcome
+
+    dense = _dense(work)
+    rankings = _rankings(work)
+    table = _table(work, dense)
+    probe = LossProbe(work.network, work.samples.first(VALUE_SAMPLES))
+    values = _values(work, probe, rankings, table)
+    ratio = _relative_budget(work, dense)
+    unit = dense_prediction(table, work.topology)
+    solution = _solver(work).solve(list(rankings.values()), values, table, work.topology, ratio * unit, work.profile.prune, None)
+    return outcome.dry(work, table, solution, ratio, unit)
+
+
+def _dense(work: Work) -> Outcome:
+    """The dense network as ONNX, optimised: what candidates are narrowed from and measured against."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        raw = export(work.network.graph, work.project.inputs, folder / "raw.onnx", work.profile.graph.opset)
+        log = optimize(raw, work.profile.graph.passes, folder / "dense.onnx")
+        return {"onnx": folder / "dense.onnx", "passes": json.loads(log.to_json())}
+
+    return work.run.stage(Stage("dense"), work.profile.graph, {"project": work.source}, make, tools=TOOLS, detail=_nodes)
+
+
+def _nodes(done: Outcome) -> str:
+    log = done["passes"]
+    return f"{log['nodes_before']} nodes, {log['nodes_after']} after passes"
+
+
+def _accuracy(work: Work, model: Path, name: str) -> float:
+    """The project's metric of an artifact on the device."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        artifact = work.target.build(model, folder / "artifact")
+        return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
+
+    inputs = {"project": work.source, "model": model}
+    print_is = work.target.fingerprint().digest()
+    done = work.run.stage(
+        Stage(f"evaluate {name}"), {}, inputs, make, tools=TOOLS, fingerprint=print_is, detail=lambda d: f"{d['accuracy']:.4f}"
+    )
+    return float(done["accuracy"])
+
+
+def _predict(target: Target, artifact: Path) -> Callable[..., Any]:
+    def predict(*arrays: Any) -> Any:
+        outputs = target.infer(artifact, [np.asarray(array) for array in arrays])
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return predict
+
+
+def _rankings(work: Work) -> dict[str, Ranking]:
+    """The order in which the units of each group go."""
+    spec = work.profile.prune
+
+    def make(_: Path) -> dict[str, Any]:
+        loss = work.project.loss if work.samples.targets is not None else None
+        found = rank(Evidence(work.network, work.samples, loss, spec.seed), spec.criterion)
+        return {"rankings": [[r.group, r.removal_order, r.marginal_loss] for r in found.values()]}
+
+    params = {"criterion": spec.criterion, "seed": spec.seed, "samples": work.samples.count, "freeze": spec.freeze}
+    done = work.run.stage(Stage("rank"), params, {"project": work.source}, make, tools=TOOLS, detail=lambda _: spec.criterion)
+    return {group: Ranking(group, tuple(order), tuple(loss)) for group, order, loss in done["rankings"]}
+
+
+def _table(work: Work, dense: Outcome) -> LatencyTable:
+    """What each width costs on the device."""
+    tally, begun = Tally(), work.run.seconds
+    device = work.target.fingerprint().digest()
+
+    def make() -> dict[str, Any]:
+        model = onnx.load_model(str(dense.path("onnx")))
+        rows = Rows(model, work.topology, lambda plan: resolve(work.topology, plan))
+        with Store(work.run.cache.root / "latency.sqlite") as store:
+            table = tabulate(work.target, rows, work.topology, dense.path("onnx"), work.profile.prune, store, tally=tally)
+        return table.to_table()
+
+    key = {"dense": dense.files["onnx"], "device": device, "spec": work.profile.prune, "measure": work.profile.measure}
+    table = LatencyTable.from_table(work.run.journalled("table", key, make))
+    work.run.finished("tabulate", work.run.seconds - begun, f"reused {tally.reused}, measured {tally.measured}")
+    return table
+
+
+def _values(work: Work, probe: LossProbe, rankings: Mapping[str, Ranking], table: LatencyTable) -> Sensitivity:
+    """What single cuts lose after local repair."""
+    spec = work.profile.prune
+
+    def make(_: Path) -> dict[str, Any]:
+        with work.run.progress("values", 1000) as step:
+            done = 0
+
+            def advance(share: float) -> None:
+                nonlocal done
+                while done < share * 1000:
+                    step()
+                    done += 1
+
+            return measure(probe, rankings, table.choices, widths=spec.value_widths, progress=advance).to_table()
+
+    params = {"widths": spec.value_widths, "choices": table.choices, "samples": work.samples.count}
+    order = {id: ranking.removal_order for id, ranking in rankings.items()}
+    done = work.run.stage(
+        Stage("values"), params, {"project": work.source, "rankings": order}, make, tools=TOOLS,
+        detail=lambda d: f"{sum(len(c) - 1 for c in d['groups'].values())} widths, {len(d['blocks'])} blocks",
+    )  # fmt: skip
+    return Sensitivity.from_table(done.values)
+
+
+def _relative_budget(work: Work, dense: Outcome) -> float:
+    """The budget relative to the dense network: as asked, or the limit over the dense latency measured now."""
+    if work.budget.ratio is not None:
+        return work.budget.ratio
+    session = _session(work, "dense latency", {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx")}, "rank")
+    known = session.measurement(DENSE).statistic(work.budget.percentile).value_ms
+    return float(work.budget.limit_ms or 0.0) / float(known or session.measurement(DENSE).p50_ms)
+
+
+def _solver(work: Work) -> Solver:
+    return cast(Solver, plugins.load("pipeline.latency.solvers", work.profile.prune.solver))
+
+
+def _search(
+    work: Work, dense: Outcome, probe: LossProbe, rankings: Mapping[str, Ranking], table: LatencyTable, values: Sensitivity, ratio: float
+) -> Found:
+    """Choose, narrow, measure, correct, until the budget holds."""
+
+    def measure_plans(number: int, plans: Sequence[PruningPlan]) -> list[Measured]:
+        artifacts = {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx")}
+        for index, plan in enumerate(plans):
+            cut = resolve(work.topology, plan)
+            artifacts[f"candidate-{index + 1}"] = narrow_file(dense.path("onnx"), cut, work.scratch(f"round-{number}-{index + 1}.onnx"))
+        session = _session(work, f"round {number}", artifacts, "rank")
+        return [_measured(session, f"candidate-{index + 1}", work.budget) for index in range(len(plans))]
+
+    begun = work.run.seconds
+    loop = Loop(
+        topology=work.topology,
+        rankings=rankings,
+        solver=_solver(work),
+        spec=work.profile.prune,
+        plan_for=lambda widths, dropped: make_plan(work.topology, rankings, widths, dropped),
+        loss=lambda plan: float(work.run.journalled("loss", plan.to_json(), lambda: probe.loss(plan))),
+        measure=measure_plans,
+        progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
+    )
+    found = search(loop, table, values, ratio)
+    work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")
+    return found
+
+
+def _measured(session: Session, name: str, budget: Budget) -> Measured:
+    """A candidate's ratio; the dense network stands in the session twice, and both are its reference."""
+    statistic = budget.percentile if budget.percentile in ("p50", "mean") else "p50"
+    one, two = session.ratio(name, DENSE, statistic), session.ratio(name, AGAIN, statistic)
+    center = float(np.sqrt(one.center * two.center))
+    dense_ms = session.measurement(DENSE).p50_ms
+    return Measured(center, min(one.low, two.low), max(one.high, two.high), dense_ms)
+
+
+def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Session:
+    """One interleaved session on the device, journalled with its raw samples."""
+    hashes = {label: path.read_bytes() for label, path in models.items()}
+    key = {"mode": mode, "spec": work.profile.measure, "models": {label: _sha(data) for label, data in hashes.items()}}
+
+    def make() -> str:
+        folder = work.run.folder("work")
+        built = {label: work.target.build(path, folder / f"{label}.artifact") for label, path in models.items()}
+        session = work.target.measure(built, work.profile.measure, mode)
+        text = session.to_json()
+        with Store(work.run.cache.root / "latency.sqlite") as store:
+            store.add_measurement(work.run.path.name, session.fingerprint.digest(), text)
+        return text
+
+    return Session.from_json(work.run.journalled(f"session {name}", key, make))
+
+
+def _sha(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
+    """The pruned network repaired; every way of repairing is tried and reported, the asked one is kept."""
+    chosen = work.profile.prune.repair
+    pruned = prune(work.network, plan)
+
+    def make(folder: Path) -> dict[str, Any]:
+        taps = DenseTaps(work.network, work.samples.joined())
+        told = {}
+        for mode in MODES:
+            fixed = repair(pruned, work.network, plan, work.samples, mode, taps=taps)
+            told[mode] = {"loss": _divergence(work, fixed), "accuracy": work.project.validate(predict_torch(fixed))}
+            if mode == chosen:
+                save_file(_state(fixed), folder / "repaired.safetensors")
+        return {"weights": folder / "repaired.safetensors", "told": told}
+
+    params = {"repair": chosen, "samples": work.samples.count}
+    done = work.run.stage(
+        Stage("repair"), params, {"project": work.source, "plan": plan.to_json()}, make, tools=TOOLS,
+        detail=lambda d: ", ".join(f"{mode} {_score(row)}" for mode, row in d["told"].items()),
+    )  # fmt: skip
+    work.repairs.update(done["told"])
+    return restore(pruned, load_file(done.path("weights")), "the repaired network")
+
+
+def _score(row: Mapping[str, Any]) -> str:
+    return f"{row['accuracy']:.3f}" if row["accuracy"] is not None else f"loss {row['loss']:.3g}"
+
+
+def _divergence(work: Work, model: fx.GraphModule) -> float:
+    from pipeline.prune.evidence import divergence
+
+    total = 0.0
+    with torch.inference_mode():
+        for batch in work.samples.inputs:
+            outputs, dense = model(*batch), work.network.graph(*batch)
+            first = [x if isinstance(x, torch.Tensor) else x[0] for x in (outputs, dense)]
+            total += float(divergence(*first).sum())
+    return total / work.samples.count
+
+
+def _state(model: fx.GraphModule) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+
+
+def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> fx.GraphModule:
+    """Distillation from the dense network; without training data the repaired network is the result."""
+    train, spec = work.project.train, work.profile.recover
+    if train is None or spec.epochs == 0:
+        return repaired
+
+    def make(folder: Path) -> dict[str, Any]:
+        validates = work.project.validates
+        data = RecoverData(train, work.project.loss, (lambda m: float(work.project.validate(predict_torch(m)) or 0.0)) if validates else None)
+        with work.run.progress("recover", 1) as step:
+            done = recover(repaired, work.network.graph, data, spec, work.scratch("recover.checkpoint"), lambda *_: step())
+        save_file(_state(cast(fx.GraphModule, done.module)), folder / "recovered.safetensors")
+        history = [[e.epoch, e.loss, e.validate] for e in done.history]
+        return {"weights": folder / "recovered.safetensors", "history": history, "stopped": done.stopped, "from": done.start_score, "to": done.best_score}
+
+    inputs = {"project": work.source, "plan": plan.to_json(), "start": {k: _sha(v.numpy().tobytes()) for k, v in _state(repaired).items()}}
+    done = work.run.stage(
+        Stage("recover"), spec, inputs, make, tools=TOOLS,
+        detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
+    )  # fmt: skip
+    return restore(prune(work.network, plan), load_file(done.path("weights")), "the recovered network")
+
+
+def _export(work: Work, plan: PruningPlan, model: fx.GraphModule) -> Outcome:
+    """The accepted network as ONNX, optimised, with the numbers it must give."""
+    model.eval()
+
+    def make(folder: Path) -> dict[str, Any]:
+        raw = export(model, work.project.inputs, folder / "raw.onnx", work.profile.graph.opset)
+        log: PassLog = optimize(raw, work.profile.graph.passes, folder / "model.onnx")
+        check_model(onnx.load_model(str(folder / "model.onnx")))
+        save_file(_state(model), folder / "pruned.safetensors")
+        return {"onnx": folder / "model.onnx", "weights": folder / "pruned.safetensors", "passes": json.loads(log.to_json())}
+
+    inputs = {"project": work.source, "plan": plan.to_json(), "weights": {k: _sha(v.numpy().tobytes()) for k, v in _state(model).items()}}
+    return work.run.stage(Stage("export"), work.profile.graph, inputs, make, tools=TOOLS, detail=_nodes)
+
+
+def _accept(work: Work, dense: Outcome, final: Outcome) -> tuple[Session, Judgement]:
+    """The full accepting protocol, once; a second time where the first leaves it open, and then it fails closed."""
+    models = {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx"), PRUNED: final.path("onnx")}
+    begun = work.run.seconds
+    for attempt in ("accept", "accept again"):
+        session = _session(work, attempt, models, "accept")
+        judged = judge(session, PRUNED, DENSE, work.budget)
+        if judged.verdict != "undecided":
+            break
+    work.run.finished("accept", work.run.seconds - begun, f"{judged.verdict}: {judged.reason}")
+    return session, judged
+
+
+def pruned_macs(work: Work, plan: PruningPlan) -> int:
+    """Multiply-accumulates of the pruned network."""
+    return macs(capture(prune(work.network, plan), work.network.example))

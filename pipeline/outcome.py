@@ -1,0 +1,370 @@
+"""How a build ends: what is known of the networks becomes a report, and a bundle if latency and accuracy hold.
+
+A bundle is written only when the accepting measurement met the budget and the project's metric fell by no more than
+`accuracy.max_drop`. Otherwise the same files go to `rejected/`, the exit code is 3 (missed) or 4 (undecided), and the
+report names the nearest point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from safetensors.numpy import load_file
+from torch import fx
+
+from pipeline.nouns import LatencyTable, PruningPlan, Solution
+from pipeline.project.project import predict_torch
+from pipeline.prune.neutral import macs
+from pipeline.prune.repair import repair
+from pipeline.prune.surgery import prune
+from pipeline.release.bundle import Contents, licence_texts, write_bundle
+from pipeline.release.manifest import Accuracy, Latency, TensorSpec
+from pipeline.report.data import (
+    BlockRow, Distribution, Figures, GroupRow, PassRow, PointRow, ReportData, RepairRow, RoundRow, SiteRow, StageRow, summary,
+)  # fmt: skip
+from pipeline.report.document import render
+from pipeline.search import Candidate, Found, dense_prediction
+from pipeline.stage import Outcome
+from targets.harness.measurement import Judgement, Measurement, Session
+
+if TYPE_CHECKING:
+    from pipeline.flow import BuildResult, Work
+
+PERCENTILES = ("p50", "mean", "p90", "p99")
+PLOTTED = 2000
+EXIT = {"met": 0, "missed": 3, "accuracy missed": 3, "undecided": 4}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Everything that the last steps left."""
+
+    dense: Outcome
+    final: Outcome
+    found: Found
+    plan: PruningPlan
+    model: fx.GraphModule
+    session: Session
+    judged: Judgement
+    accuracy_dense: float
+    accuracy: float
+
+
+def release(work: Work, ending: Ending) -> BuildResult:
+    """Judge, report, and write the bundle or the rejected point."""
+    from pipeline.flow import BuildResult
+
+    verdict, reason = _gate(work, ending)
+    folder = work.run.path / ("bundle" if verdict == "met" else "rejected")
+    data = _report(work, ending, verdict, reason, folder)
+    if verdict != "met":
+        data = replace(data, notes=(*data.notes, *_cheapest(work, ending.found)))
+    write_bundle(folder, _contents(work, ending, data))
+    return _close(work, data, BuildResult, folder)
+
+
+def _gate(work: Work, ending: Ending) -> tuple[str, str]:
+    drop = ending.accuracy_dense - ending.accuracy
+    told = f"accuracy {ending.accuracy:.4f} against {ending.accuracy_dense:.4f} dense, allowed drop {work.project.max_drop:g}"
+    if ending.judged.verdict != "met":
+        return ending.judged.verdict, f"{ending.judged.reason}; {told}"
+    return ("met" if drop <= work.project.max_drop + 1e-12 else "accuracy missed"), f"{ending.judged.reason}; {told}"
+
+
+def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float, found: Found, ratio: float) -> BuildResult:
+    """No candidate was measured to keep the budget: report the nearest."""
+    from pipeline.flow import BuildResult
+
+    measured = [c for c in found.tried if c.measured is not None]
+    nearest = min(measured, key=lambda c: c.measured.high if c.measured else math.inf, default=None)
+    said = "nothing could be measured" if nearest is None or nearest.measured is None else (
+        f"the nearest network is {nearest.measured.ratio:.3f}x (at most {nearest.measured.high:.3f}x), budget {ratio:.3f}x"
+    )  # fmt: skip
+    dense_ms = nearest.measured.dense_ms if nearest and nearest.measured else math.nan
+    unit = dense_prediction(found.table, work.topology)
+    figures = _dense_figures(work, accuracy_dense, unit, None)
+    pruned = replace(figures, accuracy=None, measured_ms=nearest.measured.ms if nearest and nearest.measured else None)
+    data = ReportData(
+        network=work.project.references["model.factory"].text, target=work.profile.name, budget=str(work.budget),
+        budget_ms=ratio * dense_ms if math.isfinite(dense_ms) else 0.0, verdict="missed", dense=figures, pruned=pruned,
+        reason=said, run=str(work.run.path), percentile=work.budget.percentile, max_drop=work.project.max_drop,
+        seconds=work.run.seconds, rounds=_rounds(found, unit), stages=_stages(work),
+        notes=("More rounds may find one: --rounds.", *_cheapest(work, found)),
+    )  # fmt: skip
+    return _close(work, data, BuildResult, None)
+
+
+def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float, unit: float) -> BuildResult:
+    """What a dry run found, as a summary; there is no report to keep."""
+    from pipeline.flow import BuildResult
+
+    groups = {
+        g.name: {"width": g.size, "kept": 0 if g.block in solution.dropped else solution.widths.get(g.id, g.size), "frozen": g.frozen}
+        for g in work.topology.groups
+    }
+    told = {
+        "bundle": None, "dry_run": True, "run": str(work.run.path), "budget": str(work.budget), "grid": table.grid,
+        "groups": groups, "removed_blocks": sorted(solution.dropped), "sites": len(table.sites),
+        "table_rows": sum(len(site.ms) + len(site.dropped_ms) for site in table.sites), "predicted_ratio": solution.predicted_ms / unit,
+        "budget_ratio": ratio, "loss": solution.loss, "gap": solution.gap, "seconds": round(work.run.seconds, 1),
+    }  # fmt: skip
+    say = work.run.console.print
+    for name, row in groups.items():
+        say(f"  {name:<32}{row['width']:>6} -> {row['kept']:<6}{row['frozen'] or ''}", markup=False, highlight=False, soft_wrap=True)
+    say(f"  removed blocks: {', '.join(sorted(solution.dropped)) or 'none'}", markup=False, soft_wrap=True)
+    say(f"  predicted {solution.predicted_ms / unit:.3f}x of dense, budget {ratio:.3f}x, {told['table_rows']} table rows", markup=False, soft_wrap=True)
+    work.run.finish("done", told)
+    return BuildResult(told, None, None, 0)
+
+
+def _close(work: Work, data: ReportData, kind: type[BuildResult], folder: Path | None) -> BuildResult:
+    from pipeline.cache import write_atomic
+
+    code = EXIT[data.verdict]
+    write_atomic(work.run.path / "report.json", data.to_json().encode() + b"\n")
+    write_atomic(work.run.path / "report.html", render(data).encode())
+    told = summary(data)
+    work.run.finish("done" if code == 0 else "missed", told)
+    return kind(told, data, folder, code)
+
+
+# --- the bundle ----------------------------------------------------------------------------------------------------
+
+
+def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
+    inputs, outputs = _sample(work, ending.final.path("onnx"))
+    model = onnx.load_model(str(ending.final.path("onnx")), load_external_data=False)
+    return Contents(
+        network=data.network,
+        target=data.target,
+        model=ending.final.path("onnx"),
+        dense=ending.dense.path("onnx"),
+        plan=ending.plan,
+        weights=load_file(ending.final.path("weights")),
+        session=ending.session,
+        passes={"dense": ending.dense["passes"], "pruned": ending.final["passes"]},
+        report=render(data.timeless()),
+        sample_inputs=inputs,
+        sample_outputs=outputs,
+        inputs=_specs(model.graph.input),
+        outputs=_specs(model.graph.output),
+        latency=_latency(data, ending),
+        accuracy=Accuracy(metric=data.metric, dense=ending.accuracy_dense, pruned=ending.accuracy, max_drop=work.project.max_drop),
+        versions=work.run.versions,
+        sources={"project": work.source},
+        chain=work.run.chain(),
+        licences=licence_texts(work.project.folder),
+    )
+
+
+def _sample(work: Work, model: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
+    """One calibration input and what the artifact gives for it."""
+    spec = work.project.inputs
+    batch = [x[: s.shape[0]].numpy() for x, s in zip(work.samples.inputs[0], spec, strict=True)]
+    artifact = work.target.build(model, work.scratch("sample.artifact"))
+    outputs = work.target.infer(artifact, batch)
+    names = [value.name for value in onnx.load_model(str(model), load_external_data=False).graph.output]
+    return {s.name: x for s, x in zip(spec, batch, strict=True)}, dict(zip(names, outputs, strict=True))
+
+
+def _specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    layouts = {1: "N", 2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}
+    specs = []
+    for value in values:
+        shape = tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim)
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        specs.append(TensorSpec(name=value.name, dtype=dtype, shape=shape, layout=layouts.get(len(shape), "")))
+    return tuple(specs)
+
+
+def _latency(data: ReportData, ending: Ending) -> Latency:
+    from pipeline.flow import DENSE, PRUNED
+
+    interval = data.pruned.interval_ms or (0.0, math.inf)
+    bounds = data.ratio_interval or (0.0, math.inf)
+    return Latency(
+        budget=data.budget, percentile=data.percentile, budget_ms=data.budget_ms, dense_ms=float(data.dense.measured_ms or math.nan),
+        measured_ms=float(data.pruned.measured_ms or math.nan), interval_ms=interval, ratio=float(data.ratio or math.nan),
+        ratio_interval=bounds, network=PRUNED, reference=DENSE,
+    )  # fmt: skip
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path) -> ReportData:
+    from pipeline.flow import AGAIN, DENSE, PRUNED, pruned_macs
+
+    session, budget = ending.session, work.budget
+    ratio = session.ratio(PRUNED, DENSE, budget.percentile)
+    control = session.ratio(AGAIN, DENSE, "p50")
+    dense_ms, pruned_ms = (_at(session.measurement(name), budget.percentile) for name in (DENSE, PRUNED))
+    limit = budget.limit_ms if budget.limit_ms is not None else float(budget.ratio or 0.0) * (dense_ms[0] or math.nan)
+    unit = dense_prediction(ending.found.table, work.topology)
+    chosen = ending.found.chosen
+    return ReportData(
+        network=work.project.references["model.factory"].text,
+        target=work.profile.name,
+        budget=str(budget),
+        budget_ms=limit,
+        verdict=verdict,
+        dense=_dense_figures(work, ending.accuracy_dense, unit, dense_ms),
+        pruned=Figures(
+            ending.accuracy, _parameters(ending.model), pruned_macs(work, ending.plan), _predicted(ending, unit, dense_ms[0]), *pruned_ms
+        ),
+        reason=reason,
+        run=str(work.run.path),
+        bundle=str(folder),
+        percentile=budget.percentile,
+        max_drop=work.project.max_drop,
+        ratio=ratio.center,
+        ratio_interval=(ratio.low, ratio.high),
+        seconds=work.run.seconds,
+        groups=_groups(work, ending.plan),
+        blocks=tuple(BlockRow(b.id, b.id in ending.plan.dropped, b.frozen) for b in work.topology.blocks),
+        leaves=work.topology.leaves,
+        sites=_sites(work, ending, chosen),
+        rounds=_rounds(ending.found, unit),
+        points=_points(ending, dense_ms[0] or math.nan),
+        distributions=tuple(_distribution(m) for m in session.measurements.values()),
+        repairs=_repairs(work),
+        passes=_passes(ending.final["passes"]),
+        stages=_stages(work),
+        conditions=_conditions(session) | {"dense against itself": f"{control.center:.4f}x ({control.low:.4f} to {control.high:.4f})"},
+        versions=work.run.versions,
+        settings=_settings(work),
+        notes=("Run on the simulated device: no number here is real.",) if session.simulated else (),
+    )
+
+
+def _at(measured: Measurement, percentile: str) -> tuple[float | None, tuple[float, float] | None]:
+    value = measured.statistic(percentile)  # type: ignore[arg-type]
+    return value.value_ms, (value.low_ms, value.high_ms)
+
+
+def _parameters(model: fx.GraphModule) -> int:
+    return sum(value.numel() for value in model.parameters())
+
+
+def _dense_figures(work: Work, accuracy: float, unit: float, measured: tuple[float | None, tuple[float, float] | None] | None) -> Figures:
+    value, interval = measured or (None, None)
+    return Figures(accuracy, _parameters(work.network.graph), macs(work.network), value or unit, value, interval)
+
+
+def _predicted(ending: Ending, unit: float, dense_ms: float | None) -> float | None:
+    chosen = ending.found.chosen
+    if chosen is None or dense_ms is None:
+        return None
+    return ending.found.table.predict(chosen.widths, chosen.dropped).ms / unit * dense_ms
+
+
+def _groups(work: Work, plan: PruningPlan) -> tuple[GroupRow, ...]:
+    kept = plan.widths(work.topology.groups)
+    rows = []
+    for group in work.topology.groups:
+        dropped = group.block in plan.dropped
+        stage = group.name.split(".")[0]
+        rows.append(GroupRow(group.name, group.size, 0 if dropped else kept[group.id], stage, group.frozen, dropped))
+    return tuple(rows)
+
+
+def _sites(work: Work, ending: Ending, chosen: Candidate | None) -> tuple[SiteRow, ...]:
+    if chosen is None:
+        return ()
+    sizes = {group.id: group.size for group in work.topology.groups}
+    widths = {**sizes, **chosen.widths}
+    rows = []
+    for cost in ending.found.table.sites:
+        dense_key, key = (tuple(dim.size(w) for dim in cost.site.dims) for w in (sizes, widths))
+        gone = cost.site.block is not None and cost.site.block in chosen.dropped
+        after = cost.dropped_ms.get(key, 0.0) if gone else cost.ms[key]
+        rows.append(SiteRow(cost.site.id, cost.site.kind, cost.ms[dense_key], after))
+    return tuple(rows)
+
+
+def _rounds(found: Found, unit: float) -> tuple[RoundRow, ...]:
+    rows = []
+    for turn in found.rounds:
+        for c in turn.candidates:
+            if c.measured is not None:
+                dense_ms = c.measured.dense_ms
+                bounds = (c.measured.low * dense_ms, c.measured.high * dense_ms)
+                predicted = c.predicted_ratio * dense_ms
+                rows.append(RoundRow(turn.number, predicted, predicted * turn.spread, c.measured.ms, bounds, turn.correction, c.loss, turn.said))
+    return tuple(rows)
+
+
+def _points(ending: Ending, dense_ms: float) -> tuple[PointRow, ...]:
+    rows = [PointRow("dense", dense_ms, ending.accuracy_dense, 0.0)]
+    for number, c in enumerate(ending.found.tried, 1):
+        shipped = ending.found.chosen is not None and c.plan == ending.found.chosen.plan
+        share = c.measured.ratio if c.measured else c.predicted_ratio
+        rows.append(PointRow(f"plan {number}", share * dense_ms, ending.accuracy if shipped else None, c.loss, shipped))
+    return tuple(rows)
+
+
+def _distribution(measured: Measurement) -> Distribution:
+    values = {name: measured.statistic(name) for name in PERCENTILES}  # type: ignore[arg-type]
+    pooled = measured.pooled_ns
+    thinned = pooled[:: max(1, -(-pooled.size // PLOTTED))] / 1e6
+    return Distribution(
+        measured.name,
+        {name: value.value_ms for name, value in values.items()},
+        {name: value.high_ms if math.isfinite(value.high_ms) else None for name, value in values.items()},
+        tuple(float(v) for v in thinned),
+        int(pooled.size),
+    )
+
+
+def _repairs(work: Work) -> tuple[RepairRow, ...]:
+    chosen = work.profile.prune.repair
+    return tuple(RepairRow(name, row["loss"], row["accuracy"], chosen=name == chosen) for name, row in work.repairs.items())
+
+
+def _passes(log: Mapping[str, Any]) -> tuple[PassRow, ...]:
+    rows = []
+    for name in log["passes"]:
+        steps = [step for step in log["steps"] if step["name"] == name]
+        refused = {f"{r['node']}: {r['reason']}" for step in steps for r in step["refused"]}
+        rows.append(PassRow(name, sum(step["changed"] for step in steps), tuple(sorted(refused))))
+    return tuple(rows)
+
+
+def _stages(work: Work) -> tuple[StageRow, ...]:
+    return tuple(StageRow(name, row["seconds"], row["detail"]) for name, row in work.run.stages.items())
+
+
+def _conditions(session: Session) -> dict[str, str]:
+    told = {name: str(value) for name, value in session.fingerprint.to_table().items() if not isinstance(value, dict | list)}
+    spoilt = "; ".join(f"{c.name} is {c.value}" for c in session.preflight.spoilt)
+    return told | {"protocol": session.protocol, "measured": f"{session.started} to {session.ended}", "before measuring": spoilt or "nothing stood out"}
+
+
+def _settings(work: Work) -> dict[str, str]:
+    spec = work.profile.prune
+    return {
+        "criterion": spec.criterion, "solver": spec.solver, "repair": spec.repair, "calibration samples": str(work.samples.count),
+        "recovery epochs": str(work.profile.recover.epochs), "seed": str(spec.seed),
+    }  # fmt: skip
+
+
+def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
+    """The cheapest tried point that keeps the accuracy after repair alone, judged on `validate`."""
+    if not work.project.validates:
+        return ("Without data.validate no cheaper point can be judged; try a larger budget.",)
+    wanted = float(work.project.validate(predict_torch(work.network.graph)) or 0.0) - work.project.max_drop
+    for share, candidate in _by_ratio(found):
+        fixed = repair(prune(work.network, candidate.plan), work.network, candidate.plan, work.samples, work.profile.prune.repair)
+        if float(work.project.validate(predict_torch(fixed)) or 0.0) >= wanted:
+            return (f"The cheapest point tried that keeps the accuracy on `validate` after repair alone: --budget {share:.3g}x.",)
+    return ("No point tried keeps the accuracy on `validate` after repair alone; try a larger budget or more recovery.",)
+
+
+def _by_ratio(found: Found) -> list[tuple[float, Candidate]]:
+    return sorted(((c.measured.ratio if c.measured else c.predicted_ratio, c) for c in found.tried), key=lambda pair: pair[0])

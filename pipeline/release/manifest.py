@@ -1,0 +1,106 @@
+"""The manifest of a bundle: what is in it, where it came from, and the numbers under which it was released.
+
+Frozen pydantic types; an unknown key, a hash that is none or a name that is a path is refused when it is read.
+Times are milliseconds, intervals (lower, upper) are one-sided 99 % bounds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, field_validator
+
+from profiles.schema import Spec
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names of files in a bundle: one plain part, so that no name can lead out of its folder."""
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Bounds = tuple[float, float]
+
+
+class FileEntry(Spec):
+    """A file of the bundle."""
+
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+class Link(Spec):
+    """One stage that led here: its key and the hashes of what it made."""
+
+    stage: str
+    key: Sha256
+    outputs: dict[str, Sha256] = Field(default_factory=dict)
+
+
+class TensorSpec(Spec):
+    """An input or output of the network. shape: -1 for any size. layout: `NCHW`, `NC`, …; normalisation: in words."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+    normalisation: str = ""
+
+
+class Latency(Spec):
+    """The accepting measurement. network, reference: names in measurement.json. interval: of `measured_ms`."""
+
+    budget: str
+    percentile: Literal["p50", "mean", "p90", "p99"]
+    budget_ms: float = Field(gt=0)
+    dense_ms: float = Field(gt=0)
+    measured_ms: float = Field(gt=0)
+    interval_ms: Bounds
+    ratio: float = Field(gt=0)
+    ratio_interval: Bounds
+    network: str
+    reference: str
+
+
+class Accuracy(Spec):
+    """The project's own metric, higher is better, before and after."""
+
+    metric: str
+    dense: float
+    pruned: float
+    max_drop: float = Field(ge=0)
+
+
+class Sample(Spec):
+    """How closely the sample's output must be reproduced: |difference| <= atol + rtol x |expected|."""
+
+    rtol: float = Field(default=1e-3, ge=0)
+    atol: float = Field(default=1e-4, ge=0)
+
+
+class Manifest(Spec):
+    """manifest.json. sources: name -> hash of what the user gave (weights, project file, …). device: fingerprint."""
+
+    version: Literal[1] = 1
+    tool: str
+    network: str
+    target: str
+    runtime: str
+    encoder: str
+    files: dict[str, FileEntry]
+    sources: dict[str, Sha256]
+    chain: tuple[Link, ...]
+    versions: dict[str, str]
+    device: dict[str, Any]
+    device_sha256: Sha256
+    latency: Latency
+    accuracy: Accuracy
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    sample: Sample = Sample()
+
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if not NAME.fullmatch(name) or name == "manifest.json":
+                raise ValueError(f"{name!r} is not the name of a file beside the manifest")
+        return files

@@ -1,0 +1,245 @@
+"""Whether a bundle is what it says: checked from the outside in, and nothing in it is trusted or run as code.
+
+First names, sizes and checksums; only when these hold are the files opened: the manifest's schema, the plan, the raw
+samples (the released ratio is computed again from them), the weights, the graphs, and at last the sample's output.
+With a target the networks are measured again and the budget is judged anew. A problem is one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from pipeline.nouns import PruningPlan
+from pipeline.release.encoders.base import load_encoder
+from pipeline.release.manifest import Manifest, TensorSpec
+from profiles.errors import DeployError, UsageError
+from profiles.schema import Budget, explain
+from targets.base import Target
+from targets.harness import agent
+from targets.harness.measurement import Judgement, Session, judge
+
+MANIFEST_BYTES = 16 << 20
+TEXT_BYTES = 512 << 20
+FILE_BYTES = 4 << 30
+TOTAL_BYTES = 16 << 30
+REQUIRED = (
+    "model.onnx", "dense.onnx", "plan.json", "sample.safetensors", "measurement.json", "passes.json", "report.html",
+    "LICENSES.txt",
+)  # fmt: skip
+
+Array = NDArray[Any]
+Infer = Callable[[Path, Sequence[Array]], list[Array]]
+"""Outputs of an ONNX file for one array an input: `Target.infer` of the machine at hand."""
+
+
+def verify(bundle: Path, infer: Infer) -> list[str]:
+    """Everything that is wrong with a bundle, nothing when it is whole. Raises UsageError where there is none."""
+    if not bundle.is_dir():
+        raise UsageError(f"there is no bundle in '{bundle}'.", "deploy verify BUNDLE, with the bundle/ of a run.")
+    manifest, problems = _read_manifest(bundle)
+    if manifest is None:
+        return problems
+    problems += _files(bundle, manifest)
+    if problems:
+        return problems
+    problems = _texts(bundle, manifest)
+    problems += _graph(bundle / "model.onnx", manifest) + _graph(bundle / "dense.onnx", manifest)
+    return problems or _sample(bundle, manifest, infer)
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of a bundle. Raises DeployError with the first thing that is wrong with it."""
+    manifest, problems = _read_manifest(bundle)
+    if manifest is None:
+        raise DeployError(problems[0], f"deploy verify {bundle}")
+    return manifest
+
+
+def measure_again(bundle: Path, target: Target, work: Path) -> tuple[Judgement, Session]:
+    """Measure both networks in one accepting session on a target and judge the released budget on it.
+
+    work: folder for what the target builds. Raises what the target raises.
+    """
+    manifest = read_manifest(bundle)
+    built = {
+        name: target.build(bundle / file, work / f"{name}.artifact")
+        for name, file in ((manifest.latency.network, "model.onnx"), (manifest.latency.reference, "dense.onnx"))
+    }
+    session = target.measure(built, target.profile.measure, "accept")
+    budget = Budget.parse(manifest.latency.budget)
+    return judge(session, manifest.latency.network, manifest.latency.reference, budget), session
+
+
+# --- names, sizes, checksums -----------------------------------------------------------------------------------------
+
+
+def _read_manifest(bundle: Path) -> tuple[Manifest | None, list[str]]:
+    path = bundle / "manifest.json"
+    if path.is_symlink() or not path.is_file():
+        return None, ["manifest.json is missing."]
+    if path.stat().st_size > MANIFEST_BYTES:
+        return None, [f"manifest.json has {path.stat().st_size} bytes, more than {MANIFEST_BYTES}."]
+    try:
+        return Manifest.model_validate(json.loads(path.read_bytes())), []
+    except ValidationError as error:
+        return None, [explain(error, Manifest, "manifest.json").message]
+    except (ValueError, RecursionError) as error:
+        return None, [f"manifest.json is not JSON: {error}."]
+
+
+def _files(bundle: Path, manifest: Manifest) -> list[str]:
+    try:
+        required = {*REQUIRED, f"pruned{load_encoder(manifest.encoder).SUFFIX}"}
+        Budget.parse(manifest.latency.budget)
+    except UsageError as error:
+        return [f"manifest.json: {error.message}"]
+    there, listed = {path.name: path for path in bundle.iterdir()}, manifest.files.keys()
+    problems = [f"{name} is not listed in the manifest." for name in sorted(required - listed)]
+    problems += [f"{name} is missing." for name in sorted(listed - there.keys())]
+    extra = there.keys() - listed - {"manifest.json"}
+    problems += [f"{name} does not belong to the bundle." for name in sorted(extra)]
+    total = sum(entry.bytes for entry in manifest.files.values())
+    if total > TOTAL_BYTES:
+        problems.append(f"the files have {total} bytes together, more than {TOTAL_BYTES}.")
+    for name in sorted(manifest.files.keys() & there.keys()):
+        problems += _file(there[name], manifest)
+    return problems
+
+
+def _file(path: Path, manifest: Manifest) -> list[str]:
+    entry, found = manifest.files[path.name], path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        return [f"{path.name} is not a plain file."]
+    if found.st_size != entry.bytes:
+        return [f"{path.name} has {found.st_size} bytes, the manifest says {entry.bytes}."]
+    limit = TEXT_BYTES if path.suffix in (".json", ".html", ".txt") else FILE_BYTES
+    if entry.bytes > limit:
+        return [f"{path.name} has {entry.bytes} bytes, more than {limit}."]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry.sha256:
+        return [f"{path.name} was changed: its SHA-256 is {digest[:12]}…, the manifest says {entry.sha256[:12]}…."]
+    return []
+
+
+# --- what the files hold ---------------------------------------------------------------------------------------------
+
+
+def _texts(bundle: Path, manifest: Manifest) -> list[str]:
+    problems = []
+    try:
+        PruningPlan.from_json((bundle / "plan.json").read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problems.append(f"plan.json is not a plan: {error}.")
+    try:
+        encoder = load_encoder(manifest.encoder)
+        encoder.decode((bundle / f"pruned{encoder.SUFFIX}").read_bytes())
+    except DeployError as error:
+        problems.append(error.message)
+    try:
+        problems += _latency(Session.from_json((bundle / "measurement.json").read_text(encoding="utf-8")), manifest)
+    except (DeployError, ValueError, RecursionError) as error:
+        problems.append(f"measurement.json: {error}")
+    return problems
+
+
+def _latency(session: Session, manifest: Manifest) -> list[str]:
+    """The released numbers against the raw samples."""
+    latency, problems = manifest.latency, []
+    hashes = {entry.sha256 for entry in manifest.files.values()}
+    for name in (latency.network, latency.reference):
+        if name not in session.measurements:
+            return [f"measurement.json holds no network named '{name}'."]
+        if session.measurements[name].sha256 not in hashes:
+            problems.append(f"'{name}' was measured from a file that is not in the bundle.")
+    ratio = session.ratio(latency.network, latency.reference, latency.percentile).center
+    if not math.isclose(ratio, latency.ratio, rel_tol=1e-6):
+        problems.append(f"the raw samples give a latency ratio of {ratio:.4f}, the manifest says {latency.ratio:.4f}.")
+    if session.fingerprint.digest() != manifest.device_sha256:
+        problems.append("the samples were taken on another device than the manifest says.")
+    return problems
+
+
+def _graph(path: Path, manifest: Manifest) -> list[str]:
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        return [f"{path.name} is not ONNX: {error}."]
+    outside = sorted({tensor.name for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL})
+    if outside:
+        return [f"{path.name} keeps '{outside[0]}' in a file outside itself."]
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, ValueError, RecursionError) as error:
+        return [f"{path.name} is not valid ONNX: {str(error).splitlines()[0]}."]
+    fixed = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value.name for value in model.graph.input if value.name not in fixed]
+    return _names(path, "inputs", inputs, manifest.inputs) + _names(
+        path, "outputs", [value.name for value in model.graph.output], manifest.outputs
+    )
+
+
+def _names(path: Path, kind: str, found: list[str], told: tuple[TensorSpec, ...]) -> list[str]:
+    names = [spec.name for spec in told]
+    return [] if found == names else [f"{path.name} has the {kind} {found}, the manifest says {names}."]
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initializers and attributes, in subgraphs and functions too."""
+    graphs, nodes = [model.graph], [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes.extend(graph.node)
+            continue
+        for attribute in nodes.pop().attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            graphs.extend(attribute.graphs)
+            if attribute.HasField("g"):
+                graphs.append(attribute.g)
+
+
+def _run_errors() -> tuple[type[Exception], ...]:
+    return (DeployError, *agent.runtime_errors())
+
+
+def _sample(bundle: Path, manifest: Manifest, infer: Infer) -> list[str]:
+    try:
+        sample = load((bundle / "sample.safetensors").read_bytes())
+        given = [sample[f"input.{spec.name}"] for spec in manifest.inputs]
+        expected = [sample[f"output.{spec.name}"] for spec in manifest.outputs]
+    except (SafetensorError, ValueError, TypeError) as error:
+        return [f"sample.safetensors cannot be read: {error}."]
+    except KeyError as error:
+        return [f"sample.safetensors has no tensor {error}."]
+    try:
+        found = infer(bundle / "model.onnx", given)
+    except _run_errors() as error:
+        return [f"model.onnx does not run on the sample: {str(error).splitlines()[0]}"]
+    problems = []
+    for spec, want, got in zip(manifest.outputs, expected, found, strict=True):
+        if want.shape != got.shape:
+            problems.append(f"output '{spec.name}' of the sample has shape {list(got.shape)}, not {list(want.shape)}.")
+        elif not np.allclose(got, want, rtol=manifest.sample.rtol, atol=manifest.sample.atol):
+            worst = float(np.max(np.abs(got.astype(np.float64) - want.astype(np.float64))))
+            problems.append(f"output '{spec.name}' of the sample differs by up to {worst:.3g} from the recorded one.")
+    return problems

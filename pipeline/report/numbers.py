@@ -1,0 +1,67 @@
+"""How numbers are written in reports: few digits, a unit, and an honest dash for what was not measured."""
+
+from __future__ import annotations
+
+from pipeline.report.data import Interval
+
+NONE = "not measured"
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds with three to four digits: `0.396 ms`, `12.4 ms`."""
+    return NONE if value is None else f"{_digits(value)} ms"
+
+
+def bounds(interval: Interval | None, unit: str = "ms") -> str:
+    """An interval: `0.393 to 0.399 ms`, `0.485 to 0.492x`; a bound that does not exist is said so."""
+    if interval is None:
+        return NONE
+    low, high = interval
+    end = "no upper bound" if high == float("inf") else _digits(high)
+    return f"{_digits(low)} to {end}{unit if unit == 'x' else f' {unit}'}"
+
+
+def ratio(value: float | None) -> str:
+    """A latency ratio: `0.488x`."""
+    return NONE if value is None else f"{value:.3f}x"
+
+
+def score(value: float | None) -> str:
+    """A value of the project's own metric, four digits."""
+    return NONE if value is None else f"{value:.4g}"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """Relative change in percent with its sign: `−55.6 %`."""
+    if before is None or after is None or before == 0:
+        return ""
+    share = 100.0 * (after - before) / before
+    return f"{'−' if share < 0 else '+'}{abs(share):.1f} %"
+
+
+def difference(before: float | None, after: float | None) -> str:
+    """Absolute change with its sign, in the unit of the numbers."""
+    if before is None or after is None:
+        return ""
+    step = after - before
+    return f"{'−' if step < 0 else '+'}{abs(step):.4g}"
+
+
+def count(value: float) -> str:
+    """A large count: `482`, `121.0 k`, `40.6 M`, `1.82 G`."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {suffix}" if value / size < 100 else f"{value / size:.0f} {suffix}"
+    return f"{value:.0f}"
+
+
+def seconds(value: float) -> str:
+    """A duration: `0.6 s`, `2 min 23 s`."""
+    if value < 99.5:
+        return f"{value:.1f} s"
+    whole = round(value)
+    return f"{whole // 60} min {whole % 60} s"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.1f}"

@@ -54,7 +54,7 @@ from targets.harness.measurement import Judgement, Session, judge
 
 TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
 DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
-VALUE_SAMPLES = 384
+VALUE_SAMPLES = 256
 
 
 @dataclass(frozen=True)

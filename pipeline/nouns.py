@@ -339,7 +339,8 @@ class Prediction:
 class LatencyTable:
     """What each width costs on one device: the sum of its sites, times a correction that feedback rounds set.
 
-    dense_ms: predicted latency of the dense network before correction is the sum over sites at full widths plus `fixed_ms`.
+    dense_ms: the dense network as it was measured beside the rows, the unit of predicted ratios. The sum over sites at
+    full widths plus `fixed_ms` can be less where the dense network alone outgrows a cache.
     choices: group id -> widths that the device's grid allows, ascending, full size last. grid: the step found.
     """
 

@@ -225,7 +225,7 @@ class Run:
         self._state["stages"][name] = facts | {"seconds": total, "detail": detail}
         self._save()
         logging.getLogger(__name__).info("%s finished in %.3f s: %s", name, seconds, detail or "done")
-        self.console.print(f"{name:<12}{detail:<36}{seconds:8.1f} s", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"{name:<16} {detail:<38} {seconds:7.1f} s", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[], None]]:

@@ -3,7 +3,7 @@
 Convolutions of one width in and out are timed over narrow widths. The step is the largest g for which no width off the
 grid is worth having: t(w) >= t(w rounded up to g), within NOISE, on average over the widths above g, for every kind of
 kernel. (With ONNX Runtime on AVX-512 that is 16: flat between multiples of 16, slow where not a multiple of 4.) Widths
-below the step are other kernels, cheaper or dearer: `below` lists those that are cheaper than a full step, kind by kind.
+below the step are other kernels, cheaper or dearer: `below` lists those that are cheaper than a full step, by kind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.latency.timing import PROTOCOL, Clock, key
 
 STEPS = (1, 2, 4, 8, 16, 32)
 WIDTHS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64)
-KINDS = {"3x3": 8, "1x1": 16, "depthwise": 16}
+KINDS = {"3x3": 14, "1x1": 16, "depthwise": 16}
 """Kind of kernel -> height and width of the map it is timed on."""
 
 COPIES = 6

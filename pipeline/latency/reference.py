@@ -1,4 +1,4 @@
-"""Small ONNX models of our own: the reference that every row is a ratio to, an empty graph, and the grid's convolutions.
+"""Small ONNX models of our own: the reference that all rows are ratios to, an empty graph, the grid's convolutions.
 
 The reference is fixed for good, because stored ratios mean nothing without it: a stem, four 3x3 convolutions of 32
 channels at 16x16 and a pooled head, some 10 million multiplications, long enough to time and short enough to repeat.

@@ -1,10 +1,8 @@
 """Build the latency table of a network on a target: a few corners of every site measured, the rest fitted.
 
-    row of a site   =  (t(many copies) - t(few copies)) / (many - few)          a slope, free of what surrounds it
-    site            =  a x row + b x bytes of its weights + c                   as it runs inside a network
-    table           =  empty graph + sum of sites
+    row of a site  =  (t(many copies) - t(few copies)) / (many - few)          a slope, free of what surrounds it
+    table          =  empty graph + factor x sum of rows                       factor: `pipeline.latency.calibrate`
 
-a, b and c come from the dense network and some narrowed ones, measured among the rows (`pipeline.latency.calibrate`).
 All times are ratios to one reference model (`pipeline.latency.timing`); the scale in milliseconds is the reference's
 own time on the device. Sites whose small models are equal share their measurements, and rows measured before come from
 the store, so that the same rows give the same table.
@@ -32,8 +30,8 @@ from profiles.errors import DeployError
 from profiles.schema import PruneSpec
 from targets.base import Target
 
-DENSE_COPIES = 3
-"""Sessions of the dense network among the rows: a single one can be off by 1 to 3 %."""
+DENSE_COPIES = 5
+"""Sessions of the dense network among the rows: a single one can be off by several per cent."""
 
 FLOOR = 0.003
 """Least spread that a table claims."""
@@ -85,8 +83,18 @@ def tabulate(
         models.update({key(model): model for model in (*part.few.values(), *part.many.values())})
     ratios = clock.ratios(models)
     fitted = [_fit(builder, part, grid.step, ratios) for part in parts]
-    scale = _scale(parts, fitted, list(nets.values()), [ratios[name] for name in nets], ratios[key(empty())])
-    return _assemble(parts, fitted, scale, choices, grid.step, ratios[key(empty())], clock.reference_ms())
+    fixed = ratios[key(empty())]
+    times = [ratios[name] for name in nets]
+    scale = _scale(parts, fitted, list(nets.values()), times, fixed)
+    costs = _costs(parts, fitted, scale.factor * clock.reference_ms())
+    return LatencyTable(
+        sites=costs,
+        choices=choices.widths,
+        grid=grid.step,
+        dense_ms=float(np.median(times[:DENSE_COPIES])) * clock.reference_ms(),
+        fixed_ms=fixed * clock.reference_ms(),
+        spread=max(FLOOR, float(np.hypot(_spread(parts, fitted), scale.error))),
+    )
 
 
 @dataclass(frozen=True)
@@ -175,80 +183,43 @@ def _models(
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FittedSite:
-    """Rows and weight bytes of a site at every combination of its widths."""
-
-    rows: fit.Fitted
-    size: fit.Fitted
-
-    def time(self, widths: Key, scale: Scale) -> float:
-        """As it runs inside a network. What costs nothing alone costs nothing there."""
-        row = self.rows.times[widths]
-        return scale.rows * row + scale.each_byte * self.size.times[widths] + scale.each_site if row > 0 else 0.0
-
-
-def _fit(builder: RowBuilder, part: Wanted, step: int, ratios: Mapping[str, float]) -> FittedSite:
-    rows, size = {}, {}
+def _fit(builder: RowBuilder, part: Wanted, step: int, ratios: Mapping[str, float]) -> fit.Fitted:
+    measured = {}
     for widths, model in part.many.items():
-        more, less = ratios[key(model)], ratios[key(part.few[widths])]
-        rows[widths] = max(more - less, 0.0) / part.span
-        size[widths] = max(len(model) - len(part.few[widths]), 0) / part.span
-
-    def terms(widths: Key) -> Mapping[str, float]:
-        return builder.terms(part.site, widths, dropped=part.dropped)
-
-    return FittedSite(fit.fit(part.axes, step, terms, rows), fit.fit(part.axes, step, terms, size))
+        measured[widths] = max(ratios[key(model)] - ratios[key(part.few[widths])], 0.0) / part.span
+    return fit.fit(part.axes, step, lambda w: builder.terms(part.site, w, dropped=part.dropped), measured)
 
 
 def _scale(
-    parts: Sequence[Wanted],
-    fitted: Sequence[FittedSite],
-    nets: Sequence[Network],
-    times: Sequence[float],
-    fixed: float,
+    parts: Sequence[Wanted], fitted: Sequence[fit.Fitted], nets: Sequence[Network], times: Sequence[float], fixed: float
 ) -> Scale:
-    """Fit a, b and c. The sessions of the dense network count as one, by their median."""
-    dense = float(np.median(times[:DENSE_COPIES]))
-    chosen = [nets[0], *nets[DENSE_COPIES:]]
-    totals = []
-    for net in chosen:
-        total = np.zeros(3)
+    """The factor from rows to networks; the sessions of the dense network are the first and count as one."""
+    rows = []
+    for net in (nets[0], *nets[DENSE_COPIES:]):
+        total = 0.0
         for part, found in zip(parts, fitted, strict=True):
             if part.dropped == (part.site.block in net.sample.dropped):
-                widths = part.clamp(tuple(dim.size(net.sample.widths) for dim in part.site.dims))
-                row = found.rows.times[widths]
-                total += (row, found.size.times[widths], float(row > 0))
-        totals.append((float(total[0]), float(total[1]), float(total[2])))
-    if totals[0][0] <= 0:
+                total += found.times[part.clamp(tuple(dim.size(net.sample.widths) for dim in part.site.dims))]
+        rows.append(total)
+    if rows[0] <= 0:
         raise DeployError("every site of the network was measured as taking no time.", "deploy doctor")
-    scale = adjust(totals, [dense, *times[DENSE_COPIES:]], fixed)
-    log.info("rows sum to %.3f of the dense network; %s", totals[0][0] / (dense - fixed), scale)
+    dense = float(np.median(times[:DENSE_COPIES]))
+    scale = adjust(rows, [dense, *times[DENSE_COPIES:]], fixed)
+    log.info("rows of the dense network x %.3f = %.3f of it", scale.factor, scale.factor * rows[0] / (dense - fixed))
     return scale
 
 
-def _assemble(
-    parts: Sequence[Wanted],
-    fitted: Sequence[FittedSite],
-    scale: Scale,
-    choices: Choices,
-    step: int,
-    fixed: float,
-    reference_ms: float,
-) -> LatencyTable:
-    """The table in milliseconds."""
+def _costs(parts: Sequence[Wanted], fitted: Sequence[fit.Fitted], ms: float) -> tuple[SiteCost, ...]:
+    """Every site in milliseconds; ms: of one unit of the rows."""
     costs: list[SiteCost] = []
     for part, found in zip(parts, fitted, strict=True):
-        times = {widths: found.time(widths, scale) * reference_ms for widths in found.rows.times}
+        times = {widths: time * ms for widths, time in found.times.items()}
         if part.dropped:
             last = costs.pop()
             costs.append(SiteCost(last.site, last.ms, _over_all(part, times, last.ms), last.measured))
         else:
             costs.append(SiteCost(part.site, times, {}, frozenset(part.many)))
-    dense = sum(cost.ms[tuple(choices.values[dim][-1] for dim in cost.site.dims)] for cost in costs)
-    fixed_ms = fixed * reference_ms
-    spread = float(np.hypot(_spread(parts, fitted), scale.misfit))
-    return LatencyTable(tuple(costs), choices.widths, step, dense + fixed_ms, fixed_ms, 1.0, max(FLOOR, spread))
+    return tuple(costs)
 
 
 def _over_all(part: Wanted, times: Mapping[Key, float], keys: Mapping[Key, float]) -> dict[Key, float]:
@@ -256,14 +227,14 @@ def _over_all(part: Wanted, times: Mapping[Key, float], keys: Mapping[Key, float
     return {widths: times[part.clamp(widths)] for widths in keys} if any(times.values()) else {}
 
 
-def _spread(parts: Sequence[Wanted], fitted: Sequence[FittedSite]) -> float:
+def _spread(parts: Sequence[Wanted], fitted: Sequence[fit.Fitted]) -> float:
     """Relative standard error from the fits: sites of equal models err together, others on their own."""
     errors: dict[tuple[str, ...], float] = {}
     total = 0.0
     for part, found in zip(parts, fitted, strict=True):
         if not part.dropped:
             name = tuple(sorted(key(model) for model in part.many.values()))
-            time = found.rows.times[tuple(axis[-1] for axis in part.axes)]
-            errors[name] = errors.get(name, 0.0) + found.rows.misfit * time
+            time = found.times[tuple(axis[-1] for axis in part.axes)]
+            errors[name] = errors.get(name, 0.0) + found.misfit * time
             total += time
     return float(np.sqrt(sum(error**2 for error in errors.values()))) / max(total, 1e-12)

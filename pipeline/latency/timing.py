@@ -1,7 +1,7 @@
 """Times of small models from the store, and from the target for those that it does not hold yet.
 
-Every time is a ratio to `reference.reference()`, taken interleaved with it; the same bytes are never measured twice on one
-device. PROTOCOL names how: it changes whenever a number taken before could differ from one taken after.
+Every time is a ratio to `reference.reference()`, taken interleaved with it; the same bytes are never measured twice on
+one device. PROTOCOL names how: it changes whenever a number taken before could differ from one taken after.
 """
 
 from __future__ import annotations

@@ -97,13 +97,14 @@ def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topo
         for unit in np.unique(component[ids]):
             frozen.setdefault(int(unit), reason)
     blocks = find_blocks(network)
-    groups = _groups(params, frozen, blocks)
+    produced = {f"{name}[{axis}]" for name, axis in space.produced}
+    groups = _groups(params, produced, frozen, blocks)
     readers = tuple(dataclasses.replace(r, ids=units(r.ids)) for r in space.readers)  # type: ignore[arg-type]
     return Topology(groups, blocks, dict(params), constants, tuple(network.leaves.items())), readers
 
 
 def _groups(
-    params: dict[str, dict[int, Units]], frozen: dict[int, str], blocks: tuple[Block, ...]
+    params: dict[str, dict[int, Units]], produced: set[str], frozen: dict[int, str], blocks: tuple[Block, ...]
 ) -> tuple[ChannelGroup, ...]:
     touched: dict[int, list[tuple[str, int]]] = defaultdict(list)
     first: dict[int, tuple[int, int]] = {}
@@ -112,32 +113,37 @@ def _groups(
         present, counts = np.unique(ids[ids >= 0], return_counts=True)
         for unit, times in zip(present.tolist(), counts.tolist(), strict=True):
             touched[unit].append((slot, times))
-        if slot.endswith("[0]"):
+        if slot in produced:
             for position, unit in enumerate(ids.tolist()):
                 first.setdefault(unit, (number, position))
     by_members: dict[tuple[tuple[str, int], ...], list[int]] = defaultdict(list)
     for unit, members in touched.items():
         by_members[tuple(sorted(members))].append(unit)
     order = {unit: first.get(unit, (len(slots), unit)) for unit in touched}
-    found = [_group(key, sorted(ids, key=order.__getitem__), slots, frozen, blocks) for key, ids in by_members.items()]
+    found = [_group(key, sorted(ids, key=order.__getitem__), slots, produced, frozen, blocks) for key, ids in by_members.items()]
     return tuple(sorted(found, key=lambda g: order[g.units[0]]))
 
 
 def _group(
-    key: tuple[tuple[str, int], ...], units: list[int], slots: list[tuple[str, Units]], frozen: dict[int, str], blocks: tuple[Block, ...]
+    key: tuple[tuple[str, int], ...],
+    units: list[int],
+    slots: list[tuple[str, Units]],
+    produced: set[str],
+    frozen: dict[int, str],
+    blocks: tuple[Block, ...],
 ) -> ChannelGroup:
     members = tuple(slot for slot, _ in slots if slot in dict(key))
-    params = {m.rsplit("[", 1)[0] for m in members if m.endswith("]")}
-    weights = [m for m in members if m.endswith(".weight[0]")] or [m for m in members if m.endswith("]")]
+    makers = [slot for slot in members if slot in produced]
     reason = next((frozen[u] for u in units if u in frozen), None)
-    if reason is None and not any(m.endswith("[0]") for m in members):
+    if reason is None and not makers:
         reason = "no layer produces it"
     if reason is None and len(units) == 1:
         reason = "it is a single unit"
+    layer = (makers or members)[0].rsplit("[", 1)[0].rsplit(".", 1)[0]
+    params = {member.rsplit("[", 1)[0] for member in members}
+    block = next((b.id for b in blocks if params <= set(b.params)), None)
     digest = hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:12]
-    name = weights[0].rsplit("[", 1)[0].rsplit(".", 1)[0] if weights else members[0]
-    block = next((b.id for b in blocks if params and params <= set(b.params)), None)
-    return ChannelGroup(digest, name, tuple(units), members, reason, block)
+    return ChannelGroup(digest, layer if makers else f"input of {layer}", tuple(units), members, reason, block)
 
 
 # --- blocks --------------------------------------------------------------------------------------------------------

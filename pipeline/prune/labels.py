@@ -106,6 +106,7 @@ class LabelSpace:
     def __init__(self) -> None:
         self.tensors: dict[str, Labels] = {}
         self.params: dict[tuple[str, int], Ids] = {}
+        self.produced: set[tuple[str, int]] = set()
         self.constants: list[LabelledConstant] = []
         self.readers: list[Reader] = []
         self.frozen: list[tuple[Ids, str]] = []
@@ -140,6 +141,13 @@ class LabelSpace:
             self.params[name, axis] = ids
         else:
             self.tie(known, ids)
+
+    def produce(self, name: str, axis: int, n: int) -> Ids:
+        """n fresh labels, made by this axis of a weight."""
+        ids = self.fresh(n)
+        self.param(name, axis, ids)
+        self.produced.add((name, axis))
+        return ids
 
     def along(self, op: Op, index: int, axis: int) -> Ids:
         """Labels of an input along one axis; what varies over other axes is frozen, since the operator mixes them."""

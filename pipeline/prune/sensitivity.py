@@ -23,7 +23,7 @@ from pipeline.prune.surgery import carry_out
 from pipeline.prune.taps import DenseTaps, aims, find_tap, is_layer
 
 KEEP_MIB = 768
-ROWS = 6144
+ROWS = 2560
 TURNS = 2
 
 

@@ -11,8 +11,10 @@ Values are kept at a few positions of each sample, the same for all tensors of o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, fx, nn
@@ -107,7 +109,11 @@ def aims(network: Network, dropped: Sequence[Block]) -> dict[str, str]:
 
 def positions(shape: Sequence[int], samples: int, limit: int = ROWS) -> tuple[Tensor, Tensor]:
     """Indices (sample, flat position) of the rows kept of a tensor (samples, C, spatial…): at most about `limit` of them."""
-    space = int(torch.tensor(list(shape[2:])).prod()) if len(shape) > 2 else 1
+    return _positions(math.prod(shape[2:]), samples, limit)
+
+
+@lru_cache(maxsize=32)
+def _positions(space: int, samples: int, limit: int) -> tuple[Tensor, Tensor]:
     each = max(1, min(space, -(-limit // samples)))
     source = torch.Generator().manual_seed(space)
     if each == space:

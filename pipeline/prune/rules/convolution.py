@@ -30,13 +30,11 @@ def apply(op: Op, space: LabelSpace) -> None:
         space.param(weight, 0, out)
     elif groups == 1:
         space.param(weight, into, space.read(op, 0, 1))
-        out = space.fresh(channels_out)
-        space.param(weight, out_of, out)
+        out = space.produce(weight, out_of, channels_out)
     elif op.kind == "conv":
         space.param(weight, 1, _tied(space.read(op, 0, 1), groups, space))
-        out = space.fresh(channels_out)
+        out = space.produce(weight, 0, channels_out)
         _tied(out, groups, space)
-        space.param(weight, 0, out)
     else:
         reason = f"'{op.name}' is a grouped transposed convolution"
         space.freeze(space.along(op, 0, 1), reason)

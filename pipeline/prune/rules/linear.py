@@ -11,8 +11,7 @@ def apply(op: Op, space: LabelSpace) -> None:
     """Propagate labels through y = x Wᵀ + b over the last axis."""
     last = len(op.in_shapes[0]) - 1
     space.param(op.params["weight"], 1, space.read(op, 0, last))
-    out = space.fresh(op.out_shape[-1])
-    space.param(op.params["weight"], 0, out)
+    out = space.produce(op.params["weight"], 0, op.out_shape[-1])
     if "bias" in op.params:
         space.param(op.params["bias"], 0, out)
     space.tensors[op.output] = Labels.channels(out, last)

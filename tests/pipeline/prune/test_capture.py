@@ -1,0 +1,71 @@
+import pytest
+import torch
+from prune_nets import NETS, Branching, Chain, Odd, Partly, Shuffle, example
+from torch import Tensor, nn
+
+from pipeline.prune.capture import capture
+from pipeline.prune.groups import find_groups
+from pipeline.prune.operators import ChannelGather
+from profiles.errors import DeployError
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_captured_network_computes_what_the_given_one_does_for_any_batch(name):
+    torch.manual_seed(0)
+    model = NETS[name]().eval()
+    network = capture(model, example())
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.allclose(network.graph(x), model(x), atol=1e-5)
+
+
+def test_capture_never_touches_the_given_network():
+    model = Chain().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    capture(model, example())
+    assert model.training and model.a[2].inplace
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_channel_shuffle_becomes_one_gather():
+    graph = capture(Shuffle(), example()).graph
+    gathers = [m for m in graph.modules() if isinstance(m, ChannelGather)]
+    assert len(gathers) == 1 and gathers[0].indices.tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+
+
+def test_a_module_that_cannot_be_traced_is_a_leaf_with_its_reason_and_its_channels_stay():
+    network = find_groups(capture(Partly(), example()))
+    (leaf,) = network.topology.leaves
+    assert leaf[0] == "odd" and "prune_nets.py" in leaf[1] and "control flow" in leaf[1]
+    frozen = {group.name: group.frozen for group in network.topology.groups}
+    assert "cannot be captured" in frozen["a.0"] and frozen["b.0"] is None
+
+
+def test_a_network_that_cannot_be_captured_names_its_forward_and_the_line():
+    with pytest.raises(DeployError) as caught:
+        capture(Branching(), example())
+    assert caught.value.message.startswith("the network cannot be captured: Branching.forward, ")
+    assert "prune_nets.py:" in caught.value.message
+    assert caught.value.hint == "move the part that depends on data into a module of its own: it then stays as it is."
+
+
+def test_a_shape_that_the_network_refuses_is_named():
+    with pytest.raises(DeployError) as caught:
+        capture(Chain(), (torch.zeros(1, 4, 8, 8),))
+    assert caught.value.message.startswith("the network refuses an input of shape [1, 4, 8, 8]: ")
+    assert caught.value.hint == "mend model.input.shape in deploy.toml."
+
+
+def test_an_operator_without_a_rule_freezes_what_flows_through_it_and_nothing_else():
+    network = find_groups(capture(Odd(), example()))
+    frozen = {group.name: group.frozen for group in network.topology.groups}
+    assert frozen["a.0"] == "there is no rule for cumsum ('cumsum')"
+    assert frozen["b.0"] is None and frozen["c.0"] is None
+
+
+def test_a_network_that_is_no_function_of_its_input_is_refused():
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(1)
+
+    with pytest.raises(DeployError, match=r"^the captured network differs from the given one by "):
+        capture(Noisy(), example())

@@ -2,9 +2,9 @@
 
 A channel count is  v = constant + sum of coefficient x width.  It is on the grid when it is the dense one, a multiple
 of the step, or one of the narrow counts that the device runs faster than a full step. Groups that are parts of sums
-(padded streams, concatenations) get widths in smaller steps where only the sum has to be on the grid; a width stays only
-if the other groups of each of its sums can complete it. A group may vanish (width 0) where something else always stays
-in every channel count that it is part of.
+(padded streams, concatenations) get widths in smaller steps where only the sum has to be on the grid; a width stays
+only if the other groups of each of its sums can complete it. A group may vanish (width 0) where something else always
+stays in every channel count that it is part of.
 """
 
 from __future__ import annotations

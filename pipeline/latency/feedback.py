@@ -1,7 +1,7 @@
 """Correcting the table with what whole candidates took: one factor, near the latencies that matter.
 
 A good table needs no correction, and a factor from one candidate adds that candidate's noise; a biased table is mended
-by the geometric mean of measured / predicted over the candidates nearest in predicted latency (measurement.md, section 7).
+by the geometric mean of measured / predicted over the candidates nearest in predicted latency.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pipeline.nouns import LatencyTable
 NEAREST = 3
 
 
-def recalibrate(table: LatencyTable, measured: Sequence[tuple[Mapping[str, int], Iterable[str], float]]) -> LatencyTable:
+def recalibrate(
+    table: LatencyTable, measured: Sequence[tuple[Mapping[str, int], Iterable[str], float]]
+) -> LatencyTable:
     """The table with its correction set from measured candidates: (widths, removed blocks, milliseconds).
 
     The factor is against the uncorrected table, so that it does not matter how often it has been corrected before.

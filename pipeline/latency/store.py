@@ -128,10 +128,8 @@ class Store:
                 ).lastrowid
                 base.executemany(
                     "INSERT OR IGNORE INTO row VALUES (?,?,?,?,?,?)",
-                    [
-                        (device, protocol, sha256, float(np.quantile(times / reference_ms, QUANTILE)), _blob(times), session)
-                        for sha256, times in ms.items()
-                    ],
+                    [(device, protocol, sha256, _ratio(times, reference_ms), _blob(times), session)
+                     for sha256, times in ms.items()],
                 )
 
         self._do(write)
@@ -274,6 +272,10 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _ratio(ms: NDArray[np.float64], reference_ms: NDArray[np.float64]) -> float:
+    return float(np.quantile(ms / reference_ms, QUANTILE))
 
 
 def _blob(values: NDArray[np.float64]) -> bytes:

@@ -18,7 +18,7 @@ from profiles.errors import UndecidedError
 from targets.base import Target
 
 ROUNDS = 12
-PROTOCOL = f"rows/1 x{ROUNDS}"
+PROTOCOL = f"rows/2 x{ROUNDS}"
 SESSION_MODELS = 240
 Progress = Callable[[float], None]
 

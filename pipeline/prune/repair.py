@@ -130,7 +130,7 @@ class SequentialFit(fx.Interpreter):
             return
         if tap.other is not None:
             other = self.env[next(m for m in self.env if m.name == tap.other)]
-            target = target - rows(other, self.taps.limit)
+            target = target - rows(other, self.taps.limit, last=isinstance(layer, nn.Linear))
         _solve(layer, self._norm(tap), patches, target, self.turns if tap.relu else 1)
 
     def _norm(self, tap: Tap) -> nn.BatchNorm2d | None:
@@ -141,7 +141,7 @@ class SequentialFit(fx.Interpreter):
 def _patches(layer: nn.Module, x: Tensor, limit: int) -> Tensor:
     """What each kept output position reads, shape (rows, groups, inputs per group)."""
     if isinstance(layer, nn.Linear):
-        return x.reshape(-1, 1, x.shape[-1])
+        return rows(x, limit, last=True).unsqueeze(1)
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     flat = isinstance(layer, nn.Conv1d)
     kernel, stride, dilation = (_pair(v, flat) for v in (layer.kernel_size, layer.stride, layer.dilation))

@@ -123,12 +123,13 @@ def _positions(space: int, samples: int, limit: int) -> tuple[Tensor, Tensor]:
     return torch.arange(samples).repeat_interleave(each), picked
 
 
-def rows(x: Tensor, limit: int = ROWS) -> Tensor:
-    """Values at the kept positions: (samples, C, spatial…) -> (rows, C). A layer over the last axis keeps all of them."""
-    if x.dim() <= 3:
-        return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    sample, place = positions(x.shape, len(x), limit)
-    return x.flatten(2)[sample, :, place]
+def rows(x: Tensor, limit: int = ROWS, *, last: bool = False) -> Tensor:
+    """Values at the kept positions, (rows, C): of (samples, C, spatial…), or of (samples, …, C) where `last`."""
+    if x.dim() == 2:
+        return x
+    moved = x.movedim(-1, 1) if last else x
+    sample, place = positions(moved.shape, len(x), limit)
+    return moved.flatten(2)[sample, :, place]
 
 
 class DenseTaps:
@@ -149,15 +150,17 @@ class DenseTaps:
         return node in self._values
 
 
-def _wanted(graph: fx.GraphModule) -> set[str]:
-    """Layers' taps, and additions: whatever can be asked for later."""
-    names, done = set(), {node.name for node in graph.graph.nodes}
+def _wanted(graph: fx.GraphModule) -> dict[str, bool]:
+    """Taps of layers, and additions, which blocks that are removed may be aimed at: node -> channels are the last axis."""
+    names: dict[str, bool] = {}
+    done = {node.name for node in graph.graph.nodes}
     for node in graph.graph.nodes:
         if is_layer(graph, node):
+            last = isinstance(graph.get_submodule(str(node.target)), nn.Linear)
             tap = find_tap(graph, node, done)
-            names |= {tap.node, node.name if tap.norm is None else _norm_node(graph, tap.norm)}
+            names |= {tap.node: last, (node.name if tap.norm is None else _norm_node(graph, tap.norm)): last}
         elif node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), operators.ResidualAdd):
-            names.add(node.name)
+            names.setdefault(node.name, False)
     return names
 
 
@@ -166,7 +169,7 @@ def _norm_node(graph: fx.GraphModule, target: str) -> str:
 
 
 class _Sampling(fx.Interpreter):
-    def __init__(self, graph: fx.GraphModule, wanted: set[str], limit: int) -> None:
+    def __init__(self, graph: fx.GraphModule, wanted: dict[str, bool], limit: int) -> None:
         super().__init__(graph)
         self.wanted, self.limit = wanted, limit
         self.taken: dict[str, Tensor] = {}
@@ -174,5 +177,5 @@ class _Sampling(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n.name in self.wanted and isinstance(value, Tensor) and value.dim() >= 2:
-            self.taken[n.name] = rows(value, self.limit)
+            self.taken[n.name] = rows(value, self.limit, last=self.wanted[n.name])
         return value

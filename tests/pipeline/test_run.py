@@ -56,7 +56,7 @@ def test_a_finished_stage_says_one_line(tmp_path: Path):
     request = _request(tmp_path)
     with Run.create(tmp_path, PROFILE, request=request) as run:
         run.finished("tabulate", 18.23, "reused 41, measured 3")
-    assert request.console.file.getvalue() == "tabulate    reused 41, measured 3                   18.2 s\n"
+    assert request.console.file.getvalue() == "tabulate         reused 41, measured 3                     18.2 s\n"
 
 
 def test_a_stage_is_reused_by_the_next_run_and_measuring_is_not(tmp_path: Path):

@@ -14,8 +14,8 @@ from pipeline.latency.store import Store
 from profiles.errors import DeployError
 
 
-def test_a_row_is_the_median_ratio_to_its_reference_and_keeps_its_raw_times(tmp_path):
-    reference, times = np.array([1.0, 2.0, 4.0]), np.array([2.0, 4.2, 8.0])
+def test_a_row_is_a_low_ratio_to_its_reference_and_keeps_its_raw_times(tmp_path):
+    reference, times = np.array([1.0, 2.0, 4.0]), np.array([2.0, 9.0, 8.0])
     with Store(tmp_path / "latency.sqlite") as store:
         store.add_rows("device", "rows/1", reference, {"aa": times})
         row = store.rows("device", "rows/1", ["aa", "bb"])["aa"]

@@ -1,0 +1,197 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from prune_nets import NETS, Chain, Residual, example
+from torch import nn
+
+from pipeline.nouns import DropBlock, KeepUnits, PruningPlan
+from pipeline.prune.capture import Network, capture
+from pipeline.prune.evidence import Evidence, Samples, divergence
+from pipeline.prune.groups import find_groups
+from pipeline.prune.ranking import rank
+from pipeline.prune.repair import repair
+from pipeline.prune.sensitivity import LossProbe, measure, spread
+from pipeline.prune.surgery import prune, restore
+from profiles.errors import DeployError
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """Batch norms with statistics and scales of a network that has been trained a little."""
+    torch.manual_seed(1)
+    model.train()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.3, 0.3)
+        for _ in range(30):
+            model(torch.randn(32, 3, 8, 8))
+    return model.eval()
+
+
+def network_of(name: str) -> Network:
+    torch.manual_seed(0)
+    return find_groups(capture(lived_in(NETS[name]()), example()))
+
+
+def some_samples(count: int = 96) -> Samples:
+    inputs = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    return Samples([(batch,) for batch in inputs.split(32)])
+
+
+def gap(model: nn.Module, network: Network, samples: Samples) -> float:
+    (x,) = samples.joined()
+    with torch.no_grad():
+        return float(divergence(model(x), network.graph(x)).mean())
+
+
+def halved(network: Network) -> PruningPlan:
+    rankings = rank(Evidence(network, some_samples()), "magnitude")
+    return PruningPlan(tuple(KeepUnits(g.id, rankings[g.id].keep(max(1, g.size // 2))) for g in network.topology.offered))
+
+
+@pytest.mark.parametrize("name", [n for n in NETS if n not in ("transposed", "flat")])
+def test_least_squares_brings_a_cut_network_nearer_to_the_dense_one(name):
+    network, samples = network_of(name), some_samples()
+    plan = halved(network)
+    pruned = prune(network, plan)
+    fixed = repair(pruned, network, plan, samples, "least-squares")
+    assert gap(fixed, network, samples) < 0.9 * gap(pruned, network, samples)
+
+
+def test_least_squares_restores_the_network_exactly_when_what_was_cut_is_a_copy():
+    """Channels 4 to 7 repeat 0 to 3: the next layer can take over their weights, and nothing is lost."""
+    model = lived_in(Chain())
+    with torch.no_grad():
+        for value in (model.a[0].weight, model.a[1].weight, model.a[1].bias, model.a[1].running_mean, model.a[1].running_var):
+            value[4:] = value[:4]
+    network, samples = find_groups(capture(model, example())), some_samples()
+    group = next(g for g in network.topology.offered if g.name == "a.0")
+    plan = PruningPlan((KeepUnits(group.id, (0, 1, 2, 3)),))
+    pruned = prune(network, plan)
+    assert gap(repair(pruned, network, plan, samples), network, samples) < 0.02 * gap(pruned, network, samples)
+
+
+def test_the_layer_before_a_removed_block_is_aimed_at_what_the_block_gave():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = Residual("identity"), Residual("identity")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            def block(net: Residual, x: torch.Tensor) -> torch.Tensor:
+                y = net.bn2(net.conv2(torch.relu(net.bn1(net.conv1(x)))))
+                return torch.relu(y + x)
+
+            return self.two.head(block(self.two, block(self.one, self.one.stem(x))))
+
+    network, samples = find_groups(capture(lived_in(Two()), example())), some_samples(256)
+    plan = PruningPlan((DropBlock(network.topology.removable[-1].id),))
+    pruned = prune(network, plan)
+    assert gap(repair(pruned, network, plan, samples), network, samples) < 0.5 * gap(pruned, network, samples)
+
+
+def test_bn_repair_moves_statistics_and_nothing_else():
+    network, samples = network_of("chain"), some_samples()
+    pruned = prune(network, halved(network))
+    fixed = repair(pruned, network, halved(network), samples, "bn")
+    changed = {name for name, value in fixed.state_dict().items() if not torch.equal(value, pruned.state_dict()[name])}
+    assert changed and all("running" in name or "num_batches" in name for name in changed)
+
+
+def test_repair_leaves_the_pruned_and_the_dense_network_alone():
+    network, samples = network_of("residual pad"), some_samples()
+    plan = halved(network)
+    pruned = prune(network, plan)
+    before = copy.deepcopy(pruned.state_dict()), copy.deepcopy(network.graph.state_dict())
+    repair(pruned, network, plan, samples)
+    for old, module in zip(before, (pruned, network.graph), strict=True):
+        assert all(torch.equal(old[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_pruned_network_reloads_from_its_plan_and_tensors():
+    network, samples = network_of("residual pad"), some_samples()
+    plan = halved(network)
+    fixed = repair(prune(network, plan), network, plan, samples)
+    again = restore(prune(network, plan), fixed.state_dict(), "the bundle")
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again.eval()(x), fixed(x))
+
+
+def test_tensors_that_do_not_fit_the_plan_are_named():
+    network = network_of("chain")
+    pruned = prune(network, halved(network))
+    state = dict(pruned.state_dict())
+    with pytest.raises(DeployError, match=r"^the bundle: 'a\.0\.weight' is \(8, 3, 3, 3\), and the plan makes it \(4, 3, 3, 3\)\.$"):
+        restore(pruned, state | {"a.0.weight": torch.zeros(8, 3, 3, 3)}, "the bundle")
+    del state["a.0.weight"]
+    with pytest.raises(DeployError, match=r"^the bundle: the tensor 'a\.0\.weight' is missing\."):
+        restore(pruned, state, "the bundle")
+
+
+# --- rankings and values -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor"])
+def test_gradient_criteria_take_a_channel_that_nothing_reads_first(criterion):
+    model = lived_in(Chain())
+    with torch.no_grad():
+        model.b[0].weight[:, 5] = 0.0
+    network = find_groups(capture(model, example()))
+    group = next(g for g in network.topology.offered if g.name == "a.0")
+    assert rank(Evidence(network, some_samples()), criterion)[group.id].removal_order[0] == 5
+
+
+def test_fisher_sums_coupled_channels_inside_the_square():
+    """The gradient of a unit's gate is that of one scale put on all its readers at once."""
+    network, samples = network_of("residual projection"), some_samples(8)
+    evidence = Evidence(network, Samples(samples.inputs, torch.arange(8) % 5))
+    group = next(g for g in network.topology.offered if g.name == "stem.0")
+    (x,) = samples.joined()
+    scale = torch.ones(8, 8, requires_grad=True)
+    stem = network.graph.get_submodule("stem.1")
+    hook = stem.register_forward_hook(lambda _m, _i, out: out * scale[:, :, None, None].relu())
+    loss = nn.functional.cross_entropy(network.graph(x), torch.arange(8) % 5, reduction="sum")
+    loss.backward()
+    hook.remove()
+    ours = evidence.gate_gradients[:, list(group.units)]
+    assert torch.allclose(ours, scale.grad, atol=1e-5)
+
+
+def test_random_depends_on_the_seed_alone():
+    network = network_of("chain")
+    first, again, other = (rank(Evidence(network, some_samples(), seed=seed), "random") for seed in (1, 1, 2))
+    assert first == again and first != other
+
+
+def test_values_are_zero_at_full_width_and_never_fall_with_narrower_ones():
+    network, samples = network_of("residual pad"), some_samples()
+    rankings = rank(Evidence(network, samples), "fisher")
+    probe = LossProbe(network, samples)
+    choices = {g.id: (2, 4, 6, g.size) for g in network.topology.offered}
+    values = measure(probe, rankings, choices)
+    for group in network.topology.offered:
+        curve = sorted(values.groups[group.id].items())
+        assert curve[-1] == (group.size, 0.0) and len(curve) == 4
+        assert all(a[1] >= b[1] for a, b in zip(curve, curve[1:], strict=False))
+    assert values.blocks[network.topology.removable[0].id] > 0
+
+
+def test_a_loss_measured_from_kept_values_is_the_loss_of_a_whole_run(monkeypatch):
+    """With no memory for dense values everything is computed again, and nothing changes."""
+    network, samples = network_of("residual pad"), some_samples()
+    plan = halved(network)
+    kept = LossProbe(network, samples).loss(plan)
+    single = PruningPlan(plan.edits[-1:])
+    one = LossProbe(network, samples).loss(single)
+    monkeypatch.setattr("pipeline.prune.sensitivity.KEEP_MIB", 0)
+    assert LossProbe(network, samples).loss(plan) == pytest.approx(kept, rel=1e-4)
+    assert LossProbe(network, samples).loss(single) == pytest.approx(one, rel=1e-4)
+
+
+def test_widths_to_value_are_spread_and_hold_both_ends():
+    assert spread([8, 16, 24, 32, 40, 48, 56], 3) == [8, 32, 56]
+    assert spread([8, 16], 3) == [8, 16]
+    assert np.all(np.diff(spread(list(range(20)), 5)) > 0)

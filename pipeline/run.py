@@ -34,7 +34,7 @@ from pipeline import stage as stages
 from pipeline.cache import Cache, disk_full, locked, write_atomic
 from pipeline.journal import Journal
 from pipeline.stage import Json, Outcome, Stage, canonical, tool_versions
-from profiles.errors import DeployError, UsageError
+from profiles.errors import DeployError, MissedError, UsageError
 from profiles.schema import Profile
 
 TOOLS = (
@@ -167,6 +167,8 @@ class Run:
                 raise Interrupted(message, self.resume_command) from error
             elif isinstance(error, DeployError | OSError) and self._fresh and not len(self.journal):
                 self._remove()
+            elif isinstance(error, MissedError):
+                self._end("missed")
             else:
                 logging.getLogger(__name__).error("the run failed", exc_info=error)
                 self._end("failed")

@@ -154,8 +154,9 @@ def _keys(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> UsageError:
-    """Turn pydantic's first complaint into one sentence with the key, the value and the near miss."""
-    first = error.errors()[0]
+    """Turn pydantic's first complaint (a misspelt key before others) into a sentence with key, value and near miss."""
+    complaints = error.errors()
+    first = next((each for each in complaints if each["type"] == "extra_forbidden"), complaints[0])
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":

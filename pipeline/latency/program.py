@@ -19,8 +19,11 @@ The one-hot form with bilinear cost is that of MDP (Sun et al., 2025); the margi
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -119,14 +122,16 @@ class Program:
         while True:
             near = np.where(reduced <= reach + TINY, upper, 0.0)
             left = max(until - time.monotonic(), 0.05)
-            result = milp(
-                objective,
-                integrality=np.array(self.whole),
-                bounds=Bounds(0.0, near),
-                constraints=limits,
-                options={"time_limit": left, "mip_rel_gap": TINY},
-            )
-            best, room = (result.x, min(room, result.fun - floor)) if result.x is not None else (best, room)
+            with _stdout_kept():
+                result = milp(
+                    objective,
+                    integrality=np.array(self.whole),
+                    bounds=Bounds(0.0, near),
+                    constraints=limits,
+                    options={"time_limit": left, "mip_rel_gap": TINY},
+                )
+            if result.x is not None and (best is None or result.fun < floor + room):
+                best, room = result.x, min(room, result.fun - floor)
             if result.status == 1 or time.monotonic() > until:
                 proven = result.mip_dual_bound if result.mip_dual_bound is not None else floor
                 return Answer(best, max(floor, min(float(proven), floor + reach)), False)
@@ -159,6 +164,19 @@ class Program:
             best = max(options, key=lambda width: float(point[options[width]]))
             widths[group.id] = group.size if group.block in dropped else best
         return widths, dropped
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Send what the solver's library prints by itself to standard error: standard output is the caller's."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _relax(

@@ -107,10 +107,11 @@ def _short(label: str) -> str:
 
 
 def distributions(data: ReportData) -> str:
-    """How the latencies of the accepting session are distributed, dense and pruned on one axis."""
-    shown = [row for row in data.distributions if row.samples_ms]
+    """How the latencies of the accepting session are distributed: the first network and the last, on one axis."""
+    there = [row for row in data.distributions if row.samples_ms]
+    shown = [there[0], there[-1]] if len(there) > 1 else there
     with _drawn("Latencies of the accepting session", (5.2, 3.1)) as (axes, out):
-        top = max(data.budget_ms, *(float(np.quantile(row.samples_ms, 0.99)) for row in shown))
+        top = max(data.budget_ms, *(_tail(row.samples_ms) for row in shown))
         bottom = min(data.budget_ms, *(float(np.min(row.samples_ms)) for row in shown))
         edges = np.linspace(bottom * 0.95, top * 1.05, 90)
         for row, colour in zip(shown, (DENSE, PRUNED), strict=False):
@@ -119,6 +120,11 @@ def distributions(data: ReportData) -> str:
         axes.set(xlabel="ms of one inference", ylabel="share of inferences", xlim=(edges[0], edges[-1]), yticks=[])
         axes.legend(frameon=False, loc="best", fontsize=9)
     return out[0]
+
+
+def _tail(samples_ms: Sequence[float]) -> float:
+    """Where the axis may end: the 99th percentile, or twice the median where a few disturbed inferences lie far out."""
+    return float(min(np.quantile(samples_ms, 0.99), 2.0 * np.median(samples_ms)))
 
 
 def _hill(axes: Axes, row: Distribution, edges: NDArray[np.float64], colour: str) -> None:

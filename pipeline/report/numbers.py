@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pipeline.report.data import Interval
 
 NONE = "not measured"
@@ -61,6 +63,12 @@ def seconds(value: float) -> str:
         return f"{value:.1f} s"
     whole = round(value)
     return f"{whole // 60} min {whole % 60} s"
+
+
+def fact(value: str) -> str:
+    """A condition or setting as people read it: hashes shortened, Python's own words translated."""
+    words = {"": "–", "None": "none", "True": "yes", "False": "no"}
+    return f"{value[:12]}…" if re.fullmatch(r"[0-9a-f]{40,}", value) else words.get(value, value)
 
 
 def _digits(value: float) -> str:

@@ -119,6 +119,7 @@ def test_large_counts_are_short(value: float, written: str):
 def test_a_bound_that_does_not_exist_is_said_so():
     assert numbers.bounds((0.4, float("inf"))) == "0.400 to no upper bound ms"
     assert numbers.ms(None) == "not measured" and numbers.seconds(143.2) == "2 min 23 s"
+    assert [numbers.fact(value) for value in ("", "None", "ab" * 32, "1.31")] == ["–", "none", "abababababab…", "1.31"]
 
 
 class _Page(HTMLParser):

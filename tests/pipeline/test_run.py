@@ -19,7 +19,7 @@ from rich.console import Console
 from pipeline.journal import Journal
 from pipeline.run import BuildRequest, Interrupted, Run, latest_unfinished, read_state, unfinished
 from pipeline.stage import Stage
-from profiles.errors import DeployError, UsageError
+from profiles.errors import DeployError, MissedError, UsageError
 from profiles.schema import Profile
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,13 @@ def test_an_error_after_a_measurement_keeps_the_run_for_resuming(tmp_path: Path)
         run.journalled("dense", {}, lambda: 0.8)
         raise DeployError("evaluate gave NaN.")
     assert read_state(run.path)["status"] == "failed" and unfinished(tmp_path) == [run.path.resolve()]
+
+
+def test_a_budget_that_nothing_meets_ends_the_run_for_good(tmp_path: Path):
+    with pytest.raises(MissedError), _run(tmp_path) as run:
+        run.journalled("table", {}, lambda: 0.8)
+        raise MissedError("budget 0.01x cannot be met.")
+    assert read_state(run.path)["status"] == "missed" and unfinished(tmp_path) == []
 
 
 def test_a_bug_keeps_the_run_and_its_stack_in_the_log(tmp_path: Path):

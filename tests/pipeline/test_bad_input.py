@@ -1,0 +1,154 @@
+"""What a user can get wrong in a project: one sentence, a hint, the right exit code, and no half-written run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline import cli
+
+NETS = """
+from torch import nn
+
+def tiny():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    ).eval()
+"""
+DATA = """
+import numpy as np
+
+def calibration():
+    rng = np.random.default_rng(0)
+    return [(rng.normal(size=(16, 3, 8, 8)).astype("float32"), rng.integers(0, 4, 16)) for _ in range(2)]
+
+def evaluate(predict):
+    return float(predict(np.zeros((2, 3, 8, 8), "float32")).shape[1])
+"""
+PROJECT = """
+version = 1
+[model]
+factory = "tinynets:tiny"
+weights = "tiny.safetensors"
+input = { shape = [1, 3, 8, 8] }
+[data]
+calibration = "tinydata:calibration"
+evaluate = "tinydata:evaluate"
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A whole project, before somebody spoils it. The test stands in an empty folder beside it."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "tinynets.py").write_text(NETS)
+    (folder / "tinydata.py").write_text(DATA)
+    (folder / "deploy.toml").write_text(PROJECT)
+    names: dict[str, Callable[[], torch.nn.Module]] = {}
+    exec(NETS, names)
+    torch.manual_seed(0)
+    save_file(names["tiny"]().state_dict(), folder / "tiny.safetensors")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return folder
+
+
+def build(capsys: pytest.CaptureFixture[str], project: Path, *more: str) -> tuple[int, str, str]:
+    """Exit code, message and hint of a build that fails; asserts that it left no run and nothing on stdout but JSON."""
+    with pytest.raises(SystemExit) as done:
+        cli.main(["build", "--target", "simulated", "--project", str(project), "--budget", "0.5x", "--json", *more])
+    told = json.loads(capsys.readouterr().out)
+    assert told["exit_code"] == done.value.code
+    assert told["exit_code"] == 3 or not Path("runs").exists()
+    return told["exit_code"], told["error"], told["hint"]
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_an_unknown_key_is_named_with_its_near_miss(capsys: pytest.CaptureFixture[str], project: Path):
+    replace(project / "deploy.toml", "calibration =", "calibraton =")
+    code, message, _ = build(capsys, project)
+    assert code == 2 and "no key named 'data.calibraton'. Did you mean 'calibration'?" in message
+
+
+def test_missing_weights_are_named(capsys: pytest.CaptureFixture[str], project: Path):
+    (project / "tiny.safetensors").unlink()
+    code, message, hint = build(capsys, project)
+    assert code == 2 and message == f"there is no weights file '{project / 'tiny.safetensors'}'."
+    assert hint == "set model.weights in deploy.toml to where it is."
+
+
+def test_weights_that_do_not_fit_say_which_tensors(capsys: pytest.CaptureFixture[str], project: Path):
+    replace(project / "tinynets.py", "nn.Linear(16, 4)", "nn.Linear(16, 5)")
+    code, message, _ = build(capsys, project)
+    assert code == 1 and "7.weight is [4, 16] in the file and [5, 16] in the network" in message
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(capsys: pytest.CaptureFixture[str], project: Path):
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            import os
+
+            return os.mkdir, (str(project / "owned"),)
+
+    torch.save({"state_dict": Evil()}, project / "tiny.pt", pickle_module=pickle)
+    replace(project / "deploy.toml", "tiny.safetensors", "tiny.pt")
+    code, message, hint = build(capsys, project)
+    assert code == 1 and "would run code" in message and "weights_only" in hint
+    assert not (project / "owned").exists()
+
+
+def test_an_input_shape_that_the_network_refuses_is_told(capsys: pytest.CaptureFixture[str], project: Path):
+    replace(project / "deploy.toml", "[1, 3, 8, 8]", "[1, 5, 8, 8]")
+    code, message, _ = build(capsys, project)
+    assert code in (1, 2) and "[1, 5, 8, 8]" in message
+
+
+def test_an_empty_calibration_set_is_told(capsys: pytest.CaptureFixture[str], project: Path):
+    replace(project / "tinydata.py", "for _ in range(2)", "for _ in range(0)")
+    code, message, _ = build(capsys, project)
+    assert code in (1, 2) and "calibration" in message and "no " in message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"), [("1 / 0", "zerodivisionerror: division by zero"), ("float('nan')", "nan")], ids=["raises", "nan"]
+)
+def test_an_evaluate_that_raises_or_gives_nan_is_told(
+    capsys: pytest.CaptureFixture[str], project: Path, body: str, said: str
+):
+    replace(project / "tinydata.py", 'float(predict(np.zeros((2, 3, 8, 8), "float32")).shape[1])', body)
+    code, message, _ = build(capsys, project)
+    assert code == 1 and "evaluate" in message and said in message.lower()
+
+
+def test_a_budget_below_the_floor_names_the_narrowest_latency(capsys: pytest.CaptureFixture[str], project: Path):
+    code, message, hint = build(capsys, project, "--budget", "0.001x")
+    assert code == 3 and "cannot be met: the narrowest allowed network is predicted at " in message
+    assert "min_width" in hint
+    [run] = Path("runs").iterdir()
+    assert json.loads((run / "run.json").read_text())["status"] == "missed" and not (run / "bundle").exists()
+
+
+def test_a_full_disk_is_told(capsys: pytest.CaptureFixture[str], project: Path, monkeypatch: pytest.MonkeyPatch):
+    import errno
+
+    from pipeline import flow
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(project / "x.onnx"))
+
+    monkeypatch.setattr(flow, "export", full)
+    code, message, hint = build(capsys, project)
+    assert code == 1 and message.startswith("the disk is full: '") and "deploy gc" in hint

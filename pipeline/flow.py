@@ -9,7 +9,7 @@ Each step is a stage with a key; what is measured is journalled, so a run that w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import fx
 
 from pipeline.graph.export import export
-from pipeline.graph.narrow import narrow_file
+from pipeline.graph.narrow import narrow, narrow_file
 from pipeline.graph.optimize import PassLog, optimize
 from pipeline.graph.rows import Rows
 from pipeline.graph.verify import check_model
@@ -42,9 +42,9 @@ from pipeline.prune.sensitivity import LossProbe, affordable, measure
 from pipeline.prune.surgery import prune, restore
 from pipeline.prune.taps import DenseTaps
 from pipeline.recover.train import RecoverData, recover
-from pipeline.report.data import ReportData, summary
+from pipeline.report.data import ReportData
 from pipeline.run import BuildRequest, Run
-from pipeline.search import Found, Loop, Measured, dense_prediction, search
+from pipeline.search import Found, Loop, Measured, Search
 from pipeline.stage import Outcome, Stage
 from profiles import plugins
 from profiles.errors import DeployError
@@ -140,7 +140,7 @@ def _release(work: Work) -> BuildResult:
     dense = _dense(work)
     accuracy_dense = _accuracy(work, dense.path("onnx"), "dense")
     rankings = _rankings(work)
-    table = _table(work, dense)
+    table = _table(work, dense, rankings)
     probe = LossProbe(work.network, work.samples.first(VALUE_SAMPLES))
     values = _values(work, probe, rankings, table)
     ratio = _relative_budget(work, dense)
@@ -154,7 +154,9 @@ def _release(work: Work) -> BuildResult:
     final = _export(work, plan, recovered)
     accuracy = _accuracy(work, final.path("onnx"), "pruned")
     session, judged = _accept(work, dense, final)
-    return outcome.release(work, outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy))
+    return outcome.release(
+        work, outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy)
+    )
 
 
 def _dry(work: Work) -> BuildResult:
@@ -163,12 +165,14 @@ def _dry(work: Work) -> BuildResult:
 
     dense = _dense(work)
     rankings = _rankings(work)
-    table = _table(work, dense)
+    table = _table(work, dense, rankings)
     probe = LossProbe(work.network, work.samples.first(VALUE_SAMPLES))
     values = _values(work, probe, rankings, table)
     ratio = _relative_budget(work, dense)
-    unit = dense_prediction(table, work.topology)
-    solution = _solver(work).solve(list(rankings.values()), values, table, work.topology, ratio * unit, work.profile.prune, None)
+    unit = table.dense_ms
+    solution = _solver(work).solve(
+        list(rankings.values()), values, table, work.topology, ratio * unit, work.profile.prune, None
+    )
     return outcome.dry(work, table, solution, ratio, unit)
 
 
@@ -180,7 +184,9 @@ def _dense(work: Work) -> Outcome:
         log = optimize(raw, work.profile.graph.passes, folder / "dense.onnx")
         return {"onnx": folder / "dense.onnx", "passes": json.loads(log.to_json())}
 
-    return work.run.stage(Stage("dense"), work.profile.graph, {"project": work.source}, make, tools=TOOLS, detail=_nodes)
+    return work.run.stage(
+        Stage("dense"), work.profile.graph, {"project": work.source}, make, tools=TOOLS, detail=_nodes
+    )
 
 
 def _nodes(done: Outcome) -> str:
@@ -198,7 +204,13 @@ def _accuracy(work: Work, model: Path, name: str) -> float:
     inputs = {"project": work.source, "model": model}
     print_is = work.target.fingerprint().digest()
     done = work.run.stage(
-        Stage(f"evaluate {name}"), {}, inputs, make, tools=TOOLS, fingerprint=print_is, detail=lambda d: f"{d['accuracy']:.4f}"
+        Stage(f"evaluate {name}"),
+        {},
+        inputs,
+        make,
+        tools=TOOLS,
+        fingerprint=print_is,
+        detail=lambda d: f"{d['accuracy']:.4f}",
     )
     return float(done["accuracy"])
 
@@ -221,11 +233,13 @@ def _rankings(work: Work) -> dict[str, Ranking]:
         return {"rankings": [[r.group, r.removal_order, r.marginal_loss] for r in found.values()]}
 
     params = {"criterion": spec.criterion, "seed": spec.seed, "samples": work.samples.count, "freeze": spec.freeze}
-    done = work.run.stage(Stage("rank"), params, {"project": work.source}, make, tools=TOOLS, detail=lambda _: spec.criterion)
+    done = work.run.stage(
+        Stage("rank"), params, {"project": work.source}, make, tools=TOOLS, detail=lambda _: spec.criterion
+    )
     return {group: Ranking(group, tuple(order), tuple(loss)) for group, order, loss in done["rankings"]}
 
 
-def _table(work: Work, dense: Outcome) -> LatencyTable:
+def _table(work: Work, dense: Outcome, rankings: Mapping[str, Ranking]) -> LatencyTable:
     """What each width costs on the device."""
     tally, begun = Tally(), work.run.seconds
     device = work.target.fingerprint().digest()
@@ -233,8 +247,22 @@ def _table(work: Work, dense: Outcome) -> LatencyTable:
     def make() -> dict[str, Any]:
         model = onnx.load_model(str(dense.path("onnx")))
         rows = Rows(model, work.topology, lambda plan: resolve(work.topology, plan))
+
+        def narrowed(widths: Mapping[str, int], dropped: Iterable[str]) -> bytes:
+            plan = make_plan(work.topology, rankings, widths, frozenset(dropped))
+            return narrow(model, resolve(work.topology, plan)).SerializeToString()
+
         with Store(work.run.cache.root / "latency.sqlite") as store:
-            table = tabulate(work.target, rows, work.topology, dense.path("onnx"), work.profile.prune, store, tally=tally)
+            table = tabulate(
+                work.target,
+                rows,
+                work.topology,
+                dense.path("onnx"),
+                work.profile.prune,
+                store,
+                tally=tally,
+                narrowed=narrowed,
+            )
         return table.to_table()
 
     key = {"dense": dense.files["onnx"], "device": device, "spec": work.profile.prune, "measure": work.profile.measure}
@@ -282,7 +310,13 @@ def _solver(work: Work) -> Solver:
 
 
 def _search(
-    work: Work, dense: Outcome, probe: LossProbe, rankings: Mapping[str, Ranking], table: LatencyTable, values: Sensitivity, ratio: float
+    work: Work,
+    dense: Outcome,
+    probe: LossProbe,
+    rankings: Mapping[str, Ranking],
+    table: LatencyTable,
+    values: Sensitivity,
+    ratio: float,
 ) -> Found:
     """Choose, narrow, measure, correct, until the budget holds."""
 
@@ -290,7 +324,9 @@ def _search(
         artifacts = {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx")}
         for index, plan in enumerate(plans):
             cut = resolve(work.topology, plan)
-            artifacts[f"candidate-{index + 1}"] = narrow_file(dense.path("onnx"), cut, work.scratch(f"round-{number}-{index + 1}.onnx"))
+            artifacts[f"candidate-{index + 1}"] = narrow_file(
+                dense.path("onnx"), cut, work.scratch(f"round-{number}-{index + 1}.onnx")
+            )
         session = _session(work, f"round {number}", artifacts, "rank")
         return [_measured(session, f"candidate-{index + 1}", work.budget) for index in range(len(plans))]
 
@@ -305,7 +341,7 @@ def _search(
         measure=measure_plans,
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
     )
-    found = search(loop, table, values, ratio)
+    found = Search(loop, table, values, ratio).run()
     work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")
     return found
 
@@ -394,14 +430,30 @@ def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> fx.Grap
 
     def make(folder: Path) -> dict[str, Any]:
         validates = work.project.validates
-        data = RecoverData(train, work.project.loss, (lambda m: float(work.project.validate(predict_torch(m)) or 0.0)) if validates else None)
+        data = RecoverData(
+            train,
+            work.project.loss,
+            (lambda m: float(work.project.validate(predict_torch(m)) or 0.0)) if validates else None,
+        )
         with work.run.progress("recover", 1) as step:
-            done = recover(repaired, work.network.graph, data, spec, work.scratch("recover.checkpoint"), lambda *_: step())
+            done = recover(
+                repaired, work.network.graph, data, spec, work.scratch("recover.checkpoint"), lambda *_: step()
+            )
         save_file(_state(cast(fx.GraphModule, done.module)), folder / "recovered.safetensors")
         history = [[e.epoch, e.loss, e.validate] for e in done.history]
-        return {"weights": folder / "recovered.safetensors", "history": history, "stopped": done.stopped, "from": done.start_score, "to": done.best_score}
+        return {
+            "weights": folder / "recovered.safetensors",
+            "history": history,
+            "stopped": done.stopped,
+            "from": done.start_score,
+            "to": done.best_score,
+        }
 
-    inputs = {"project": work.source, "plan": plan.to_json(), "start": {k: _sha(v.numpy().tobytes()) for k, v in _state(repaired).items()}}
+    inputs = {
+        "project": work.source,
+        "plan": plan.to_json(),
+        "start": {k: _sha(v.numpy().tobytes()) for k, v in _state(repaired).items()},
+    }
     done = work.run.stage(
         Stage("recover"), spec, inputs, make, tools=TOOLS,
         detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
@@ -418,9 +470,17 @@ def _export(work: Work, plan: PruningPlan, model: fx.GraphModule) -> Outcome:
         log: PassLog = optimize(raw, work.profile.graph.passes, folder / "model.onnx")
         check_model(onnx.load_model(str(folder / "model.onnx")))
         save_file(_state(model), folder / "pruned.safetensors")
-        return {"onnx": folder / "model.onnx", "weights": folder / "pruned.safetensors", "passes": json.loads(log.to_json())}
+        return {
+            "onnx": folder / "model.onnx",
+            "weights": folder / "pruned.safetensors",
+            "passes": json.loads(log.to_json()),
+        }
 
-    inputs = {"project": work.source, "plan": plan.to_json(), "weights": {k: _sha(v.numpy().tobytes()) for k, v in _state(model).items()}}
+    inputs = {
+        "project": work.source,
+        "plan": plan.to_json(),
+        "weights": {k: _sha(v.numpy().tobytes()) for k, v in _state(model).items()},
+    }
     return work.run.stage(Stage("export"), work.profile.graph, inputs, make, tools=TOOLS, detail=_nodes)
 
 

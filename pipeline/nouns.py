@@ -377,7 +377,13 @@ class LatencyTable:
             }
             for c in self.sites
         ]  # fmt: skip
-        own = {"grid": self.grid, "dense_ms": self.dense_ms, "fixed_ms": self.fixed_ms, "correction": self.correction, "spread": self.spread}
+        own = {
+            "grid": self.grid,
+            "dense_ms": self.dense_ms,
+            "fixed_ms": self.fixed_ms,
+            "correction": self.correction,
+            "spread": self.spread,
+        }
         return {"sites": sites, "choices": {id: list(widths) for id, widths in self.choices.items()}, **own}
 
     @classmethod
@@ -389,7 +395,9 @@ class LatencyTable:
 
         sites = []
         for row in table["sites"]:
-            dims = tuple(Dim(tuple((str(g), int(c)) for g, c in terms), int(constant)) for terms, constant in row["dims"])
+            dims = tuple(
+                Dim(tuple((str(g), int(c)) for g, c in terms), int(constant)) for terms, constant in row["dims"]
+            )
             site = Site(row["id"], row["kind"], dims, tuple(row["nodes"]), row["block"], row["chainable"])
             measured = frozenset(tuple(key) for key in row["measured"])
             sites.append(SiteCost(site, costs(row["ms"]), costs(row["dropped_ms"]), measured))

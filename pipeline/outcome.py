@@ -26,10 +26,21 @@ from pipeline.prune.surgery import prune
 from pipeline.release.bundle import Contents, licence_texts, write_bundle
 from pipeline.release.manifest import Accuracy, Latency, TensorSpec
 from pipeline.report.data import (
-    BlockRow, Distribution, Figures, GroupRow, PassRow, PointRow, ReportData, RepairRow, RoundRow, SiteRow, StageRow, summary,
+    BlockRow,
+    Distribution,
+    Figures,
+    GroupRow,
+    PassRow,
+    PointRow,
+    RepairRow,
+    ReportData,
+    RoundRow,
+    SiteRow,
+    StageRow,
+    summary,
 )  # fmt: skip
 from pipeline.report.document import render
-from pipeline.search import Candidate, Found, dense_prediction
+from pipeline.search import Candidate, Found
 from pipeline.stage import Outcome
 from targets.harness.measurement import Judgement, Measurement, Session
 
@@ -87,7 +98,7 @@ def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float, found: Found
         f"the nearest network is {nearest.measured.ratio:.3f}x (at most {nearest.measured.high:.3f}x), budget {ratio:.3f}x"
     )  # fmt: skip
     dense_ms = nearest.measured.dense_ms if nearest and nearest.measured else math.nan
-    unit = dense_prediction(found.table, work.topology)
+    unit = found.table.dense_ms
     figures = _dense_figures(work, accuracy_dense, unit, None)
     pruned = replace(figures, accuracy=None, measured_ms=nearest.measured.ms if nearest and nearest.measured else None)
     data = ReportData(
@@ -105,7 +116,11 @@ def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float, unit:
     from pipeline.flow import BuildResult
 
     groups = {
-        g.name: {"width": g.size, "kept": 0 if g.block in solution.dropped else solution.widths.get(g.id, g.size), "frozen": g.frozen}
+        g.name: {
+            "width": g.size,
+            "kept": 0 if g.block in solution.dropped else solution.widths.get(g.id, g.size),
+            "frozen": g.frozen,
+        }
         for g in work.topology.groups
     }
     told = {
@@ -116,9 +131,18 @@ def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float, unit:
     }  # fmt: skip
     say = work.run.console.print
     for name, row in groups.items():
-        say(f"  {name:<32}{row['width']:>6} -> {row['kept']:<6}{row['frozen'] or ''}", markup=False, highlight=False, soft_wrap=True)
+        say(
+            f"  {name:<32}{row['width']:>6} -> {row['kept']:<6}{row['frozen'] or ''}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     say(f"  removed blocks: {', '.join(sorted(solution.dropped)) or 'none'}", markup=False, soft_wrap=True)
-    say(f"  predicted {solution.predicted_ms / unit:.3f}x of dense, budget {ratio:.3f}x, {told['table_rows']} table rows", markup=False, soft_wrap=True)
+    say(
+        f"  predicted {solution.predicted_ms / unit:.3f}x of dense, budget {ratio:.3f}x, {told['table_rows']} table rows",
+        markup=False,
+        soft_wrap=True,
+    )
     work.run.finish("done", told)
     return BuildResult(told, None, None, 0)
 
@@ -155,7 +179,9 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         inputs=_specs(model.graph.input),
         outputs=_specs(model.graph.output),
         latency=_latency(data, ending),
-        accuracy=Accuracy(metric=data.metric, dense=ending.accuracy_dense, pruned=ending.accuracy, max_drop=work.project.max_drop),
+        accuracy=Accuracy(
+            metric=data.metric, dense=ending.accuracy_dense, pruned=ending.accuracy, max_drop=work.project.max_drop
+        ),
         versions=work.run.versions,
         sources={"project": work.source},
         chain=work.run.chain(),
@@ -206,7 +232,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
     control = session.ratio(AGAIN, DENSE, "p50")
     dense_ms, pruned_ms = (_at(session.measurement(name), budget.percentile) for name in (DENSE, PRUNED))
     limit = budget.limit_ms if budget.limit_ms is not None else float(budget.ratio or 0.0) * (dense_ms[0] or math.nan)
-    unit = dense_prediction(ending.found.table, work.topology)
+    unit = ending.found.table.dense_ms
     chosen = ending.found.chosen
     return ReportData(
         network=work.project.references["model.factory"].text,
@@ -216,7 +242,11 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         verdict=verdict,
         dense=_dense_figures(work, ending.accuracy_dense, unit, dense_ms),
         pruned=Figures(
-            ending.accuracy, _parameters(ending.model), pruned_macs(work, ending.plan), _predicted(ending, unit, dense_ms[0]), *pruned_ms
+            ending.accuracy,
+            _parameters(ending.model),
+            pruned_macs(work, ending.plan),
+            _predicted(ending, unit, dense_ms[0]),
+            *pruned_ms,
         ),
         reason=reason,
         run=str(work.run.path),
@@ -236,7 +266,8 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         repairs=_repairs(work),
         passes=_passes(ending.final["passes"]),
         stages=_stages(work),
-        conditions=_conditions(session) | {"dense against itself": f"{control.center:.4f}x ({control.low:.4f} to {control.high:.4f})"},
+        conditions=_conditions(session)
+        | {"dense against itself": f"{control.center:.4f}x ({control.low:.4f} to {control.high:.4f})"},
         versions=work.run.versions,
         settings=_settings(work),
         notes=("Run on the simulated device: no number here is real.",) if session.simulated else (),
@@ -252,7 +283,9 @@ def _parameters(model: fx.GraphModule) -> int:
     return sum(value.numel() for value in model.parameters())
 
 
-def _dense_figures(work: Work, accuracy: float, unit: float, measured: tuple[float | None, tuple[float, float] | None] | None) -> Figures:
+def _dense_figures(
+    work: Work, accuracy: float, unit: float, measured: tuple[float | None, tuple[float, float] | None] | None
+) -> Figures:
     value, interval = measured or (None, None)
     return Figures(accuracy, _parameters(work.network.graph), macs(work.network), value or unit, value, interval)
 
@@ -296,7 +329,18 @@ def _rounds(found: Found, unit: float) -> tuple[RoundRow, ...]:
                 dense_ms = c.measured.dense_ms
                 bounds = (c.measured.low * dense_ms, c.measured.high * dense_ms)
                 predicted = c.predicted_ratio * dense_ms
-                rows.append(RoundRow(turn.number, predicted, predicted * turn.spread, c.measured.ms, bounds, turn.correction, c.loss, turn.said))
+                rows.append(
+                    RoundRow(
+                        turn.number,
+                        predicted,
+                        predicted * turn.spread,
+                        c.measured.ms,
+                        bounds,
+                        turn.correction,
+                        c.loss,
+                        turn.said,
+                    )
+                )
     return tuple(rows)
 
 
@@ -324,7 +368,9 @@ def _distribution(measured: Measurement) -> Distribution:
 
 def _repairs(work: Work) -> tuple[RepairRow, ...]:
     chosen = work.profile.prune.repair
-    return tuple(RepairRow(name, row["loss"], row["accuracy"], chosen=name == chosen) for name, row in work.repairs.items())
+    return tuple(
+        RepairRow(name, row["loss"], row["accuracy"], chosen=name == chosen) for name, row in work.repairs.items()
+    )
 
 
 def _passes(log: Mapping[str, Any]) -> tuple[PassRow, ...]:
@@ -341,9 +387,15 @@ def _stages(work: Work) -> tuple[StageRow, ...]:
 
 
 def _conditions(session: Session) -> dict[str, str]:
-    told = {name: str(value) for name, value in session.fingerprint.to_table().items() if not isinstance(value, dict | list)}
+    told = {
+        name: str(value) for name, value in session.fingerprint.to_table().items() if not isinstance(value, dict | list)
+    }
     spoilt = "; ".join(f"{c.name} is {c.value}" for c in session.preflight.spoilt)
-    return told | {"protocol": session.protocol, "measured": f"{session.started} to {session.ended}", "before measuring": spoilt or "nothing stood out"}
+    return told | {
+        "protocol": session.protocol,
+        "measured": f"{session.started} to {session.ended}",
+        "before measuring": spoilt or "nothing stood out",
+    }
 
 
 def _settings(work: Work) -> dict[str, str]:
@@ -360,11 +412,19 @@ def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
         return ("Without data.validate no cheaper point can be judged; try a larger budget.",)
     wanted = float(work.project.validate(predict_torch(work.network.graph)) or 0.0) - work.project.max_drop
     for share, candidate in _by_ratio(found):
-        fixed = repair(prune(work.network, candidate.plan), work.network, candidate.plan, work.samples, work.profile.prune.repair)
+        fixed = repair(
+            prune(work.network, candidate.plan), work.network, candidate.plan, work.samples, work.profile.prune.repair
+        )
         if float(work.project.validate(predict_torch(fixed)) or 0.0) >= wanted:
-            return (f"The cheapest point tried that keeps the accuracy on `validate` after repair alone: --budget {share:.3g}x.",)
-    return ("No point tried keeps the accuracy on `validate` after repair alone; try a larger budget or more recovery.",)
+            return (
+                f"The cheapest point tried that keeps the accuracy on `validate` after repair alone: --budget {share:.3g}x.",
+            )
+    return (
+        "No point tried keeps the accuracy on `validate` after repair alone; try a larger budget or more recovery.",
+    )
 
 
 def _by_ratio(found: Found) -> list[tuple[float, Candidate]]:
-    return sorted(((c.measured.ratio if c.measured else c.predicted_ratio, c) for c in found.tried), key=lambda pair: pair[0])
+    return sorted(
+        ((c.measured.ratio if c.measured else c.predicted_ratio, c) for c in found.tried), key=lambda pair: pair[0]
+    )

@@ -1,9 +1,9 @@
 """The loop between solver and device: choose widths, try them, correct what was believed, choose again.
 
-Two beliefs are corrected. Losses: single edits do not add up, so the loss of each chosen plan after repair is measured,
-and the values of its edits are scaled by (measured / believed)^½; the solver then sees what it had overlooked.
-Latency: the best plans are narrowed from the dense ONNX and measured interleaved with the dense network; the table is
-recalibrated with their ratios. Every plan starts from the dense network, so a round is a function of the plan alone.
+Two beliefs are corrected. Losses: values of single cuts do not add up, so around each chosen plan the value of every edit
+is measured again while the others stay as they are, and the programme is solved with these; the plan of lowest measured
+loss is kept. Latency: the best plans are narrowed from the dense ONNX and measured interleaved with the dense network,
+and the table is recalibrated with their ratios. Every plan starts from the dense network: a round is a function of it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.latency.feedback import recalibrate
-from pipeline.latency.solvers.base import Solver, added_loss
-from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Solution, Topology
+from pipeline.latency.solvers.base import Solver
+from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Topology
+from pipeline.prune.sensitivity import around
 from profiles.schema import PruneSpec
 
-TRIES = 6
+TRIES = (4, 1)
+"""How often values are measured around a plan: in the first round, and in each later one."""
+
 MEASURED = 3
-AIM = 0.99
+AIM = 0.985
+"""The share of the budget that is solved for, and the share below which a short measurement counts as keeping it: the
+accepting measurement then has room for its interval."""
+
+KEEPS = 0.993
+NEAR = 1.02
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Loop:
-    """What a search needs of the other parts. ratio: the budget relative to the dense network.
+    """What a search needs of the other parts.
 
     plan_for: widths and removed blocks -> plan. loss: of a plan after repair. measure: plans -> their latencies, together.
     """
@@ -87,107 +95,101 @@ class Loop:
     progress: Callable[[str], None]
 
 
-def search(loop: Loop, table: LatencyTable, sensitivity: Sensitivity, ratio: float) -> Found:
+class Search:
     """Rounds of choosing and measuring until the budget holds and little of it is left unused.
 
-    Raises MissedError when no network that the table allows fits.
+    ratio: the budget relative to the dense network. table and values are what is believed, and are corrected.
     """
-    tried: dict[str, Candidate] = {}
-    rounds: list[Round] = []
-    dense_ms = dense_prediction(table, loop.topology)
-    aim = AIM
-    for number in range(1, loop.spec.rounds + 1):
-        sensitivity = _explore(loop, table, sensitivity, ratio * aim * dense_ms, dense_ms, number, tried)
-        fresh = _worth_measuring(tried.values(), table, dense_ms, ratio)
-        results = loop.measure(number, [c.plan for c in fresh]) if fresh else ()
-        now = [replace(c, measured=m, round=number) for c, m in zip(fresh, results, strict=True)]
-        tried.update({c.plan.to_json(): c for c in now})
-        before = table
-        if now:
-            table = recalibrate(table, [(c.widths, c.dropped, c.measured.ratio * dense_ms) for c in now if c.measured])
-        best = _best(tried.values(), ratio)
-        said, done = _verdict(best, now, ratio, loop.spec.slack)
-        rounds.append(Round(number, tuple(now), before.correction, before.spread, said))
-        loop.progress(f"round {number}: {said}")
-        if done:
-            break
-        aim = min(aim, AIM) * _tighten(now, ratio)
-    return Found(_best(tried.values(), ratio), tuple(rounds), tuple(tried.values()), table)
 
+    def __init__(self, loop: Loop, table: LatencyTable, values: Sensitivity, ratio: float) -> None:
+        self.loop, self.table, self.values, self.ratio = loop, table, values, ratio
+        self.tried: dict[str, Candidate] = {}
+        self.rounds: list[Round] = []
+        self.aim = AIM
 
-def dense_prediction(table: LatencyTable, topology: Topology) -> float:
-    """What the uncorrected table says of the dense network: the unit in which ratios are predicted."""
-    return replace(table, correction=1.0).predict({g.id: g.size for g in topology.groups}).ms
+    def run(self) -> Found:
+        """Search. Raises MissedError when no network that the table allows fits."""
+        for number in range(1, self.loop.spec.rounds + 1):
+            self._explore(number, TRIES[0] if number == 1 else TRIES[1])
+            now = self._measure(number)
+            before = self.table
+            pairs = [(c.widths, c.dropped, c.measured.ratio * before.dense_ms) for c in now if c.measured]
+            self.table = recalibrate(before, pairs)
+            said, done = self._verdict(now)
+            self.rounds.append(Round(number, tuple(now), before.correction, before.spread, said))
+            self.loop.progress(f"round {number}: {said}")
+            if done:
+                break
+            self.aim = self._next_aim(now)
+        return Found(self.best, tuple(self.rounds), tuple(self.tried.values()), self.table)
 
+    @property
+    def best(self) -> Candidate | None:
+        """Of the candidates that were measured to keep the budget the one of lowest loss."""
+        good = [c for c in self.tried.values() if c.measured is not None and c.measured.ratio <= self.ratio * KEEPS]
+        return min(good, key=lambda c: c.loss, default=None)
 
-def _explore(
-    loop: Loop, table: LatencyTable, sensitivity: Sensitivity, budget_ms: float, dense_ms: float, number: int, tried: dict[str, Candidate]
-) -> Sensitivity:
-    """Solve a few times with losses corrected by what the chosen plans really lose; what was tried is added to `tried`."""
-    for _ in range(TRIES):
-        solution = loop.solver.solve(list(loop.rankings.values()), sensitivity, table, loop.topology, budget_ms, loop.spec, None)
-        plan = loop.plan_for(solution.widths, solution.dropped)
+    def _explore(self, number: int, tries: int) -> None:
+        """Solve, and solve again with values measured around what was chosen."""
+        loop, seen = self.loop, set()
+        for turn in range(tries + 1):
+            budget_ms = self.ratio * self.aim * self.table.dense_ms
+            choice = loop.solver.solve(
+                list(loop.rankings.values()), self.values, self.table, loop.topology, budget_ms, loop.spec, None
+            )
+            self._loss(number, choice.widths, choice.dropped)
+            key = loop.plan_for(choice.widths, choice.dropped).to_json()
+            if key in seen or turn == tries:
+                break
+            seen.add(key)
+            self.values = around(
+                lambda widths, dropped: self._loss(number, widths, dropped),
+                loop.topology, self.table.choices, choice.widths, choice.dropped, self.values,
+            )  # fmt: skip
+
+    def _loss(self, number: int, widths: Mapping[str, int], dropped: frozenset[str]) -> float:
+        """Measured loss of a choice; whatever is near the budget becomes a candidate."""
+        plan = self.loop.plan_for(widths, dropped)
         key = plan.to_json()
-        if key in tried and tried[key].round == number:
-            break
-        loss = tried[key].loss if key in tried else loop.loss(plan)
-        if key not in tried:
-            share = table.predict(solution.widths, solution.dropped).ms / dense_ms
-            tried[key] = Candidate(plan, dict(solution.widths), solution.dropped, share, loss, number)
-        elif tried[key].measured is None:
-            tried[key] = replace(tried[key], round=number)
-        believed = added_loss(sensitivity, loop.topology, solution.widths, solution.dropped)
-        sensitivity = _corrected(sensitivity, loop.topology, solution, loss, believed)
-    return sensitivity
+        if key in self.tried:
+            return self.tried[key].loss
+        loss = self.loop.loss(plan)
+        try:
+            share = self._share(widths, dropped)
+        except KeyError:  # a sum of widths that the table does not hold: good for a value, not for a candidate
+            return loss
+        self.tried[key] = Candidate(plan, dict(widths), dropped, share, loss, number)
+        return loss
 
+    def _share(self, widths: Mapping[str, int], dropped: frozenset[str]) -> float:
+        return self.table.predict(widths, dropped).ms / self.table.dense_ms
 
-def _corrected(sensitivity: Sensitivity, topology: Topology, solution: Solution, loss: float, believed: float) -> Sensitivity:
-    """Scale the values of a plan's edits toward the loss that was measured."""
-    factor = min(4.0, max(0.5, (max(loss, 1e-9) / max(believed, 1e-9)) ** 0.5))
-    sizes = {group.id: group for group in topology.groups}
-    groups = {}
-    for id, curve in sensitivity.groups.items():
-        group = sizes[id]
-        cut = solution.widths[id] < group.size and group.block not in solution.dropped
-        groups[id] = {width: value * factor for width, value in curve.items()} if cut else dict(curve)
-    blocks = {id: value * (factor if id in solution.dropped else 1.0) for id, value in sensitivity.blocks.items()}
-    return Sensitivity(groups, blocks)
+    def _measure(self, number: int) -> list[Candidate]:
+        """Measure the candidates of lowest loss that are predicted to fit and have not been measured."""
+        near = []
+        for c in self.tried.values():
+            share = self._share(c.widths, c.dropped)
+            if c.measured is None and share <= self.ratio * self.aim * NEAR:
+                near.append(replace(c, predicted_ratio=share, round=number))
+        chosen = sorted(near, key=lambda c: c.loss)[:MEASURED]
+        results = self.loop.measure(number, [c.plan for c in chosen]) if chosen else ()
+        now = [replace(c, measured=m) for c, m in zip(chosen, results, strict=True)]
+        self.tried.update({c.plan.to_json(): c for c in now})
+        return now
 
+    def _verdict(self, now: Sequence[Candidate]) -> tuple[str, bool]:
+        if not now:
+            return "no other plan fits; the search has settled", True
+        told = ", ".join(f"{c.measured.ratio:.3f}x" for c in now if c.measured)
+        best = self.best
+        if best is None or best.measured is None:
+            return f"measured {told}, budget {self.ratio:.3f}x is not kept yet", False
+        unused = 1 - best.measured.ratio / self.ratio
+        kept = f"measured {told}, best {best.measured.ratio:.3f}x, {100 * unused:.1f} % of the budget unused"
+        return kept, unused < self.loop.spec.slack
 
-def _worth_measuring(tried: Sequence[Candidate] | object, table: LatencyTable, dense_ms: float, ratio: float) -> list[Candidate]:
-    """The candidates of lowest loss that have no measurement yet and are predicted near the budget."""
-    near = []
-    for candidate in tried:  # type: ignore[attr-defined]
-        share = table.predict(candidate.widths, candidate.dropped).ms / dense_ms
-        if candidate.measured is None and share <= ratio * 1.02:
-            near.append(replace(candidate, predicted_ratio=share))
-    return sorted(near, key=lambda c: c.loss)[:MEASURED]
-
-
-def keeps(measured: Measured, ratio: float) -> bool:
-    """The upper bound of the measured ratio is within the budget."""
-    return measured.high <= ratio
-
-
-def _best(tried: object, ratio: float) -> Candidate | None:
-    """Of the candidates that keep the budget the one of lowest loss."""
-    good = [c for c in tried if c.measured is not None and keeps(c.measured, ratio)]  # type: ignore[attr-defined]
-    return min(good, key=lambda c: c.loss, default=None)
-
-
-def _verdict(best: Candidate | None, now: Sequence[Candidate], ratio: float, slack: float) -> tuple[str, bool]:
-    if not now:
-        return "no other plan fits; the search has settled", True
-    told = ", ".join(f"{c.measured.ratio:.3f}x" for c in now if c.measured)
-    if best is None or best.measured is None:
-        return f"measured {told}, budget {ratio:.3f}x is not kept yet", False
-    unused = 1 - best.measured.ratio / ratio
-    if unused < slack:
-        return f"measured {told}, kept with {100 * unused:.1f} % unused", True
-    return f"measured {told}, kept, and {100 * unused:.1f} % is unused", False
-
-
-def _tighten(now: Sequence[Candidate], ratio: float) -> float:
-    """How much lower to aim when everything measured is above the budget although the table was corrected."""
-    above = [c.measured.high / ratio for c in now if c.measured]
-    return 1.0 if not above or min(above) <= 1.0 else max(0.95, 1.0 / min(above))
+    def _next_aim(self, now: Sequence[Candidate]) -> float:
+        """Lower when everything that was measured is above the budget although the table was corrected."""
+        least = min(c.measured.ratio for c in now if c.measured)
+        predicted = min(self._share(c.widths, c.dropped) for c in now)
+        return AIM if least <= self.ratio * KEEPS else max(0.9 * AIM, AIM * min(1.0, predicted / least))

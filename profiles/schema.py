@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from profiles.errors import UsageError, near_miss
 
 PERCENTILES = ("p50", "mean", "p90", "p99")
-_BUDGET = re.compile(r"^\s*(?P<value>[0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(?P<unit>ms|us|s|x)\s*(?:@\s*(?P<at>\w+))?\s*$")
+_BUDGET = re.compile(
+    r"^\s*(?P<value>[0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(?P<unit>ms|us|s|x)\s*(?:@\s*(?P<at>\w+))?\s*$"
+)
 
 
 class Spec(BaseModel):
@@ -99,7 +101,9 @@ class MeasureSpec(Spec):
     warmup_inferences: int = Field(default=50, ge=1)
     warmup_max_s: float = Field(default=10.0, gt=0)
     steady: float = Field(default=0.02, gt=0, description="largest difference of two successive half-second medians")
-    max_seconds: float = Field(default=300.0, gt=0, description="cap of one session; fewer inferences per block to keep it")
+    max_seconds: float = Field(
+        default=300.0, gt=0, description="cap of one session; fewer inferences per block to keep it"
+    )
     seed: int = 0
 
 

@@ -69,7 +69,7 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         except _Stuck:
             raise
-        except Exception as error:  # noqa: BLE001 - user code may raise anything while it is traced
+        except Exception as error:
             raise _Stuck(path, _where(error)) from error
 
 
@@ -114,7 +114,7 @@ def _trace(dense: nn.Module, leaves: dict[str, str]) -> fx.GraphModule:
             if not stuck.path or stuck.path in leaves:
                 raise _cannot(dense, stuck.reason) from stuck
             leaves[stuck.path] = f"cannot be captured: {stuck.reason}"
-        except Exception as error:  # noqa: BLE001 - user code may raise anything while it is traced
+        except Exception as error:
             raise _cannot(dense, _where(error)) from error
 
 
@@ -125,7 +125,15 @@ def _cannot(dense: nn.Module, reason: str) -> DeployError:
     )
 
 
-_IN_PLACE = {"add_": "add", "mul_": "mul", "sub_": "sub", "div_": "div", "relu_": "relu", "clamp_": "clamp", "sigmoid_": "sigmoid"}
+_IN_PLACE = {
+    "add_": "add",
+    "mul_": "mul",
+    "sub_": "sub",
+    "div_": "div",
+    "relu_": "relu",
+    "clamp_": "clamp",
+    "sigmoid_": "sigmoid",
+}
 
 
 def _plain(graph: fx.GraphModule) -> None:
@@ -319,7 +327,9 @@ def _split(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, ..
     pieces = [user for user in node.users if user.target is operator.getitem and isinstance(user.args[1], int)]
     if axis % rank == 0 or len(pieces) != len(node.users):
         return
-    how = node.kwargs.get("split_size_or_sections", node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None))
+    how = node.kwargs.get(
+        "split_size_or_sections", node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
+    )
     meta = torch.empty(shapes[source.name], device="meta")
     name = node.target if isinstance(node.target, str) else node.target.__name__  # type: ignore[union-attr]
     sizes = [part.shape[axis] for part in getattr(torch.Tensor, str(name))(meta, how, axis)]
@@ -333,7 +343,11 @@ def _getitem(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, 
         return
     parts = list(index) if isinstance(index, tuple) else [index]
     shape = shapes[source.name]
-    if any(not isinstance(part, slice | int | list | tuple) for part in parts) or len(parts) < 2 or parts[0] != slice(None):
+    if (
+        any(not isinstance(part, slice | int | list | tuple) for part in parts)
+        or len(parts) < 2
+        or parts[0] != slice(None)
+    ):
         return
     channel = parts[1]
     if isinstance(channel, slice):
@@ -375,16 +389,22 @@ def _select(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, .
         if not all(isinstance(a, int) for a in args[1:3]):
             return
         start, length = int(args[1]), int(args[2])
-        new = _to_module(graph, node, fresh("channel_slice"), operators.ChannelSlice(start, start + length, axis), (source,))
+        new = _to_module(
+            graph, node, fresh("channel_slice"), operators.ChannelSlice(start, start + length, axis), (source,)
+        )
     else:
         if not isinstance(args[1], fx.Node) or args[1].op != "get_attr":
             return
         picked = probe[graph.get_buffer(str(args[1].target)).long()]
-        new = _to_module(graph, node, fresh("channel_gather"), operators.ChannelGather(picked.tolist(), axis), (source,))
+        new = _to_module(
+            graph, node, fresh("channel_gather"), operators.ChannelGather(picked.tolist(), axis), (source,)
+        )
     shapes[new.name] = tuple(shapes[node.name])
 
 
-def _shuffle_module(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, ...]], groups: int, fresh: Any) -> None:
+def _shuffle_module(
+    graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, ...]], groups: int, fresh: Any
+) -> None:
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return

@@ -95,7 +95,12 @@ class Evidence:
 
 
 def _gate_gradients(
-    network: Network, batch: tuple[Tensor, ...], targets: Tensor | None, loss: Loss | None, units: int, source: torch.Generator
+    network: Network,
+    batch: tuple[Tensor, ...],
+    targets: Tensor | None,
+    loss: Loss | None,
+    units: int,
+    source: torch.Generator,
 ) -> Tensor:
     taken: list[tuple[Reader, Tensor]] = []
 
@@ -113,13 +118,19 @@ def _gate_gradients(
     for reader, x in taken:
         if x.grad is None:
             continue
-        product = (x.grad * x).detach().movedim(reader.axis, 1).flatten(2) if x.dim() > 2 else (x.grad * x).detach().unsqueeze(2)
+        product = (
+            (x.grad * x).detach().movedim(reader.axis, 1).flatten(2)
+            if x.dim() > 2
+            else (x.grad * x).detach().unsqueeze(2)
+        )
         columns = torch.from_numpy(reader.ids).long()
         result.index_add_(1, torch.where(columns < 0, units, columns), product.sum(2) * size)
     return result[:, :units]
 
 
-def _loss(outputs: Tensor | Sequence[Tensor], targets: Tensor | None, loss: Loss | None, source: torch.Generator) -> Tensor:
+def _loss(
+    outputs: Tensor | Sequence[Tensor], targets: Tensor | None, loss: Loss | None, source: torch.Generator
+) -> Tensor:
     if targets is not None and (loss is not None or isinstance(outputs, Tensor)):
         return loss(outputs, targets) if loss is not None else F.cross_entropy(outputs, targets)
     first = outputs if isinstance(outputs, Tensor) else outputs[0]

@@ -16,7 +16,9 @@ Touch = Callable[[Reader, Tensor], Tensor]
 class TouchedRun(fx.Interpreter):
     """Runs a graph; the input of every reader passes through `touch` first. skip: additions that give one operand only."""
 
-    def __init__(self, graph: fx.GraphModule, readers: tuple[Reader, ...], touch: Touch, skip: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, readers: tuple[Reader, ...], touch: Touch, skip: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(graph)
         self.readers = {reader.op: reader for reader in readers}
         self.touch, self.skip = touch, skip or {}

@@ -83,7 +83,11 @@ def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topo
     def units(ids: Ids | None) -> Units | None:
         if ids is None:
             return None
-        return np.where(ids >= 0, component[np.maximum(ids, 0)], -1).astype(np.int32) if component.size else ids.astype(np.int32)
+        return (
+            np.where(ids >= 0, component[np.maximum(ids, 0)], -1).astype(np.int32)
+            if component.size
+            else ids.astype(np.int32)
+        )
 
     params: dict[str, dict[int, Units]] = defaultdict(dict)
     for (name, axis), ids in space.params.items():
@@ -120,7 +124,10 @@ def _groups(
     for unit, members in touched.items():
         by_members[tuple(sorted(members))].append(unit)
     order = {unit: first.get(unit, (len(slots), unit)) for unit in touched}
-    found = [_group(key, sorted(ids, key=order.__getitem__), slots, produced, frozen, blocks) for key, ids in by_members.items()]
+    found = [
+        _group(key, sorted(ids, key=order.__getitem__), slots, produced, frozen, blocks)
+        for key, ids in by_members.items()
+    ]
     return tuple(sorted(found, key=lambda g: order[g.units[0]]))
 
 
@@ -189,7 +196,10 @@ def _branch(network: Network, add: fx.Node, reach: dict[fx.Node, frozenset[fx.No
         f"{node.target}.{name}"
         for node in ordered
         if node.op == "call_module"
-        for name, _ in [*network.graph.get_submodule(str(node.target)).named_parameters(), *network.graph.get_submodule(str(node.target)).named_buffers()]
+        for name, _ in [
+            *network.graph.get_submodule(str(node.target)).named_parameters(),
+            *network.graph.get_submodule(str(node.target)).named_buffers(),
+        ]
     )
     weights = [p.rsplit(".", 2)[0] for p in params if p.endswith(".weight")]
     common = _common_prefix(weights)

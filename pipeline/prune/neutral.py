@@ -92,7 +92,9 @@ def _plain(kind: str, **attrs: Any) -> Described:
     return kind, {}, attrs, ()
 
 
-def _kind(network: Network, node: fx.Node, modules: dict[str, nn.Module], shapes: dict[str, tuple[int, ...]]) -> Described:
+def _kind(
+    network: Network, node: fx.Node, modules: dict[str, nn.Module], shapes: dict[str, tuple[int, ...]]
+) -> Described:
     if node.op in ("placeholder", "output"):
         return _plain("input" if node.op == "placeholder" else "output")
     if node.op == "get_attr":
@@ -125,7 +127,12 @@ def _module(network: Network, node: fx.Node, module: nn.Module, shapes: dict[str
     if isinstance(module, nn.GroupNorm):
         return "group_norm", _named(path, module, "weight", "bias"), {"groups": module.num_groups}, ()
     if isinstance(module, nn.LayerNorm):
-        return "layer_norm", _named(path, module, "weight", "bias"), {"normalized_axes": len(module.normalized_shape)}, ()
+        return (
+            "layer_norm",
+            _named(path, module, "weight", "bias"),
+            {"normalized_axes": len(module.normalized_shape)},
+            (),
+        )
     if isinstance(module, nn.PReLU):
         return "prelu", _named(path, module, "weight"), {"parameters": module.num_parameters}, ()
     if isinstance(module, nn.Softmax | nn.LogSoftmax):
@@ -179,7 +186,11 @@ def _order(node: fx.Node, shapes: dict[str, tuple[int, ...]], transpose: bool) -
         order[numbers[0]], order[numbers[1]] = order[numbers[1]], order[numbers[0]]
     else:
         order = numbers
-    return _plain("permute", order=order) if order[0] == 0 else _plain("leaf", reason=f"'{node.name}' moves the batch axis")
+    return (
+        _plain("permute", order=order)
+        if order[0] == 0
+        else _plain("leaf", reason=f"'{node.name}' moves the batch axis")
+    )
 
 
 def _method(node: fx.Node, shapes: dict[str, tuple[int, ...]]) -> Described:

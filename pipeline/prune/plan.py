@@ -11,7 +11,9 @@ from pipeline.nouns import Constant, ConstantValue, Cut, DropBlock, KeepUnits, P
 from profiles.errors import DeployError
 
 
-def make_plan(topology: Topology, rankings: Mapping[str, Ranking], widths: Mapping[str, int], dropped: frozenset[str]) -> PruningPlan:
+def make_plan(
+    topology: Topology, rankings: Mapping[str, Ranking], widths: Mapping[str, int], dropped: frozenset[str]
+) -> PruningPlan:
     """The plan that keeps the best units of each group at these widths; groups of removed blocks are left out."""
     edits: list[KeepUnits | DropBlock] = [DropBlock(block.id) for block in topology.blocks if block.id in dropped]
     for group in topology.offered:
@@ -29,7 +31,10 @@ def kept_units(topology: Topology, plan: PruningPlan) -> NDArray[np.bool_]:
     for id, kept in plan.kept.items():
         group = groups.get(id)
         if group is None:
-            raise DeployError(f"the plan cuts a group '{id}' that this network does not have.", "use the network that the plan was made for.")
+            raise DeployError(
+                f"the plan cuts a group '{id}' that this network does not have.",
+                "use the network that the plan was made for.",
+            )
         if kept and kept[-1] >= group.size:
             raise DeployError(f"the plan keeps unit {kept[-1]} of group '{group.name}', which has {group.size} units.")
         if group.frozen is not None:
@@ -73,7 +78,9 @@ def _count(units: Units | None, keep: NDArray[np.bool_]) -> int:
 
 def _value(c: Constant, keep: NDArray[np.bool_]) -> ConstantValue:
     if c.kind == "reshape":
-        return tuple(size if units is None else _count(units, keep) for size, units in zip(c.sizes, c.units, strict=True))
+        return tuple(
+            size if units is None else _count(units, keep) for size, units in zip(c.sizes, c.units, strict=True)
+        )
     if c.kind == "gather":
         (units,) = c.units
         assert units is not None

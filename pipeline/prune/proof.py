@@ -164,7 +164,9 @@ def refute(network: Network, *, seed: int = 0) -> dict[str, str]:
 
 def _reacts(proof: _Proof, block: Block) -> bool:
     """The outputs change when the block goes."""
-    everything = torch.ones(max((max(g.units) for g in proof.topology.groups if g.units), default=0) + 2, dtype=torch.bool)
+    everything = torch.ones(
+        max((max(g.units) for g in proof.topology.groups if g.units), default=0) + 2, dtype=torch.bool
+    )
     with torch.no_grad():
         whole = _flat(proof.graph(*proof.inputs))
         without = _flat(MaskedRun(proof.graph, (), everything, {block.add: block.skip}).run(*proof.inputs))

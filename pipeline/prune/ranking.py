@@ -15,5 +15,8 @@ def rank(evidence: Evidence, criterion: str) -> dict[str, Ranking]:
     """Group id -> ranking. Raises UsageError for an unknown criterion or one that needs what the project lacks."""
     chosen = cast(Criterion, plugins.load(PACKAGE, criterion))
     if "targets" in chosen.NEEDS and evidence.samples.targets is None:
-        raise UsageError(f"the criterion '{criterion}' needs labels, and data.calibration gives none.", "yield (inputs, targets), or --criterion fisher.")
+        raise UsageError(
+            f"the criterion '{criterion}' needs labels, and data.calibration gives none.",
+            "yield (inputs, targets), or --criterion fisher.",
+        )
     return {ranking.group: ranking for ranking in chosen.rank(evidence)}

@@ -61,7 +61,9 @@ def repair(
 @torch.no_grad()
 def _recalibrate(model: nn.Module, samples: Samples) -> None:
     """Running statistics of every batch norm from the samples, as plain averages over batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
     saved = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()

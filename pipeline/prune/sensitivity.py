@@ -70,7 +70,9 @@ def _changed(network: Network, pruned: fx.GraphModule, cut: Cut) -> frozenset[st
     }
     changed = set()
     for node in pruned.graph.nodes:
-        if (node.op == "call_module" and str(node.target) in owners) or (node.op == "get_attr" and str(node.target) in cut.params):
+        if (node.op == "call_module" and str(node.target) in owners) or (
+            node.op == "get_attr" and str(node.target) in cut.params
+        ):
             changed.add(node.name)
     for block in cut.dropped:
         changed |= _behind(network, pruned, block.add)
@@ -103,7 +105,7 @@ def _start(pruned: fx.GraphModule, changed: frozenset[str], values: Mapping[str,
     """What a run of the pruned graph need not compute: nodes that no change reaches, with their value where it is read."""
     dirty: set[fx.Node] = set()
     for node in pruned.graph.nodes:
-        if node.name in changed or any(n in dirty for n in node.all_input_nodes):
+        if node.op == "output" or node.name in changed or any(n in dirty for n in node.all_input_nodes):
             dirty.add(node)
     again: set[fx.Node] = set()
     for node in reversed(pruned.graph.nodes):
@@ -175,6 +177,39 @@ def measure(
         if progress is not None:
             progress((number + 1) / len(edits))
     return Sensitivity({id: _monotone(curve) for id, curve in groups.items()}, blocks)
+
+
+def around(
+    loss: Callable[[Mapping[str, int], frozenset[str]], float],
+    topology: Topology,
+    choices: Mapping[str, Sequence[int]],
+    widths: Mapping[str, int],
+    dropped: frozenset[str],
+    before: Sensitivity,
+    *,
+    count: int = 2,
+) -> Sensitivity:
+    """Values of every edit while all the others are as in one choice of widths and removed blocks.
+
+    Single cuts of the dense network look harmless, since everything behind them takes over; together they are not
+    (ResNet-20/GTSRB at 0.5x: 0.0018 nats believed, 0.055 measured). Each group is tried at `count` other widths and whole,
+    each block the other way round. loss: of a choice after repair. before: stands in for groups of removed blocks.
+    """
+    here = loss(widths, dropped)
+    groups: dict[str, Mapping[int, float]] = {}
+    for group in topology.offered:
+        if group.block in dropped:
+            groups[group.id] = before.groups[group.id]
+            continue
+        now = widths[group.id]
+        others = {*spread([w for w in choices[group.id] if w not in (now, group.size)], count), group.size} - {now}
+        curve = {now: here} | {w: loss({**widths, group.id: w}, dropped) for w in sorted(others)}
+        groups[group.id] = _monotone({w: max(0.0, value - curve[group.size]) for w, value in curve.items()})
+    blocks = {}
+    for block in topology.removable:
+        other = loss(widths, dropped ^ {block.id})
+        blocks[block.id] = max(0.0, here - other if block.id in dropped else other - here)
+    return Sensitivity(groups, blocks)
 
 
 def _edits(

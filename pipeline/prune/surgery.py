@@ -116,8 +116,13 @@ def restore(pruned: fx.GraphModule, state: Mapping[str, Tensor], where: str) -> 
     own = pruned.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own:
-            raise DeployError(f"{where}: the tensor '{name}' is {'missing' if name not in state else 'unexpected'}.", "the plan and the weights are not of one run.")
+            raise DeployError(
+                f"{where}: the tensor '{name}' is {'missing' if name not in state else 'unexpected'}.",
+                "the plan and the weights are not of one run.",
+            )
         if own[name].shape != state[name].shape:
-            raise DeployError(f"{where}: '{name}' is {tuple(state[name].shape)}, and the plan makes it {tuple(own[name].shape)}.")
+            raise DeployError(
+                f"{where}: '{name}' is {tuple(state[name].shape)}, and the plan makes it {tuple(own[name].shape)}."
+            )
     pruned.load_state_dict(dict(state))
     return pruned

@@ -88,7 +88,11 @@ def aims(network: Network, dropped: Sequence[Block]) -> dict[str, str]:
     """
     nodes = {node.name: node for node in network.graph.graph.nodes}
     by_target = {str(node.target): node for node in network.graph.graph.nodes if node.op == "call_module"}
-    adds = {node.name for target, node in by_target.items() if isinstance(network.graph.get_submodule(target), operators.ResidualAdd)}
+    adds = {
+        node.name
+        for target, node in by_target.items()
+        if isinstance(network.graph.get_submodule(target), operators.ResidualAdd)
+    }
     aim: dict[str, str] = {}
     for block in dropped:
         add = by_target[block.add]

@@ -26,7 +26,9 @@ def apply(op: Op, space: LabelSpace) -> None:
         order = [int(a) for a in op.attrs["order"]]
         space.tensors[op.output] = Labels.compress(np.transpose(labels.full(op.in_shapes[0]), order))
     elif op.kind == "expand":
-        kept = all(op.in_shapes[0][a] == op.out_shape[a + len(op.out_shape) - len(op.in_shapes[0])] for a in labels.axes)
+        kept = all(
+            op.in_shapes[0][a] == op.out_shape[a + len(op.out_shape) - len(op.in_shapes[0])] for a in labels.axes
+        )
         if not kept or len(op.in_shapes[0]) != len(op.out_shape):
             space.freeze(labels, f"'{op.name}' repeats them")
             labels = Labels((), np.array(-1, dtype=np.int64))

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -137,7 +139,13 @@ class Shuffle(nn.Module):
 class SqueezeExcite(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.down, self.up, self.b, self.head = conv(3, 12), nn.Conv2d(12, 6, 1), nn.Conv2d(6, 12, 1), conv(12, 8), Head(8)
+        self.a, self.down, self.up, self.b, self.head = (
+            conv(3, 12),
+            nn.Conv2d(12, 6, 1),
+            nn.Conv2d(6, 12, 1),
+            conv(12, 8),
+            Head(8),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)

@@ -86,7 +86,11 @@ def test_a_residual_branch_is_a_removable_block_whatever_its_shortcut(shortcut):
     assert {"conv1.weight", "bn1.running_mean", "conv2.weight"} <= set(block.params)
     pruned = prune(network, PruningPlan((DropBlock(block.id),)))
     names = dict(pruned.named_modules())
-    assert "conv1" not in names and "conv2" not in names and ("project.weight" in pruned.state_dict()) == (shortcut == "projection")
+    assert (
+        "conv1" not in names
+        and "conv2" not in names
+        and ("project.weight" in pruned.state_dict()) == (shortcut == "projection")
+    )
     assert pruned(torch.randn(2, 3, 8, 8)).shape == (2, 5)
 
 

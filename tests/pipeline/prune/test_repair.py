@@ -49,7 +49,9 @@ def gap(model: nn.Module, network: Network, samples: Samples) -> float:
 
 def halved(network: Network) -> PruningPlan:
     rankings = rank(Evidence(network, some_samples()), "magnitude")
-    return PruningPlan(tuple(KeepUnits(g.id, rankings[g.id].keep(max(1, g.size // 2))) for g in network.topology.offered))
+    return PruningPlan(
+        tuple(KeepUnits(g.id, rankings[g.id].keep(max(1, g.size // 2))) for g in network.topology.offered)
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in NETS if n not in ("transposed", "flat")])
@@ -65,7 +67,13 @@ def test_least_squares_restores_the_network_exactly_when_what_was_cut_is_a_copy(
     """Channels 4 to 7 repeat 0 to 3: the next layer can take over their weights, and nothing is lost."""
     model = lived_in(Chain())
     with torch.no_grad():
-        for value in (model.a[0].weight, model.a[1].weight, model.a[1].bias, model.a[1].running_mean, model.a[1].running_var):
+        for value in (
+            model.a[0].weight,
+            model.a[1].weight,
+            model.a[1].bias,
+            model.a[1].running_mean,
+            model.a[1].running_var,
+        ):
             value[4:] = value[:4]
     network, samples = find_groups(capture(model, example())), some_samples()
     group = next(g for g in network.topology.offered if g.name == "a.0")
@@ -124,7 +132,9 @@ def test_tensors_that_do_not_fit_the_plan_are_named():
     network = network_of("chain")
     pruned = prune(network, halved(network))
     state = dict(pruned.state_dict())
-    with pytest.raises(DeployError, match=r"^the bundle: 'a\.0\.weight' is \(8, 3, 3, 3\), and the plan makes it \(4, 3, 3, 3\)\.$"):
+    with pytest.raises(
+        DeployError, match=r"^the bundle: 'a\.0\.weight' is \(8, 3, 3, 3\), and the plan makes it \(4, 3, 3, 3\)\.$"
+    ):
         restore(pruned, state | {"a.0.weight": torch.zeros(8, 3, 3, 3)}, "the bundle")
     del state["a.0.weight"]
     with pytest.raises(DeployError, match=r"^the bundle: the tensor 'a\.0\.weight' is missing\."):

@@ -1,0 +1,97 @@
+"""The main job on real networks and data: builds them, measures every bundle again, writes the figures down.
+
+    python -m benchmarks.builds                        all cells that have no result yet
+    python -m benchmarks.builds resnet20_gtsrb@0.5x    one of them, again
+
+A cell is a project of benchmarks/projects at a budget. Its result: the build's summary, accuracy and loss after each
+way of repairing, predicted against measured in every round, seconds of each stage, and the ratio of a fresh
+interleaved measurement of the finished bundle (`deploy verify --target local`). benchmarks/results/builds.json keeps
+them, cell by cell, with the machine and the versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "builds.json"
+WORK = ROOT / "runs" / "benchmarks"
+CELLS = (
+    ("resnet20_gtsrb", "0.5x"),
+    ("resnet20_gtsrb", "0.35x"),
+    ("resnet56_cifar10_jpeg", "0.5x"),
+    ("mobilenetv1_vww", "0.7x"),
+    ("dscnn_kws", "0.7x"),
+    ("shufflenet_gtsrb", "0.7x"),
+    ("efficientnet_gtsrb", "0.7x"),
+)
+DEPLOY = [sys.executable, "-m", "pipeline.cli"]
+
+
+def main(asked: list[str]) -> None:
+    """Build the cells asked for, or those without a result."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for project, budget in CELLS:
+        cell = f"{project}@{budget}"
+        if cell in asked or (not asked and cell not in results):
+            print(f"== {cell}", flush=True)
+            results[cell] = build(project, budget)
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    for cell, row in sorted(results.items()):
+        print(line(cell, row))
+
+
+def build(project: str, budget: str) -> dict[str, Any]:
+    """Run one cell and verify its bundle."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    folder = ROOT / "benchmarks" / "projects" / project
+    asked = [*DEPLOY, "build", "--target", "local", "--project", str(folder), "--budget", budget, "--json"]
+    done = subprocess.run(asked, cwd=WORK, stdout=subprocess.PIPE, text=True, check=False)
+    summary = json.loads(done.stdout.splitlines()[-1])
+    row: dict[str, Any] = {"exit_code": done.returncode, "summary": summary, "machine": machine()}
+    if "run" not in summary:
+        return row
+    report = json.loads((WORK / summary["run"] / "report.json").read_text())
+    state = json.loads((WORK / summary["run"] / "run.json").read_text())
+    row["versions"] = state["versions"]
+    row["seconds"] = {name: stage["seconds"] for name, stage in state["stages"].items()}
+    row["repairs"] = {r["name"]: {"loss": r["loss"], "validate": r["accuracy"]} for r in report["repairs"]}
+    row["rounds"] = [[r["number"], r["predicted_ms"], r["measured_ms"]] for r in report["rounds"]]
+    row["removed"] = [b["name"] for b in report["blocks"] if b["removed"]]
+    row["widths"] = {f"{g['name']} ({i})": [g["dense"], g["kept"]] for i, g in enumerate(report["groups"]) if not g["frozen"]}
+    if summary.get("bundle"):
+        again = [*DEPLOY, "verify", summary["bundle"], "--target", "local", "--json"]
+        fresh = subprocess.run(again, cwd=WORK, stdout=subprocess.PIPE, text=True, check=False)
+        row["fresh"] = json.loads(fresh.stdout.splitlines()[-1])
+    return row
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(), "kernel": platform.release()}
+
+
+def line(cell: str, row: dict[str, Any]) -> str:
+    """One cell in words."""
+    s, repairs = row["summary"], row.get("repairs", {})
+    if "latency_ratio" not in s or s["latency_ratio"] is None:
+        return f"{cell:<32} exit {row['exit_code']}: {s.get('error') or s.get('verdict')}"
+    told = ", ".join(f"{name} {r['validate'] if r['validate'] is not None else r['loss']:.4g}" for name, r in repairs.items())
+    fresh = row.get("fresh", {}).get("reason", "not measured again")
+    return (
+        f"{cell:<32} {s['verdict']}: {s['latency_ratio']:.3f}x, accuracy {s['accuracy']:.4f} (dense {s['accuracy_dense']:.4f});"
+        f" repair: {told}; fresh: {fresh}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -12,6 +12,7 @@ READY  := .venv/.installed
 .PHONY: demo test lint clean
 
 demo: $(READY)
+	test -f examples/digits/digits.safetensors || $(BIN)/python examples/digits/train.py
 	$(BIN)/deploy build --target local --project examples/digits --budget 0.5x
 
 test: $(READY)

@@ -66,7 +66,9 @@ def build(project: str, budget: str) -> dict[str, Any]:
     row["repairs"] = {r["name"]: {"loss": r["loss"], "validate": r["accuracy"]} for r in report["repairs"]}
     row["rounds"] = [[r["number"], r["predicted_ms"], r["measured_ms"]] for r in report["rounds"]]
     row["removed"] = [b["name"] for b in report["blocks"] if b["removed"]]
-    row["widths"] = {f"{g['name']} ({i})": [g["dense"], g["kept"]] for i, g in enumerate(report["groups"]) if not g["frozen"]}
+    row["widths"] = {
+        f"{g['name']} ({i})": [g["dense"], g["kept"]] for i, g in enumerate(report["groups"]) if not g["frozen"]
+    }
     if summary.get("bundle"):
         again = [*DEPLOY, "verify", summary["bundle"], "--target", "local", "--json"]
         fresh = subprocess.run(again, cwd=WORK, stdout=subprocess.PIPE, text=True, check=False)
@@ -85,7 +87,9 @@ def line(cell: str, row: dict[str, Any]) -> str:
     s, repairs = row["summary"], row.get("repairs", {})
     if "latency_ratio" not in s or s["latency_ratio"] is None:
         return f"{cell:<32} exit {row['exit_code']}: {s.get('error') or s.get('verdict')}"
-    told = ", ".join(f"{name} {r['validate'] if r['validate'] is not None else r['loss']:.4g}" for name, r in repairs.items())
+    told = ", ".join(
+        f"{name} {r['validate'] if r['validate'] is not None else r['loss']:.4g}" for name, r in repairs.items()
+    )
     fresh = row.get("fresh", {}).get("reason", "not measured again")
     return (
         f"{cell:<32} {s['verdict']}: {s['latency_ratio']:.3f}x, accuracy {s['accuracy']:.4f} (dense {s['accuracy_dense']:.4f});"

@@ -201,12 +201,14 @@ def build(as_json: bool, resume: bool, out: Path | None, **options: Any) -> int:
     from pipeline import flow
 
     result = flow.build(request)
+    from pipeline.report import text
+
     if as_json:
         _print_json(dict(result.summary))
     elif result.report is not None:
-        from pipeline.report import text
-
         text.show(result.report, _console(stdout=True))
+    elif result.summary.get("dry_run"):
+        text.show_dry(result.summary, _console(stdout=True))
     return int(result.exit_code)
 
 

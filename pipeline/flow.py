@@ -8,9 +8,9 @@ Each step is a stage with a key; what is measured is journalled, so a run that w
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,9 @@ import numpy as np
 import onnx
 import torch
 from safetensors.torch import load_file, save_file
-from torch import fx
+from torch import fx, nn
 
+from pipeline import outcome
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow, narrow_file
 from pipeline.graph.optimize import PassLog, optimize
@@ -29,74 +30,39 @@ from pipeline.latency.solvers.base import Solver
 from pipeline.latency.store import Store
 from pipeline.latency.tabulate import tabulate
 from pipeline.latency.timing import Tally
-from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Topology
+from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.project import Project, load_project, predict_torch
-from pipeline.prune.capture import Network, capture
-from pipeline.prune.evidence import Evidence, Samples
+from pipeline.prune.capture import capture
+from pipeline.prune.evidence import Evidence, Samples, divergence
 from pipeline.prune.groups import find_groups
-from pipeline.prune.neutral import macs
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank
 from pipeline.prune.repair import MODES, repair
-from pipeline.prune.sensitivity import LossProbe, affordable, measure
+from pipeline.prune.repair import affordable as repair_limit
+from pipeline.prune.sensitivity import LossProbe, measure
+from pipeline.prune.sensitivity import affordable as probe_limit
 from pipeline.prune.surgery import prune, restore
 from pipeline.prune.taps import DenseTaps
 from pipeline.recover.train import RecoverData, recover
-from pipeline.report.data import ReportData
 from pipeline.run import BuildRequest, Run
 from pipeline.search import Found, Loop, Measured, Search
 from pipeline.stage import Outcome, Stage
+from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
 from profiles import plugins
 from profiles.errors import DeployError
-from profiles.schema import Budget, Profile, load_profile
+from profiles.schema import Budget, load_profile
 from targets.base import Target, load_target
 from targets.harness.measurement import Judgement, Session, judge
 
 TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
-DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
-VALUE_SAMPLES = 256
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """How a build ended. summary: the one JSON object of `--json`. exit_code: as profiles/errors.py says."""
-
-    summary: Mapping[str, Any]
-    report: ReportData | None
-    bundle: Path | None
-    exit_code: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every step needs: the run, what was asked, the device, the user's project and the captured network."""
-
-    run: Run
-    profile: Profile
-    budget: Budget
-    target: Target
-    project: Project
-    network: Network
-    samples: Samples
-    repairs: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def topology(self) -> Topology:
-        """The network's topology."""
-        return self.network.topology
-
-    @property
-    def source(self) -> str:
-        """Hash of the project: what every stage's key begins with."""
-        return self.project.digest()
-
-    def scratch(self, name: str) -> Path:
-        """A file of this run that is not a result."""
-        return self.run.folder("work") / name
+RANK_SAMPLES, VALUE_SAMPLES = 512, 256
 
 
 def build(request: BuildRequest) -> BuildResult:
-    """Run the pipeline. Raises DeployError for what the user can mend; a missed budget or accuracy is a result, not an error."""
+    """Run the pipeline.
+
+    Raises DeployError for what the user can mend; a missed budget or accuracy is a result, not an error.
+    """
     project = load_project(request.project)
     profile = load_profile(request.target, _merged(project.overrides, request.overrides))
     budget = Budget.parse(request.budget) if request.budget else profile.budget
@@ -112,7 +78,7 @@ def build(request: BuildRequest) -> BuildResult:
         network = find_groups(capture(model, project.example()), freeze=profile.prune.freeze)
         offered = f"{len(network.topology.offered)} groups, {len(network.topology.removable)} blocks proved"
         run.finished("capture", run.seconds - begun, offered)
-        samples = samples.first(affordable(network))
+        samples = samples.first(repair_limit(network))
         work = Work(run, profile, budget, target, project, network, samples)
         return _dry(work) if request.dry_run else _release(work)
 
@@ -135,13 +101,11 @@ def _samples(project: Project, limit: int) -> Samples:
 
 def _release(work: Work) -> BuildResult:
     """Every step, to the bundle."""
-    from pipeline import outcome
-
     dense = _dense(work)
     accuracy_dense = _accuracy(work, dense.path("onnx"), "dense")
     rankings = _rankings(work)
     table = _table(work, dense, rankings)
-    probe = LossProbe(work.network, work.samples.first(VALUE_SAMPLES))
+    probe = LossProbe(work.network, work.samples.first(min(VALUE_SAMPLES, probe_limit(work.network))))
     values = _values(work, probe, rankings, table)
     ratio = _relative_budget(work, dense)
     found = _search(work, dense, probe, rankings, table, values, ratio)
@@ -154,26 +118,21 @@ def _release(work: Work) -> BuildResult:
     final = _export(work, plan, recovered)
     accuracy = _accuracy(work, final.path("onnx"), "pruned")
     session, judged = _accept(work, dense, final)
-    return outcome.release(
-        work, outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy)
-    )
+    ending = outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy)
+    return outcome.release(work, ending)
 
 
 def _dry(work: Work) -> BuildResult:
     """Groups, table and solved plan; nothing is trained."""
-    from pipeline import outcome
-
     dense = _dense(work)
     rankings = _rankings(work)
     table = _table(work, dense, rankings)
-    probe = LossProbe(work.network, work.samples.first(VALUE_SAMPLES))
+    probe = LossProbe(work.network, work.samples.first(min(VALUE_SAMPLES, probe_limit(work.network))))
     values = _values(work, probe, rankings, table)
     ratio = _relative_budget(work, dense)
-    unit = table.dense_ms
-    solution = _solver(work).solve(
-        list(rankings.values()), values, table, work.topology, ratio * unit, work.profile.prune, None
-    )
-    return outcome.dry(work, table, solution, ratio, unit)
+    budget_ms, spec = ratio * table.dense_ms, work.profile.prune
+    solution = _solver(work).solve(list(rankings.values()), values, table, work.topology, budget_ms, spec, None)
+    return outcome.dry(work, table, solution, ratio)
 
 
 def _dense(work: Work) -> Outcome:
@@ -202,16 +161,10 @@ def _accuracy(work: Work, model: Path, name: str) -> float:
         return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
 
     inputs = {"project": work.source, "model": model}
-    print_is = work.target.fingerprint().digest()
     done = work.run.stage(
-        Stage(f"evaluate {name}"),
-        {},
-        inputs,
-        make,
-        tools=TOOLS,
-        fingerprint=print_is,
-        detail=lambda d: f"{d['accuracy']:.4f}",
-    )
+        Stage(f"evaluate {name}"), {}, inputs, make, tools=TOOLS,
+        fingerprint=work.target.fingerprint().digest(), detail=lambda d: f"{d['accuracy']:.4f}",
+    )  # fmt: skip
     return float(done["accuracy"])
 
 
@@ -229,10 +182,11 @@ def _rankings(work: Work) -> dict[str, Ranking]:
 
     def make(_: Path) -> dict[str, Any]:
         loss = work.project.loss if work.samples.targets is not None else None
-        found = rank(Evidence(work.network, work.samples, loss, spec.seed), spec.criterion)
+        found = rank(Evidence(work.network, work.samples.first(few), loss, spec.seed), spec.criterion)
         return {"rankings": [[r.group, r.removal_order, r.marginal_loss] for r in found.values()]}
 
-    params = {"criterion": spec.criterion, "seed": spec.seed, "samples": work.samples.count, "freeze": spec.freeze}
+    few = min(work.samples.count, RANK_SAMPLES)
+    params = {"criterion": spec.criterion, "seed": spec.seed, "samples": few, "freeze": spec.freeze}
     done = work.run.stage(
         Stage("rank"), params, {"project": work.source}, make, tools=TOOLS, detail=lambda _: spec.criterion
     )
@@ -250,25 +204,22 @@ def _table(work: Work, dense: Outcome, rankings: Mapping[str, Ranking]) -> Laten
 
         def narrowed(widths: Mapping[str, int], dropped: Iterable[str]) -> bytes:
             plan = make_plan(work.topology, rankings, widths, frozenset(dropped))
-            return narrow(model, resolve(work.topology, plan)).SerializeToString()
+            data: bytes = narrow(model, resolve(work.topology, plan)).SerializeToString()
+            return data
 
         with Store(work.run.cache.root / "latency.sqlite") as store:
             table = tabulate(
-                work.target,
-                rows,
-                work.topology,
-                dense.path("onnx"),
-                work.profile.prune,
-                store,
-                tally=tally,
-                narrowed=narrowed,
-            )
-        return table.to_table()
+                work.target, rows, work.topology, dense.path("onnx"), work.profile.prune, store,
+                tally=tally, narrowed=narrowed,
+            )  # fmt: skip
+        return {"table": table.to_table(), "reused": tally.reused, "measured": tally.measured}
 
     key = {"dense": dense.files["onnx"], "device": device, "spec": work.profile.prune, "measure": work.profile.measure}
-    table = LatencyTable.from_table(work.run.journalled("table", key, make))
-    work.run.finished("tabulate", work.run.seconds - begun, f"reused {tally.reused}, measured {tally.measured}")
-    return table
+    again, _ = work.run.journal.recorded("tabulated", key)
+    done = work.run.journalled("tabulated", key, make)
+    told = f"reused {done['reused']}, measured {done['measured']}{', journalled' if again else ''}"
+    work.run.finished("tabulate", work.run.seconds - begun, told)
+    return LatencyTable.from_table(done["table"])
 
 
 def _values(work: Work, probe: LossProbe, rankings: Mapping[str, Ranking], table: LatencyTable) -> Sensitivity:
@@ -319,17 +270,6 @@ def _search(
     ratio: float,
 ) -> Found:
     """Choose, narrow, measure, correct, until the budget holds."""
-
-    def measure_plans(number: int, plans: Sequence[PruningPlan]) -> list[Measured]:
-        artifacts = {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx")}
-        for index, plan in enumerate(plans):
-            cut = resolve(work.topology, plan)
-            artifacts[f"candidate-{index + 1}"] = narrow_file(
-                dense.path("onnx"), cut, work.scratch(f"round-{number}-{index + 1}.onnx")
-            )
-        session = _session(work, f"round {number}", artifacts, "rank")
-        return [_measured(session, f"candidate-{index + 1}", work.budget) for index in range(len(plans))]
-
     begun = work.run.seconds
     loop = Loop(
         topology=work.topology,
@@ -338,12 +278,23 @@ def _search(
         spec=work.profile.prune,
         plan_for=lambda widths, dropped: make_plan(work.topology, rankings, widths, dropped),
         loss=lambda plan: float(work.run.journalled("loss", plan.to_json(), lambda: probe.loss(plan))),
-        measure=measure_plans,
+        measure=lambda number, plans: _measure_plans(work, dense, number, plans),
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
     )
     found = Search(loop, table, values, ratio).run()
     work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")
     return found
+
+
+def _measure_plans(work: Work, dense: Outcome, number: int, plans: Sequence[PruningPlan]) -> list[Measured]:
+    """The plans narrowed from the dense ONNX and measured beside it in one session."""
+    model = dense.path("onnx")
+    artifacts = {DENSE: model, AGAIN: model}
+    for index, plan in enumerate(plans, 1):
+        cut = resolve(work.topology, plan)
+        artifacts[f"candidate-{index}"] = narrow_file(model, cut, work.scratch(f"round-{number}-{index}.onnx"))
+    session = _session(work, f"round {number}", artifacts, "rank")
+    return [_measured(session, f"candidate-{index}", work.budget) for index in range(1, len(plans) + 1)]
 
 
 def _measured(session: Session, name: str, budget: Budget) -> Measured:
@@ -357,8 +308,8 @@ def _measured(session: Session, name: str, budget: Budget) -> Measured:
 
 def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Session:
     """One interleaved session on the device, journalled with its raw samples."""
-    hashes = {label: path.read_bytes() for label, path in models.items()}
-    key = {"mode": mode, "spec": work.profile.measure, "models": {label: _sha(data) for label, data in hashes.items()}}
+    hashes = {label: _sha(path.read_bytes()) for label, path in models.items()}
+    key = {"mode": mode, "spec": work.profile.measure, "models": hashes}
 
     def make() -> str:
         folder = work.run.folder("work")
@@ -373,8 +324,6 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
 
 
 def _sha(data: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(data).hexdigest()
 
 
@@ -407,8 +356,6 @@ def _score(row: Mapping[str, Any]) -> str:
 
 
 def _divergence(work: Work, model: fx.GraphModule) -> float:
-    from pipeline.prune.evidence import divergence
-
     total = 0.0
     with torch.inference_mode():
         for batch in work.samples.inputs:
@@ -422,38 +369,32 @@ def _state(model: fx.GraphModule) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
 
 
+def _hashes(model: fx.GraphModule) -> dict[str, str]:
+    return {name: _sha(value.numpy().tobytes()) for name, value in _state(model).items()}
+
+
 def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> fx.GraphModule:
     """Distillation from the dense network; without training data the repaired network is the result."""
-    train, spec = work.project.train, work.profile.recover
+    train, spec, project = work.project.train, work.profile.recover, work.project
     if train is None or spec.epochs == 0:
         return repaired
 
+    def validate(model: nn.Module) -> float:
+        return float(project.validate(predict_torch(model)) or 0.0)
+
     def make(folder: Path) -> dict[str, Any]:
-        validates = work.project.validates
-        data = RecoverData(
-            train,
-            work.project.loss,
-            (lambda m: float(work.project.validate(predict_torch(m)) or 0.0)) if validates else None,
-        )
+        data = RecoverData(train, project.loss, validate if project.validates else None)
+        checkpoint = work.scratch("recover.checkpoint")
         with work.run.progress("recover", 1) as step:
-            done = recover(
-                repaired, work.network.graph, data, spec, work.scratch("recover.checkpoint"), lambda *_: step()
-            )
+            done = recover(repaired, work.network.graph, data, spec, checkpoint, lambda *_: step())
         save_file(_state(cast(fx.GraphModule, done.module)), folder / "recovered.safetensors")
-        history = [[e.epoch, e.loss, e.validate] for e in done.history]
         return {
             "weights": folder / "recovered.safetensors",
-            "history": history,
-            "stopped": done.stopped,
-            "from": done.start_score,
-            "to": done.best_score,
-        }
+            "history": [[e.epoch, e.loss, e.validate] for e in done.history],
+            "stopped": done.stopped, "from": done.start_score, "to": done.best_score,
+        }  # fmt: skip
 
-    inputs = {
-        "project": work.source,
-        "plan": plan.to_json(),
-        "start": {k: _sha(v.numpy().tobytes()) for k, v in _state(repaired).items()},
-    }
+    inputs = {"project": work.source, "plan": plan.to_json(), "start": _hashes(repaired)}
     done = work.run.stage(
         Stage("recover"), spec, inputs, make, tools=TOOLS,
         detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
@@ -470,17 +411,10 @@ def _export(work: Work, plan: PruningPlan, model: fx.GraphModule) -> Outcome:
         log: PassLog = optimize(raw, work.profile.graph.passes, folder / "model.onnx")
         check_model(onnx.load_model(str(folder / "model.onnx")))
         save_file(_state(model), folder / "pruned.safetensors")
-        return {
-            "onnx": folder / "model.onnx",
-            "weights": folder / "pruned.safetensors",
-            "passes": json.loads(log.to_json()),
-        }
+        weights, passes = folder / "pruned.safetensors", json.loads(log.to_json())
+        return {"onnx": folder / "model.onnx", "weights": weights, "passes": passes}
 
-    inputs = {
-        "project": work.source,
-        "plan": plan.to_json(),
-        "weights": {k: _sha(v.numpy().tobytes()) for k, v in _state(model).items()},
-    }
+    inputs = {"project": work.source, "plan": plan.to_json(), "weights": _hashes(model)}
     return work.run.stage(Stage("export"), work.profile.graph, inputs, make, tools=TOOLS, detail=_nodes)
 
 
@@ -495,8 +429,3 @@ def _accept(work: Work, dense: Outcome, final: Outcome) -> tuple[Session, Judgem
             break
     work.run.finished("accept", work.run.seconds - begun, f"{judged.verdict}: {judged.reason}")
     return session, judged
-
-
-def pruned_macs(work: Work, plan: PruningPlan) -> int:
-    """Multiply-accumulates of the pruned network."""
-    return macs(capture(prune(work.network, plan), work.network.example))

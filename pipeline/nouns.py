@@ -69,7 +69,8 @@ class Constant:
 
     pad      (units added before, units added after) along `axis`; value: the two counts that stay
     split    one entry a piece along `axis`; value: the size of each piece
-    reshape  one entry a target axis, None where the size never changes (`sizes` holds it, -1 = the batch); value: the target shape
+    reshape  one entry a target axis, None where the size never changes (`sizes` holds it, -1 = the batch);
+             value: the target shape
     gather   (units of the input axis,), `indices` = positions in the dense input; value: positions in the cut input
     slice    (units before, inside, after) along `axis`; value: start and stop
     """
@@ -192,7 +193,7 @@ ConstantValue = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Cut:
-    """A plan resolved against a topology: what to slice and what to rewrite, by name. Serves torch surgery and ONNX alike.
+    """A plan resolved against a topology: what to slice and what to rewrite, by name. For torch surgery and ONNX alike.
 
     params: name -> axis -> kept positions (ascending). constants: node -> (kind, axis, new value).
     dropped: the removed blocks. A convolution's `groups` follows from its weight: a depthwise one (weight axis 1 of
@@ -273,8 +274,9 @@ class Dim:
 class Site:
     """A piece of the network that is one row of the table: a residual block, or one layer with what follows it.
 
-    dims: its distinct channel counts, inputs first. block: the removable block whose branch it holds. nodes: names of its ONNX nodes.
-    chainable: copies can be strung together and a slope measured (`RowBuilder.copies` says how many, also when dropped).
+    dims: its distinct channel counts, inputs first. block: the removable block whose branch it holds.
+    nodes: names of its ONNX nodes. chainable: copies can be strung together and a slope measured
+    (`RowBuilder.copies` says how many, also when dropped).
     """
 
     id: str
@@ -301,7 +303,7 @@ class RowBuilder(Protocol):
         ...
 
     def row(self, site: Site, widths: tuple[int, ...], *, copies: int = 1, dropped: bool = False) -> bytes:
-        """A runnable ONNX model with `copies` of the site at these channel counts (one a dim); 0 is what surrounds them.
+        """A runnable ONNX model with `copies` of the site at these channel counts (one a dim); 0: what surrounds them.
 
         dropped: with the removable block's branch gone. Equal bytes for equal rows, so that t(many) = t(few) = nothing
         to measure where the models are the same.
@@ -371,9 +373,11 @@ class LatencyTable:
 
         sites = [
             {
-                "id": c.site.id, "kind": c.site.kind, "block": c.site.block, "chainable": c.site.chainable, "nodes": list(c.site.nodes),
+                "id": c.site.id, "kind": c.site.kind, "block": c.site.block, "chainable": c.site.chainable,
+                "nodes": list(c.site.nodes),
                 "dims": [[[list(term) for term in dim.terms], dim.constant] for dim in c.site.dims],
-                "ms": costs(c.ms), "dropped_ms": costs(c.dropped_ms), "measured": sorted(list(key) for key in c.measured),
+                "ms": costs(c.ms), "dropped_ms": costs(c.dropped_ms),
+                "measured": sorted(list(key) for key in c.measured),
             }
             for c in self.sites
         ]  # fmt: skip
@@ -422,4 +426,4 @@ class Solution:
 
 
 Evaluate = Callable[[Solution], tuple[float, float]]
-"""Try a choice: (latency in ms measured on the target, calibration loss). Injected into solvers that search by trying."""
+"""Try a choice: (latency in ms measured on the target, calibration loss). For solvers that search by trying."""

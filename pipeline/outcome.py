@@ -11,15 +11,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from safetensors.numpy import load_file
 from torch import fx
 
+from pipeline.cache import write_atomic
 from pipeline.nouns import LatencyTable, PruningPlan, Solution
 from pipeline.project.project import predict_torch
+from pipeline.prune.capture import capture
 from pipeline.prune.neutral import macs
 from pipeline.prune.repair import repair
 from pipeline.prune.surgery import prune
@@ -42,12 +44,11 @@ from pipeline.report.data import (
 from pipeline.report.document import render
 from pipeline.search import Candidate, Found
 from pipeline.stage import Outcome
-from targets.harness.measurement import Judgement, Measurement, Session
+from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
+from profiles.schema import Budget
+from targets.harness.measurement import Judgement, Measurement, Session, Statistic
 
-if TYPE_CHECKING:
-    from pipeline.flow import BuildResult, Work
-
-PERCENTILES = ("p50", "mean", "p90", "p99")
+PERCENTILES: tuple[Statistic, ...] = ("p50", "mean", "p90", "p99")
 PLOTTED = 2000
 EXIT = {"met": 0, "missed": 3, "accuracy missed": 3, "undecided": 4}
 
@@ -69,52 +70,46 @@ class Ending:
 
 def release(work: Work, ending: Ending) -> BuildResult:
     """Judge, report, and write the bundle or the rejected point."""
-    from pipeline.flow import BuildResult
-
     verdict, reason = _gate(work, ending)
     folder = work.run.path / ("bundle" if verdict == "met" else "rejected")
     data = _report(work, ending, verdict, reason, folder)
     if verdict != "met":
         data = replace(data, notes=(*data.notes, *_cheapest(work, ending.found)))
     write_bundle(folder, _contents(work, ending, data))
-    return _close(work, data, BuildResult, folder)
+    return _close(work, data, folder if verdict == "met" else None)
 
 
 def _gate(work: Work, ending: Ending) -> tuple[str, str]:
-    drop = ending.accuracy_dense - ending.accuracy
-    told = f"accuracy {ending.accuracy:.4f} against {ending.accuracy_dense:.4f} dense, allowed drop {work.project.max_drop:g}"
-    if ending.judged.verdict != "met":
-        return ending.judged.verdict, f"{ending.judged.reason}; {told}"
-    return ("met" if drop <= work.project.max_drop + 1e-12 else "accuracy missed"), f"{ending.judged.reason}; {told}"
+    """The verdict on latency, then on accuracy, with the numbers of both."""
+    allowed, verdict = work.project.max_drop, str(ending.judged.verdict)
+    if verdict == "met" and ending.accuracy_dense - ending.accuracy > allowed + 1e-12:
+        verdict = "accuracy missed"
+    told = f"accuracy {ending.accuracy:.4f} against {ending.accuracy_dense:.4f} dense, allowed drop {allowed:g}"
+    return verdict, f"{ending.judged.reason}; {told}"
 
 
 def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float, found: Found, ratio: float) -> BuildResult:
     """No candidate was measured to keep the budget: report the nearest."""
-    from pipeline.flow import BuildResult
-
-    measured = [c for c in found.tried if c.measured is not None]
-    nearest = min(measured, key=lambda c: c.measured.high if c.measured else math.inf, default=None)
-    said = "nothing could be measured" if nearest is None or nearest.measured is None else (
-        f"the nearest network is {nearest.measured.ratio:.3f}x (at most {nearest.measured.high:.3f}x), budget {ratio:.3f}x"
-    )  # fmt: skip
-    dense_ms = nearest.measured.dense_ms if nearest and nearest.measured else math.nan
+    nearest = min((c.measured for c in found.tried if c.measured), key=lambda m: m.high, default=None)
+    said, budget_ms = "nothing could be measured", 0.0
+    if nearest is not None:
+        said = f"the nearest network is {nearest.ratio:.3f}x (at most {nearest.high:.3f}x), budget {ratio:.3f}x"
+        budget_ms = ratio * nearest.dense_ms
     unit = found.table.dense_ms
     figures = _dense_figures(work, accuracy_dense, unit, None)
-    pruned = replace(figures, accuracy=None, measured_ms=nearest.measured.ms if nearest and nearest.measured else None)
+    pruned = replace(figures, accuracy=None, measured_ms=nearest.ms if nearest else None)
     data = ReportData(
         network=work.project.references["model.factory"].text, target=work.profile.name, budget=str(work.budget),
-        budget_ms=ratio * dense_ms if math.isfinite(dense_ms) else 0.0, verdict="missed", dense=figures, pruned=pruned,
+        budget_ms=budget_ms, verdict="missed", dense=figures, pruned=pruned,
         reason=said, run=str(work.run.path), percentile=work.budget.percentile, max_drop=work.project.max_drop,
         seconds=work.run.seconds, rounds=_rounds(found, unit), stages=_stages(work),
         notes=("More rounds may find one: --rounds.", *_cheapest(work, found)),
     )  # fmt: skip
-    return _close(work, data, BuildResult, None)
+    return _close(work, data, None)
 
 
-def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float, unit: float) -> BuildResult:
+def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float) -> BuildResult:
     """What a dry run found, as a summary; there is no report to keep."""
-    from pipeline.flow import BuildResult
-
     groups = {
         g.name: {
             "width": g.size,
@@ -126,36 +121,21 @@ def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float, unit:
     told = {
         "bundle": None, "dry_run": True, "run": str(work.run.path), "budget": str(work.budget), "grid": table.grid,
         "groups": groups, "removed_blocks": sorted(solution.dropped), "sites": len(table.sites),
-        "table_rows": sum(len(site.ms) + len(site.dropped_ms) for site in table.sites), "predicted_ratio": solution.predicted_ms / unit,
-        "budget_ratio": ratio, "loss": solution.loss, "gap": solution.gap, "seconds": round(work.run.seconds, 1),
+        "table_rows": sum(len(site.ms) + len(site.dropped_ms) for site in table.sites),
+        "predicted_ratio": solution.predicted_ms / table.dense_ms, "budget_ratio": ratio,
+        "loss": solution.loss, "gap": solution.gap, "seconds": round(work.run.seconds, 1),
     }  # fmt: skip
-    say = work.run.console.print
-    for name, row in groups.items():
-        say(
-            f"  {name:<32}{row['width']:>6} -> {row['kept']:<6}{row['frozen'] or ''}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    say(f"  removed blocks: {', '.join(sorted(solution.dropped)) or 'none'}", markup=False, soft_wrap=True)
-    say(
-        f"  predicted {solution.predicted_ms / unit:.3f}x of dense, budget {ratio:.3f}x, {told['table_rows']} table rows",
-        markup=False,
-        soft_wrap=True,
-    )
     work.run.finish("done", told)
     return BuildResult(told, None, None, 0)
 
 
-def _close(work: Work, data: ReportData, kind: type[BuildResult], folder: Path | None) -> BuildResult:
-    from pipeline.cache import write_atomic
-
+def _close(work: Work, data: ReportData, folder: Path | None) -> BuildResult:
     code = EXIT[data.verdict]
     write_atomic(work.run.path / "report.json", data.to_json().encode() + b"\n")
     write_atomic(work.run.path / "report.html", render(data).encode())
     told = summary(data)
     work.run.finish("done" if code == 0 else "missed", told)
-    return kind(told, data, folder, code)
+    return BuildResult(told, data, folder, code)
 
 
 # --- the bundle ----------------------------------------------------------------------------------------------------
@@ -178,7 +158,7 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         sample_outputs=outputs,
         inputs=_specs(model.graph.input),
         outputs=_specs(model.graph.output),
-        latency=_latency(data, ending),
+        latency=_latency(work.budget, data),
         accuracy=Accuracy(
             metric=data.metric, dense=ending.accuracy_dense, pruned=ending.accuracy, max_drop=work.project.max_drop
         ),
@@ -209,15 +189,14 @@ def _specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _latency(data: ReportData, ending: Ending) -> Latency:
-    from pipeline.flow import DENSE, PRUNED
-
+def _latency(budget: Budget, data: ReportData) -> Latency:
     interval = data.pruned.interval_ms or (0.0, math.inf)
     bounds = data.ratio_interval or (0.0, math.inf)
     return Latency(
-        budget=data.budget, percentile=data.percentile, budget_ms=data.budget_ms, dense_ms=float(data.dense.measured_ms or math.nan),
-        measured_ms=float(data.pruned.measured_ms or math.nan), interval_ms=interval, ratio=float(data.ratio or math.nan),
-        ratio_interval=bounds, network=PRUNED, reference=DENSE,
+        budget=data.budget, percentile=budget.percentile, budget_ms=data.budget_ms,
+        dense_ms=float(data.dense.measured_ms or math.nan), measured_ms=float(data.pruned.measured_ms or math.nan),
+        interval_ms=interval, ratio=float(data.ratio or math.nan), ratio_interval=bounds,
+        network=PRUNED, reference=DENSE,
     )  # fmt: skip
 
 
@@ -225,8 +204,6 @@ def _latency(data: ReportData, ending: Ending) -> Latency:
 
 
 def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path) -> ReportData:
-    from pipeline.flow import AGAIN, DENSE, PRUNED, pruned_macs
-
     session, budget = ending.session, work.budget
     ratio = session.ratio(PRUNED, DENSE, budget.percentile)
     control = session.ratio(AGAIN, DENSE, "p50")
@@ -244,7 +221,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         pruned=Figures(
             ending.accuracy,
             _parameters(ending.model),
-            pruned_macs(work, ending.plan),
+            _pruned_macs(work, ending.plan),
             _predicted(ending, unit, dense_ms[0]),
             *pruned_ms,
         ),
@@ -255,6 +232,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         max_drop=work.project.max_drop,
         ratio=ratio.center,
         ratio_interval=(ratio.low, ratio.high),
+        process_ratios=session.process_ratios(PRUNED, DENSE, budget.percentile),
         seconds=work.run.seconds,
         groups=_groups(work, ending.plan),
         blocks=tuple(BlockRow(b.id, b.id in ending.plan.dropped, b.frozen) for b in work.topology.blocks),
@@ -274,13 +252,17 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
     )
 
 
-def _at(measured: Measurement, percentile: str) -> tuple[float | None, tuple[float, float] | None]:
-    value = measured.statistic(percentile)  # type: ignore[arg-type]
+def _at(measured: Measurement, percentile: Statistic) -> tuple[float | None, tuple[float, float] | None]:
+    value = measured.statistic(percentile)
     return value.value_ms, (value.low_ms, value.high_ms)
 
 
 def _parameters(model: fx.GraphModule) -> int:
     return sum(value.numel() for value in model.parameters())
+
+
+def _pruned_macs(work: Work, plan: PruningPlan) -> int:
+    return macs(capture(prune(work.network, plan), work.network.example))
 
 
 def _dense_figures(
@@ -329,18 +311,9 @@ def _rounds(found: Found, unit: float) -> tuple[RoundRow, ...]:
                 dense_ms = c.measured.dense_ms
                 bounds = (c.measured.low * dense_ms, c.measured.high * dense_ms)
                 predicted = c.predicted_ratio * dense_ms
-                rows.append(
-                    RoundRow(
-                        turn.number,
-                        predicted,
-                        predicted * turn.spread,
-                        c.measured.ms,
-                        bounds,
-                        turn.correction,
-                        c.loss,
-                        turn.said,
-                    )
-                )
+                spread_ms, ms = predicted * turn.spread, c.measured.ms
+                row = RoundRow(turn.number, predicted, spread_ms, ms, bounds, turn.correction, c.loss, turn.said)
+                rows.append(row)
     return tuple(rows)
 
 
@@ -354,7 +327,7 @@ def _points(ending: Ending, dense_ms: float) -> tuple[PointRow, ...]:
 
 
 def _distribution(measured: Measurement) -> Distribution:
-    values = {name: measured.statistic(name) for name in PERCENTILES}  # type: ignore[arg-type]
+    values = {name: measured.statistic(name) for name in PERCENTILES}
     pooled = measured.pooled_ns
     thinned = pooled[:: max(1, -(-pooled.size // PLOTTED))] / 1e6
     return Distribution(
@@ -401,7 +374,8 @@ def _conditions(session: Session) -> dict[str, str]:
 def _settings(work: Work) -> dict[str, str]:
     spec = work.profile.prune
     return {
-        "criterion": spec.criterion, "solver": spec.solver, "repair": spec.repair, "calibration samples": str(work.samples.count),
+        "criterion": spec.criterion, "solver": spec.solver, "repair": spec.repair,
+        "calibration samples": str(work.samples.count),
         "recovery epochs": str(work.profile.recover.epochs), "seed": str(spec.seed),
     }  # fmt: skip
 
@@ -411,20 +385,15 @@ def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
     if not work.project.validates:
         return ("Without data.validate no cheaper point can be judged; try a larger budget.",)
     wanted = float(work.project.validate(predict_torch(work.network.graph)) or 0.0) - work.project.max_drop
+    kept = "keeps the accuracy on `validate` after repair alone"
     for share, candidate in _by_ratio(found):
-        fixed = repair(
-            prune(work.network, candidate.plan), work.network, candidate.plan, work.samples, work.profile.prune.repair
-        )
+        plan, pruned = candidate.plan, prune(work.network, candidate.plan)
+        fixed = repair(pruned, work.network, plan, work.samples, work.profile.prune.repair)
         if float(work.project.validate(predict_torch(fixed)) or 0.0) >= wanted:
-            return (
-                f"The cheapest point tried that keeps the accuracy on `validate` after repair alone: --budget {share:.3g}x.",
-            )
-    return (
-        "No point tried keeps the accuracy on `validate` after repair alone; try a larger budget or more recovery.",
-    )
+            return (f"The cheapest point tried that {kept}: --budget {share:.3g}x.",)
+    return (f"No point tried {kept}; try a larger budget or more recovery.",)
 
 
 def _by_ratio(found: Found) -> list[tuple[float, Candidate]]:
-    return sorted(
-        ((c.measured.ratio if c.measured else c.predicted_ratio, c) for c in found.tried), key=lambda pair: pair[0]
-    )
+    rows = [(c.measured.ratio if c.measured else c.predicted_ratio, c) for c in found.tried]
+    return sorted(rows, key=lambda row: row[0])

@@ -1,9 +1,10 @@
 """The loop between solver and device: choose widths, try them, correct what was believed, choose again.
 
-Two beliefs are corrected. Losses: values of single cuts do not add up, so around each chosen plan the value of every edit
-is measured again while the others stay as they are, and the programme is solved with these; the plan of lowest measured
-loss is kept. Latency: the best plans are narrowed from the dense ONNX and measured interleaved with the dense network,
-and the table is recalibrated with their ratios. Every plan starts from the dense network: a round is a function of it.
+Two beliefs are corrected. Losses: values of single cuts do not add up, so around each chosen plan the value of every
+edit is measured again while the others stay as they are, and the programme is solved with these; the plan of lowest
+measured loss is kept. Latency: the best plans are narrowed from the dense ONNX and measured interleaved with the dense
+network, and the table is recalibrated with their ratios. Every plan starts from the dense network: a round is a
+function of it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Topo
 from pipeline.prune.sensitivity import around
 from profiles.schema import PruneSpec
 
-TRIES = (4, 1)
-"""How often values are measured around a plan: in the first round, and in each later one."""
+EVALUATIONS = (240, 60)
+"""How many plans may be tried to measure values around chosen ones, in the first round and in each later one: eight
+turns for ResNet-20, two for ResNet-56. A count and not a time, so that a resumed run searches the same."""
 
 MEASURED = 3
 AIM = 0.985
@@ -70,7 +72,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Found:
-    """How a search ended. chosen: the best candidate that was measured to keep the budget, or None. table: corrected."""
+    """How a search ended. chosen: the best candidate measured to keep the budget, or None. table: corrected."""
 
     chosen: Candidate | None
     rounds: tuple[Round, ...]
@@ -82,7 +84,8 @@ class Found:
 class Loop:
     """What a search needs of the other parts.
 
-    plan_for: widths and removed blocks -> plan. loss: of a plan after repair. measure: plans -> their latencies, together.
+    plan_for: widths and removed blocks -> plan. loss: of a plan after repair. measure: plans -> their latencies,
+    taken together.
     """
 
     topology: Topology
@@ -110,7 +113,7 @@ class Search:
     def run(self) -> Found:
         """Search. Raises MissedError when no network that the table allows fits."""
         for number in range(1, self.loop.spec.rounds + 1):
-            self._explore(number, TRIES[0] if number == 1 else TRIES[1])
+            self._explore(number, EVALUATIONS[0] if number == 1 else EVALUATIONS[1])
             now = self._measure(number)
             before = self.table
             pairs = [(c.widths, c.dropped, c.measured.ratio * before.dense_ms) for c in now if c.measured]
@@ -129,23 +132,30 @@ class Search:
         good = [c for c in self.tried.values() if c.measured is not None and c.measured.ratio <= self.ratio * KEEPS]
         return min(good, key=lambda c: c.loss, default=None)
 
-    def _explore(self, number: int, tries: int) -> None:
-        """Solve, and solve again with values measured around what was chosen."""
+    def _explore(self, number: int, evaluations: int) -> None:
+        """Solve, and solve again with values measured around what was chosen, at least once."""
         loop, seen = self.loop, set()
-        for turn in range(tries + 1):
+        turns = max(1, evaluations // self._edits())
+        for turn in range(turns + 1):
             budget_ms = self.ratio * self.aim * self.table.dense_ms
             choice = loop.solver.solve(
                 list(loop.rankings.values()), self.values, self.table, loop.topology, budget_ms, loop.spec, None
             )
             self._loss(number, choice.widths, choice.dropped)
             key = loop.plan_for(choice.widths, choice.dropped).to_json()
-            if key in seen or turn == tries:
+            if key in seen or turn == turns:
                 break
             seen.add(key)
             self.values = around(
                 lambda widths, dropped: self._loss(number, widths, dropped),
                 loop.topology, self.table.choices, choice.widths, choice.dropped, self.values,
             )  # fmt: skip
+
+    def _edits(self) -> int:
+        """About how many plans one turn of measuring values tries."""
+        topology = self.loop.topology
+        widths = sum(min(3, len(self.table.choices[group.id])) for group in topology.offered)
+        return max(1, widths + len(topology.removable))
 
     def _loss(self, number: int, widths: Mapping[str, int], dropped: frozenset[str]) -> float:
         """Measured loss of a choice; whatever is near the budget becomes a candidate."""

@@ -77,7 +77,7 @@ class PruneSpec(Spec):
     min_width: int = Field(default=8, ge=1)
     drop_blocks: bool = True
     slack: float = Field(default=0.03, gt=0, lt=1, description="largest part of the budget that may stay unused")
-    calibration: int = Field(default=512, ge=1, description="samples used for ranking, values and repair")
+    calibration: int = Field(default=1024, ge=1, description="samples that repair uses; rankings and values use fewer")
     value_widths: int = Field(default=3, ge=1, description="widths per group whose loss is measured")
     grid: int | None = Field(default=None, ge=1, description="width step; measured on the device if left out")
     freeze: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class PruneSpec(Spec):
 
 
 class MeasureSpec(Spec):
-    """How latency is measured: the protocol of docs/measuring.md. Blocks are interleaved over all models of a session."""
+    """How latency is measured: the protocol of docs/measuring.md. Blocks are interleaved over a session's models."""
 
     threads: int = Field(default=1, ge=1)
     spin: bool = False

@@ -14,9 +14,10 @@ from __future__ import annotations
 import copy
 import operator
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,7 +35,8 @@ class Network:
     """A captured network. graph: editable, in eval mode, computes what the dense network computes.
 
     example: one input batch. shapes: node name -> output shape (of the example's batch). leaves: what could not be
-    captured, with the reason. topology and readers (units where channels are mixed): empty until `find_groups` fills them.
+    captured, with the reason. topology and readers (units where channels are mixed): empty until `find_groups`
+    fills them.
     """
 
     graph: fx.GraphModule
@@ -203,12 +205,17 @@ def _fold_sizes(graph: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
         own = {k: v for k, v in known.items() if not (isinstance(v, tuple) and node in v)}
         if node in (v[0] for v in known.values() if isinstance(v, tuple) and v and isinstance(v[0], fx.Node)):
             continue
-        node.args = fx.map_arg(node.args, lambda n, own=own: own.get(n, n))
-        node.kwargs = fx.map_arg(node.kwargs, lambda n, own=own: own.get(n, n))
+        swap = partial(_swapped, own)
+        node.args = fx.map_arg(node.args, swap)
+        node.kwargs = fx.map_arg(node.kwargs, swap)
     for node in graph.graph.nodes:  # (batch, C, H, W)[1] and the like
         if node.target is operator.getitem and isinstance(node.args[0], tuple):
             node.replace_all_uses_with(node.args[0][node.args[1]])
     graph.graph.eliminate_dead_code()
+
+
+def _swapped(known: Mapping[fx.Node, Any], node: fx.Node) -> Any:
+    return known.get(node, node)
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -298,7 +305,8 @@ def _reshape(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, 
 
 
 def _pad(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, ...]], fresh: Any) -> None:
-    source, sides = node.args[0], list(node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else ()))
+    source = node.args[0]
+    sides = list(cast(Sequence[Any], node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else ())))
     mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
     value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
     if not isinstance(source, fx.Node) or mode != "constant" or value not in (None, 0, 0.0):
@@ -331,7 +339,7 @@ def _split(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, ..
         "split_size_or_sections", node.kwargs.get("chunks", node.args[1] if len(node.args) > 1 else None)
     )
     meta = torch.empty(shapes[source.name], device="meta")
-    name = node.target if isinstance(node.target, str) else node.target.__name__  # type: ignore[union-attr]
+    name = node.target if isinstance(node.target, str) else node.target.__name__
     sizes = [part.shape[axis] for part in getattr(torch.Tensor, str(name))(meta, how, axis)]
     _to_module(graph, node, fresh("channel_split"), operators.ChannelSplit(sizes, axis % rank), (source,))
 
@@ -388,7 +396,7 @@ def _select(graph: fx.GraphModule, node: fx.Node, shapes: dict[str, tuple[int, .
     if str(getattr(node.target, "__name__", node.target)) == "narrow":
         if not all(isinstance(a, int) for a in args[1:3]):
             return
-        start, length = int(args[1]), int(args[2])
+        start, length = (int(cast(int, a)) for a in args[1:3])
         new = _to_module(
             graph, node, fresh("channel_slice"), operators.ChannelSlice(start, start + length, axis), (source,)
         )
@@ -432,7 +440,7 @@ def weight_count(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
 
 
 def _skips_first(graph: fx.GraphModule) -> None:
-    """Compute the lighter operand of every addition before the heavier: a repair then knows it when it fits the branch."""
+    """Compute the lighter operand of every addition first: a repair then knows it when it fits the other branch."""
     reach = ancestors(graph.graph)
     for node in list(graph.graph.nodes):
         if node.op != "call_module" or not isinstance(graph.get_submodule(str(node.target)), operators.ResidualAdd):

@@ -1,4 +1,4 @@
-"""What rankings are made from, each computed once and shared: calibration batches, outputs, losses, gradients of gates."""
+"""What rankings are made from, each computed once and shared: calibration batches, outputs, losses, gate gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Samples:
-    """Calibration samples. inputs: one tuple a batch, one tensor an input. targets: of all samples in order, or None."""
+    """Calibration samples. inputs: a tuple for each batch, a tensor an input. targets: of all in order, or None."""
 
     inputs: Sequence[tuple[Tensor, ...]]
     targets: Tensor | None = None
@@ -60,7 +60,10 @@ def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The shared evidence of one network. units: number of unit ids. loss: the project's, None for its default (cross-entropy)."""
+    """The shared evidence of one network.
+
+    units: number of unit ids. loss: the project's, None for its default (cross-entropy).
+    """
 
     network: Network
     samples: Samples
@@ -79,10 +82,11 @@ class Evidence:
 
     @cached_property
     def gate_gradients(self) -> Tensor:
-        """∂L_n/∂m_i for every sample n and unit i, shape (samples, units): gates on all readers of a unit summed (the chain rule).
+        """∂L_n/∂m_i for every sample n and unit i, shape (samples, units).
 
-        Without targets the loss is that of labels drawn from the network's own predictions (the Fisher information of the
-        model itself); outputs that are no logits take a random read-out of unit variance.
+        The gates on all readers of a unit are summed (the chain rule). Without targets the loss is that of labels
+        drawn from the network's own predictions (the Fisher information of the model itself); outputs that are no
+        logits take a random read-out of unit variance.
         """
         rows, start = [], 0
         source = torch.Generator().manual_seed(self.seed)
@@ -131,8 +135,10 @@ def _gate_gradients(
 def _loss(
     outputs: Tensor | Sequence[Tensor], targets: Tensor | None, loss: Loss | None, source: torch.Generator
 ) -> Tensor:
-    if targets is not None and (loss is not None or isinstance(outputs, Tensor)):
-        return loss(outputs, targets) if loss is not None else F.cross_entropy(outputs, targets)
+    if targets is not None and loss is not None:
+        return loss(outputs, targets)
+    if targets is not None and isinstance(outputs, Tensor):
+        return F.cross_entropy(outputs, targets)
     first = outputs if isinstance(outputs, Tensor) else outputs[0]
     if first.dim() == 2 and first.shape[1] > 1:
         own = torch.multinomial(first.detach().softmax(1), 1, generator=source).squeeze(1)

@@ -1,4 +1,4 @@
-"""Running a captured graph with something put in at the places where channels are mixed: masks, or gates that take gradients."""
+"""Running a captured graph with something put in where channels are mixed: masks, or gates that take gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Touch = Callable[[Reader, Tensor], Tensor]
 
 
 class TouchedRun(fx.Interpreter):
-    """Runs a graph; the input of every reader passes through `touch` first. skip: additions that give one operand only."""
+    """Runs a graph; the input of every reader passes through `touch` first.
+
+    skip: additions that give one operand only.
+    """
 
     def __init__(
         self, graph: fx.GraphModule, readers: tuple[Reader, ...], touch: Touch, skip: Mapping[str, int] | None = None
@@ -66,7 +69,10 @@ class MaskedRun(TouchedRun):
 
 
 def masked_norm(module: nn.LayerNorm | nn.GroupNorm, x: Tensor, mask: Tensor) -> Tensor:
-    """A layer or group norm whose mean and variance see only the unmasked channels; x (N, …), mask broadcastable to x."""
+    """A layer or group norm whose mean and variance see only the unmasked channels.
+
+    x (N, …), mask broadcastable to x.
+    """
     mask = mask.expand_as(x)
     if isinstance(module, nn.LayerNorm):
         y = _standardised(x, mask, x.dim() - 1, module.eps)

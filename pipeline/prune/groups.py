@@ -54,7 +54,10 @@ def _parameter(op: Op, space: LabelSpace) -> None:
 
 
 def find_groups(network: Network, *, freeze: Sequence[str] = (), prove: bool = True, seed: int = 0) -> Network:
-    """The network with its topology: proved groups and blocks; `freeze` names layers (prefixes) that stay as they are."""
+    """The network with its topology: proved groups and blocks.
+
+    freeze: names of layers (prefixes) that stay as they are.
+    """
     space = propagate(network)
     component = space.units()
     topology, readers = _topology(network, space, component)

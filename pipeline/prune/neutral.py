@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -15,28 +15,32 @@ from pipeline.prune.capture import Network
 from pipeline.prune.labels import Op
 
 _UNARY_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.CELU,
-    nn.SELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU,
+    nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Identity,
+    nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 )  # fmt: skip
 _UNARY_FUNCTIONS = {
-    F.relu, F.relu6, F.silu, F.gelu, F.sigmoid, F.tanh, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.mish, F.softplus,
-    F.hardtanh, torch.relu, torch.sigmoid, torch.tanh, torch.abs, torch.exp, torch.sqrt, torch.clamp, torch.neg, operator.neg, torch.square,
+    F.relu, F.relu6, F.silu, F.gelu, F.sigmoid, F.tanh, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, F.mish,
+    F.softplus, F.hardtanh, torch.relu, torch.sigmoid, torch.tanh, torch.abs, torch.exp, torch.sqrt, torch.clamp,
+    torch.neg, operator.neg, torch.square,
 }  # fmt: skip
 _UNARY_METHODS = {
-    "relu", "sigmoid", "tanh", "abs", "exp", "sqrt", "clamp", "neg", "contiguous", "clone", "detach", "float", "square", "pow",
+    "relu", "sigmoid", "tanh", "abs", "exp", "sqrt", "clamp", "neg", "contiguous", "clone", "detach", "float",
+    "square", "pow",
 }  # fmt: skip
 _BINARY = {
-    operator.add, operator.mul, operator.sub, operator.truediv, operator.pow, torch.add, torch.mul, torch.sub, torch.div, torch.maximum, torch.minimum,
+    operator.add, operator.mul, operator.sub, operator.truediv, operator.pow,
+    torch.add, torch.mul, torch.sub, torch.div, torch.maximum, torch.minimum,
 }  # fmt: skip
 _BINARY_METHODS = {"add", "mul", "sub", "div"}
 _SPATIAL_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.UpsamplingNearest2d, nn.ZeroPad2d, nn.ReflectionPad2d,
-    nn.ReplicationPad2d, nn.ConstantPad2d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d,
+    nn.Upsample, nn.UpsamplingNearest2d, nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d,
 )  # fmt: skip
 _SPATIAL_FUNCTIONS = {
-    F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, F.max_pool1d, F.avg_pool1d, torch.max_pool2d,
-    torch.adaptive_avg_pool1d, F.adaptive_avg_pool1d,
+    F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate,
+    F.max_pool1d, F.avg_pool1d, torch.max_pool2d, torch.adaptive_avg_pool1d, F.adaptive_avg_pool1d,
 }  # fmt: skip
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -45,7 +49,7 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def describe(network: Network) -> list[Op]:
-    """Every operator of the captured network, in execution order. Inputs, parameters used directly and the output too."""
+    """Every operator of the captured network in execution order: inputs, parameters used directly, the output too."""
     modules = dict(network.graph.named_modules())
     shapes = dict(network.shapes)
     for node in network.graph.graph.nodes:  # pieces of a split, parameters
@@ -157,7 +161,7 @@ def _constant_module(node: fx.Node, path: str, module: nn.Module) -> Described |
     if isinstance(module, operators.ChannelGather):
         return _plain("gather", module=path, indices=module.indices.tolist(), axis=module.axis)
     if isinstance(module, operators.ChannelSplit):
-        users = {int(user.args[1]) % len(module.sizes): user.name for user in node.users}  # type: ignore[call-overload]
+        users = {int(cast(int, user.args[1])) % len(module.sizes): user.name for user in node.users}
         pieces = tuple(users.get(i, f"{node.name}[{i}]") for i in range(len(module.sizes)))
         return "split", {}, {"module": path, "sizes": module.sizes, "axis": module.axis}, pieces
     return None
@@ -180,7 +184,7 @@ def _order(node: fx.Node, shapes: dict[str, tuple[int, ...]], transpose: bool) -
     source = node.args[0]
     rank = len(shapes[source.name]) if isinstance(source, fx.Node) else 1
     args = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
-    numbers = [int(a) % rank for a in args]  # type: ignore[arg-type, union-attr]
+    numbers = [int(a) % rank for a in args]  # type: ignore[arg-type]
     order = list(range(rank))
     if transpose:
         order[numbers[0]], order[numbers[1]] = order[numbers[1]], order[numbers[0]]

@@ -16,8 +16,9 @@ asymmetric reconstruction (Zhang et al., 2015); aiming the layer before a remove
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,7 +32,14 @@ from pipeline.prune.taps import DenseTaps, Tap, aims, find_tap, is_layer, positi
 RIDGE = 1e-3
 HEAD_RIDGE = 1e-2
 RELU_TURNS = 6
+LIVE_MIB = 768
 MODES = ("none", "bn", "least-squares")
+
+
+def affordable(network: Network) -> int:
+    """How many samples a repair can run at once: six tensors of the largest size together take LIVE_MIB."""
+    largest = max(4 * math.prod(shape[1:]) for shape in network.shapes.values())
+    return max(32, (LIVE_MIB << 20) // (6 * largest))
 
 
 def repair(
@@ -176,7 +184,7 @@ def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, targe
         beta = norm.bias.detach() if norm.affine else torch.zeros_like(norm.running_var)
         scale = gamma / torch.sqrt(norm.running_var + norm.eps)
         shift = beta - scale * norm.running_mean
-    offset: Tensor = layer.bias.detach() if layer.bias is not None else torch.zeros(target.shape[1])  # type: ignore[operator, union-attr]
+    offset: Tensor = layer.bias.detach() if layer.bias is not None else torch.zeros(target.shape[1])  # type: ignore[operator]
     alive = scale.abs() > 1e-3 * scale.abs().max().clamp_min(1e-12)
     safe = torch.where(alive, scale, torch.ones_like(scale))
 
@@ -220,8 +228,9 @@ def _predict(centred: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Ten
 
 
 def _set_bias(layer: nn.Module, norm: nn.BatchNorm2d | None, bias: Tensor, offset: Tensor) -> None:
-    if layer.bias is not None:
-        layer.bias.data.copy_(bias)  # type: ignore[union-attr, operator]
+    own = cast("nn.Parameter | None", layer.bias)
+    if own is not None:
+        own.data.copy_(bias)
     elif norm is not None and norm.running_mean is not None:
         norm.running_mean.sub_(bias - offset)
     else:

@@ -42,7 +42,10 @@ class LossProbe:
 
     @torch.no_grad()
     def loss(self, plan: PruningPlan) -> float:
-        """Mean divergence of a plan after repair of every layer that it changes or that lies behind; infinite if not finite."""
+        """Mean divergence of a plan after repair of every layer that it changes or that lies behind.
+
+        Infinite if not finite.
+        """
         cut = resolve(self.network.topology, plan)
         pruned = carry_out(self.network.graph, cut)
         start = _start(pruned, _changed(self.network, pruned, cut), self.values)
@@ -52,11 +55,12 @@ class LossProbe:
 
 
 def _first(outputs: object) -> Tensor:
-    return outputs if isinstance(outputs, Tensor) else next(iter(outputs))  # type: ignore[call-overload, no-any-return]
+    return outputs if isinstance(outputs, Tensor) else next(iter(outputs))  # type: ignore[call-overload]
 
 
 def _output(graph: fx.GraphModule) -> str:
-    return next(node.name for node in graph.graph.nodes if node.op == "output")
+    name: str = next(node.name for node in graph.graph.nodes if node.op == "output")
+    return name
 
 
 def _owner(topology_name: str) -> str:
@@ -81,7 +85,8 @@ def _changed(network: Network, pruned: fx.GraphModule, cut: Cut) -> frozenset[st
 
 def _aimed_layers(pruned: fx.GraphModule, adds: set[str]) -> set[str]:
     """The layers whose output lands in one of these additions."""
-    found, done = set(), set()
+    found: set[str] = set()
+    done: set[str] = set()
     for node in pruned.graph.nodes:
         if is_layer(pruned, node) and find_tap(pruned, node, done).node in adds:
             found.add(node.name)
@@ -102,7 +107,7 @@ def _behind(network: Network, pruned: fx.GraphModule, add: str) -> set[str]:
 
 
 def _start(pruned: fx.GraphModule, changed: frozenset[str], values: Mapping[str, object]) -> dict[fx.Node, object]:
-    """What a run of the pruned graph need not compute: nodes that no change reaches, with their value where it is read."""
+    """What a run of the pruned graph need not compute: nodes that no change reaches, with their value where read."""
     dirty: set[fx.Node] = set()
     for node in pruned.graph.nodes:
         if node.op == "output" or node.name in changed or any(n in dirty for n in node.all_input_nodes):
@@ -117,7 +122,10 @@ def _start(pruned: fx.GraphModule, changed: frozenset[str], values: Mapping[str,
 
 
 class _Keeping(fx.Interpreter):
-    """Keeps the results that edits start from (what a layer or an addition reads, not what lies inside a layer and its norm)."""
+    """Keeps the results that edits start from.
+
+    These are what a layer or an addition reads, not what lies inside a layer and its norm.
+    """
 
     def __init__(self, graph: fx.GraphModule, limit: int) -> None:
         super().__init__(graph)
@@ -144,12 +152,12 @@ def _dense_values(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str
     return run.kept
 
 
-def affordable(network: Network, limit_mib: int = KEEP_MIB) -> int:
-    """How many samples fit: those whose layer inputs together take `limit_mib`."""
+def affordable(network: Network) -> int:
+    """How many samples a probe can hold: those whose kept activations together take KEEP_MIB."""
     keeping = _Keeping(network.graph, 0)
     nodes = [node for node in network.graph.graph.nodes if node.name in network.shapes and not keeping._inside(node)]
     each = sum(4 * math.prod(network.shapes[node.name][1:]) for node in nodes)
-    return max(16, (limit_mib << 20) // max(1, each))
+    return max(16, (KEEP_MIB << 20) // max(1, each))
 
 
 def measure(
@@ -192,8 +200,9 @@ def around(
     """Values of every edit while all the others are as in one choice of widths and removed blocks.
 
     Single cuts of the dense network look harmless, since everything behind them takes over; together they are not
-    (ResNet-20/GTSRB at 0.5x: 0.0018 nats believed, 0.055 measured). Each group is tried at `count` other widths and whole,
-    each block the other way round. loss: of a choice after repair. before: stands in for groups of removed blocks.
+    (ResNet-20/GTSRB at 0.5x: 0.0018 nats believed, 0.055 measured). Each group is tried at `count` other widths and
+    whole, each block the other way round. loss: of a choice after repair. before: stands in for groups of removed
+    blocks.
     """
     here = loss(widths, dropped)
     groups: dict[str, Mapping[int, float]] = {}

@@ -1,4 +1,7 @@
-"""Surgery: a plan carried out on a copy of the captured network. Parameters are sliced, constants rewritten, branches removed."""
+"""Surgery: a plan carried out on a copy of the captured network.
+
+Parameters are sliced, constants rewritten, branches removed.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What a layer of the pruned network should give: the dense network's value at the place where the layer's output lands.
+"""What a layer of the pruned network should give: the dense network's value where the layer's output lands.
 
 A layer's output y = X W + b lands, after its batch norm and a residual addition, at
 
     t = s ∘ (X W + b) + h + other          s = γ / σ, h = β − γ μ / σ, other = the second operand of the addition
 
-and `tap` is the node of t. The wanted t is the dense network's value there, or, where blocks behind it were removed, the
-dense value behind the removed run: the layer before a removed run is aimed at what the run gave.
+and `tap` is the node of t. The wanted t is the dense network's value there, or, where blocks behind it were removed,
+the dense value behind the removed run: the layer before a removed run is aimed at what the run gave.
 Values are kept at a few positions of each sample, the same for all tensors of one spatial size.
 """
 
@@ -30,9 +30,10 @@ RELUS = {F.relu, torch.relu}
 
 @dataclass(frozen=True)
 class Tap:
-    """Where the output of a layer lands. node: last node of the chain. norm: its batch norm. other: the addition's second operand.
+    """Where the output of a layer lands.
 
-    relu: everything that reads `node` is a ReLU.
+    node: last node of the chain. norm: its batch norm. other: the addition's second operand. relu: everything that
+    reads `node` is a ReLU.
     """
 
     layer: str
@@ -43,7 +44,7 @@ class Tap:
 
 
 def is_layer(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """A convolution in one or two dimensions with zero padding, or a fully connected layer: what least squares can refit."""
+    """What least squares can refit: a convolution in one or two dimensions with zero padding, or a linear layer."""
     if node.op != "call_module":
         return False
     module = graph.get_submodule(str(node.target))
@@ -67,13 +68,16 @@ def find_tap(graph: fx.GraphModule, layer: fx.Node, done: set[str]) -> Tap:
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
             node, norm = following, str(following.target)
             following = _only_user(node)
-    if following is not None and following.op == "call_module":
-        if isinstance(graph.get_submodule(str(following.target)), operators.ResidualAdd):
-            second = next((a for a in following.args if a is not node), None)
-            if isinstance(second, fx.Node) and second.name in done:
-                node, other = following, second.name
+    if following is not None and _is_addition(graph, following):
+        second = next((a for a in following.args if a is not node), None)
+        if isinstance(second, fx.Node) and second.name in done:
+            node, other = following, second.name
     relu = bool(node.users) and all(is_relu(graph, user) for user in node.users)
     return Tap(layer.name, node.name, norm, other, relu)
+
+
+def _is_addition(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), operators.ResidualAdd)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -84,7 +88,8 @@ def aims(network: Network, dropped: Sequence[Block]) -> dict[str, str]:
     """Dense node that stands in for another one, for the additions before removed runs: {add before: last removed add}.
 
     Only additions are aimed: a stem that has to imitate removed blocks alone does no better than one that is left
-    (ResNet-20/GTSRB with the first stage removed: 89.9 % aimed, 90.2 % left; with additions aimed 96.2 % instead of 95.1 %).
+    (ResNet-20/GTSRB with the first stage removed: 89.9 % aimed, 90.2 % left; with additions aimed 96.2 % instead of
+    95.1 %).
     """
     nodes = {node.name: node for node in network.graph.graph.nodes}
     by_target = {str(node.target): node for node in network.graph.graph.nodes if node.op == "call_module"}
@@ -112,7 +117,7 @@ def aims(network: Network, dropped: Sequence[Block]) -> dict[str, str]:
 
 
 def positions(shape: Sequence[int], samples: int, limit: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Indices (sample, flat position) of the rows kept of a tensor (samples, C, spatial…): at most about `limit` of them."""
+    """Indices (sample, flat position) of the rows kept of a tensor (samples, C, spatial…): at most about `limit`."""
     return _positions(math.prod(shape[2:]), samples, limit)
 
 
@@ -155,7 +160,7 @@ class DenseTaps:
 
 
 def _wanted(graph: fx.GraphModule) -> dict[str, bool]:
-    """Taps of layers, and additions, which blocks that are removed may be aimed at: node -> channels are the last axis."""
+    """Taps of layers, and additions, at which removed blocks may be aimed: node -> channels are the last axis."""
     names: dict[str, bool] = {}
     done = {node.name for node in graph.graph.nodes}
     for node in graph.graph.nodes:
@@ -163,13 +168,15 @@ def _wanted(graph: fx.GraphModule) -> dict[str, bool]:
             last = isinstance(graph.get_submodule(str(node.target)), nn.Linear)
             tap = find_tap(graph, node, done)
             names |= {tap.node: last, (node.name if tap.norm is None else _norm_node(graph, tap.norm)): last}
-        elif node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), operators.ResidualAdd):
+        elif _is_addition(graph, node):
             names.setdefault(node.name, False)
     return names
 
 
 def _norm_node(graph: fx.GraphModule, target: str) -> str:
-    return next(node.name for node in graph.graph.nodes if node.op == "call_module" and node.target == target)
+    nodes = graph.graph.nodes
+    name: str = next(node.name for node in nodes if node.op == "call_module" and node.target == target)
+    return name
 
 
 class _Sampling(fx.Interpreter):

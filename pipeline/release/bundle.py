@@ -112,7 +112,7 @@ def _texts(contents: Contents) -> dict[str, bytes]:
         "measurement.json": contents.session.to_json().encode() + b"\n",
         "passes.json": _json(contents.passes),
         "report.html": contents.report.encode(),
-        "sample.safetensors": bytes(save({name: np.ascontiguousarray(sample[name]) for name in sorted(sample)})),
+        "sample.safetensors": bytes(save({name: np.asarray(sample[name], order="C") for name in sorted(sample)})),
         "LICENSES.txt": _licences(contents.licences).encode(),
     }
 

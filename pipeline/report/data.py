@@ -203,7 +203,8 @@ class ReportData:
 def summary(data: ReportData) -> dict[str, Any]:
     """The one JSON object that `deploy build --json` prints."""
     return {
-        "bundle": data.bundle,
+        "bundle": data.bundle if data.verdict == "met" else None,
+        "rejected": None if data.verdict == "met" else data.bundle,
         "verdict": data.verdict,
         "budget": data.budget,
         "budget_ms": data.budget_ms,
@@ -219,7 +220,7 @@ def summary(data: ReportData) -> dict[str, Any]:
         "parameters": data.pruned.parameters,
         "macs_dense": data.dense.macs,
         "macs": data.pruned.macs,
-        "rounds": len(data.rounds),
+        "rounds": len({row.number for row in data.rounds}),
         "seconds": round(data.seconds, 1),
         "run": data.run,
     }

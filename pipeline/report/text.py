@@ -52,6 +52,27 @@ def show(data: ReportData, console: Console) -> None:
         console.print(Text(f"{'bundle' if data.verdict == 'met' else 'nearest point'}  {data.bundle}"), soft_wrap=True)
 
 
+def dry_table(summary: Mapping[str, Any]) -> Table:
+    """Every group of a dry run: its channels, how many the plan keeps, and why it was not offered."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("group", no_wrap=True)
+    for column in ("width", "kept"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for name, row in summary["groups"].items():
+        table.add_row(Text(name), str(row["width"]), str(row["kept"]), Text(row["frozen"] or ""))
+    return table
+
+
+def show_dry(summary: Mapping[str, Any], console: Console) -> None:
+    """Print what a dry run found: groups, removed blocks, and the predicted latency beside the budget."""
+    console.print(dry_table(summary), highlight=False)
+    console.print(Text(f"removed blocks: {', '.join(summary['removed_blocks']) or 'none'}"), soft_wrap=True)
+    foreseen = f"predicted {numbers.ratio(summary['predicted_ratio'])} of dense"
+    budget = f"budget {numbers.ratio(summary['budget_ratio'])}"
+    console.print(Text(f"{foreseen}, {budget}, {summary['table_rows']} table rows"), soft_wrap=True)
+
+
 def stages_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
     """Finished stages of a run with their detail and seconds."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))

@@ -293,6 +293,20 @@ class Session:
             _median_ratio(first, second) if statistic == "p50" else _pooled_ratio(first, second, statistic, self.seed)
         )
 
+    def process_ratios(self, a: str, b: str, statistic: Statistic = "p50") -> tuple[float, ...]:
+        """Latency of `a` over that of `b` in every process alone; the geometric mean of p50 is `ratio`'s centre.
+
+        Empty for a tail that a process alone has too few samples to bound.
+        """
+        first, second = self.measurement(a), self.measurement(b)
+        if statistic == "p50":
+            return tuple(float(ratio) for ratio in np.exp(_process_logs(first, second)))
+        pairs = [(x.ns[use], y.ns[use]) for x, y, use in _pairs(first, second)]
+        sides = [side.ravel() for pair in pairs for side in pair]
+        if statistic in NEEDED and any(math.isinf(percentile_bounds(s, SHARES[statistic])[1]) for s in sides):
+            return ()
+        return tuple(_pooled([x], statistic) / _pooled([y], statistic) for x, y in pairs)
+
     def to_json(self) -> str:
         """Text form with every raw sample, exact."""
         return json.dumps(_session_table(self), separators=(",", ":"), sort_keys=True)
@@ -318,8 +332,13 @@ def _pairs(a: Measurement, b: Measurement) -> list[tuple[Blocks, Blocks, NDArray
     return pairs
 
 
+def _process_logs(a: Measurement, b: Measurement) -> NDArray[np.float64]:
+    """e_i of every process: the median over its rounds of log(block median of a / block median of b)."""
+    return np.array([float(np.median(np.log(x.medians_ns / y.medians_ns)[use])) for x, y, use in _pairs(a, b)])
+
+
 def _median_ratio(a: Measurement, b: Measurement) -> Interval:
-    logs = np.array([float(np.median(np.log(x.medians_ns / y.medians_ns)[use])) for x, y, use in _pairs(a, b)])
+    logs = _process_logs(a, b)
     n, center = logs.size, float(logs.mean())
     if n < 2:
         return Interval(math.exp(center), 0.0, math.inf, 0.0, n)

@@ -62,6 +62,21 @@ FULL = replace(
 )  # fmt: skip
 
 
+def test_a_dry_run_is_told_with_its_groups_blocks_and_prediction():
+    groups = {
+        "layer1.conv1": {"width": 16, "kept": 9, "frozen": None},
+        "head": {"width": 10, "kept": 10, "frozen": "it is the [output]"},
+    }
+    found = {"groups": groups, "removed_blocks": [], "predicted_ratio": 0.4871, "budget_ratio": 0.5, "table_rows": 41}
+    console = Console(file=io.StringIO(), width=120)
+    text.show_dry(found, console)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["layer1.conv1", "16", "9"] in lines and ["head", "10", "10", "it", "is", "the", "[output]"] in lines
+    assert console.file.getvalue().endswith(
+        "removed blocks: none\npredicted 0.487x of dense, budget 0.500x, 41 table rows\n"
+    )
+
+
 def test_a_report_comes_back_from_its_json_as_it_was():
     for data in (BARE, FULL):
         assert ReportData.from_json(data.to_json()) == data

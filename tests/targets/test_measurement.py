@@ -140,6 +140,23 @@ def test_the_ratio_at_the_median_is_a_t_bound_over_processes():
     assert interval.n == 3
 
 
+def test_process_ratios_are_what_the_ratio_at_the_median_is_the_mean_of():
+    rng = np.random.default_rng(11)
+    measured = session(a=noisy(rng, 0.5), b=noisy(rng, 1.0))
+    each = measured.process_ratios("a", "b")
+    interval = measured.ratio("a", "b")
+    assert len(each) == interval.n
+    assert math.exp(np.log(each).mean()) == pytest.approx(interval.center)
+
+
+def test_process_ratios_of_a_tail_are_not_given_where_a_process_is_too_short():
+    rng = np.random.default_rng(12)
+    few, many = (session(a=noisy(rng, 0.5, 3, n), b=noisy(rng, 1.0, 3, n)) for n in (5, 200))
+    assert few.process_ratios("a", "b", "p99") == ()
+    assert many.process_ratios("a", "b", "p99") == pytest.approx((0.5, 0.5, 0.5), rel=0.2)
+    assert few.process_ratios("a", "b", "mean") == pytest.approx((0.5, 0.5, 0.5), rel=0.2)
+
+
 def test_drift_between_rounds_cancels_in_the_interleaved_ratio():
     rng = np.random.default_rng(2)
     drift = np.cumsum(rng.normal(0, 0.1, (8, 60)), axis=1)

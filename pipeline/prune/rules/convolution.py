@@ -1,7 +1,8 @@
 """Convolutions: outputs are fresh, inputs are read; depthwise keeps its channels, a grouped one ties its groups.
 
 Weight (out, in / groups, k…), transposed (in, out / groups, k…). With groups the position j inside a group goes from
-every group at once, so that all groups stay equal; a depthwise convolution with multiplier m repeats each label m times.
+every group at once, so that all groups stay equal; a depthwise convolution with multiplier m repeats each label
+m times.
 """
 
 from __future__ import annotations

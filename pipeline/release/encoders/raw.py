@@ -17,7 +17,7 @@ SUFFIX = ".safetensors"
 
 def encode(tensors: Tensors) -> bytes:
     """The safetensors file; tensors in the order of their names, so that equal networks give equal bytes."""
-    return bytes(save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
+    return bytes(save({name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}))
 
 
 def decode(data: bytes) -> dict[str, NDArray[Any]]:

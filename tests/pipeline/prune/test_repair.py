@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_values_are_zero_at_full_width_and_never_fall_with_narrower_ones():
     for group in network.topology.offered:
         curve = sorted(values.groups[group.id].items())
         assert curve[-1] == (group.size, 0.0) and len(curve) == 4
-        assert all(a[1] >= b[1] for a, b in zip(curve, curve[1:], strict=False))
+        assert all(a[1] >= b[1] for a, b in pairwise(curve))
     assert values.blocks[network.topology.removable[0].id] > 0
 
 

@@ -1,0 +1,58 @@
+"""What the steps of a build share: the run, what was asked, the device, the project and its captured network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.nouns import Topology
+from pipeline.project import Project
+from pipeline.prune.capture import Network
+from pipeline.prune.evidence import Samples
+from pipeline.report.data import ReportData
+from pipeline.run import Run
+from profiles.schema import Budget, Profile
+from targets.base import Target
+
+DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
+"""Names of the networks in a measuring session; the dense one stands in it twice."""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """How a build ended. summary: the one JSON object of `--json`. exit_code: as profiles/errors.py says."""
+
+    summary: Mapping[str, Any]
+    report: ReportData | None
+    bundle: Path | None
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every step needs. repairs: loss and accuracy of each way of repairing, filled by the step that tries it."""
+
+    run: Run
+    profile: Profile
+    budget: Budget
+    target: Target
+    project: Project
+    network: Network
+    samples: Samples
+    repairs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def topology(self) -> Topology:
+        """The network's topology."""
+        return self.network.topology
+
+    @property
+    def source(self) -> str:
+        """Hash of the project: what every stage's key begins with."""
+        return self.project.digest()
+
+    def scratch(self, name: str) -> Path:
+        """A file of this run that is not a result."""
+        return self.run.folder("work") / name

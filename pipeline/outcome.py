@@ -152,7 +152,7 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         plan=ending.plan,
         weights=load_file(ending.final.path("weights")),
         session=ending.session,
-        passes={"dense": ending.dense["passes"], "pruned": ending.final["passes"]},
+        passes={"dense": _untimed(ending.dense["passes"]), "pruned": _untimed(ending.final["passes"])},
         report=render(data.timeless()),
         sample_inputs=inputs,
         sample_outputs=outputs,
@@ -177,6 +177,11 @@ def _sample(work: Work, model: Path) -> tuple[dict[str, np.ndarray[Any, Any]], d
     outputs = work.target.infer(artifact, batch)
     names = [value.name for value in onnx.load_model(str(model), load_external_data=False).graph.output]
     return {s.name: x for s, x in zip(spec, batch, strict=True)}, dict(zip(names, outputs, strict=True))
+
+
+def _untimed(log: Mapping[str, Any]) -> dict[str, Any]:
+    """A pass log without its seconds: a resumed run has to give the same bundle."""
+    return {**log, "steps": [{key: value for key, value in step.items() if key != "seconds"} for step in log["steps"]]}
 
 
 def _specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
@@ -318,11 +323,20 @@ def _rounds(found: Found, unit: float) -> tuple[RoundRow, ...]:
 
 
 def _points(ending: Ending, dense_ms: float) -> tuple[PointRow, ...]:
+    """What was measured, and of the rest what nothing beats in both latency and loss."""
     rows = [PointRow("dense", dense_ms, ending.accuracy_dense, 0.0)]
-    for number, c in enumerate(ending.found.tried, 1):
+    shares = [c.measured.ratio if c.measured else c.predicted_ratio for c in ending.found.tried]
+    least, front = math.inf, set()
+    for number in sorted(range(len(shares)), key=shares.__getitem__):
+        if ending.found.tried[number].loss < least:
+            least = ending.found.tried[number].loss
+            front.add(number)
+    for number, (c, share) in enumerate(zip(ending.found.tried, shares, strict=True)):
         shipped = ending.found.chosen is not None and c.plan == ending.found.chosen.plan
-        share = c.measured.ratio if c.measured else c.predicted_ratio
-        rows.append(PointRow(f"plan {number}", share * dense_ms, ending.accuracy if shipped else None, c.loss, shipped))
+        if not (shipped or c.measured or number in front):
+            continue
+        accuracy = ending.accuracy if shipped else None
+        rows.append(PointRow(f"plan {number + 1}", share * dense_ms, accuracy, c.loss, shipped))
     return tuple(rows)
 
 

@@ -30,7 +30,7 @@ from profiles.errors import DeployError
 from profiles.schema import PruneSpec
 from targets.base import Target
 
-DENSE_COPIES = 5
+DENSE_COPIES = 12
 """Sessions of the dense network among the rows: a single one can be off by several per cent."""
 
 FLOOR = 0.003

@@ -183,9 +183,12 @@ class ReportData:
     notes: tuple[str, ...] = ()
 
     def timeless(self) -> ReportData:
-        """The same without what differs between an undisturbed run and one that was killed and resumed: its seconds."""
+        """The same without what differs between an undisturbed run and one that was killed and resumed.
+
+        Without its seconds, its stages and the folders that it was made in.
+        """
         repairs = tuple(replace(row, seconds=0.0) for row in self.repairs)
-        return replace(self, seconds=0.0, stages=(), repairs=repairs)
+        return replace(self, seconds=0.0, stages=(), repairs=repairs, run="", bundle=None)
 
     def to_json(self) -> str:
         """Text from which `from_json` makes an equal record."""

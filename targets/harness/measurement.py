@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from profiles.errors import DeployError, UsageError, near_miss
+from profiles.errors import DeployError, UndecidedError, UsageError, near_miss
 from profiles.schema import Budget, MeasureSpec
 from targets.harness.device import Fingerprint, Preflight
 
@@ -285,6 +285,21 @@ class Session:
         if name not in self.measurements:
             raise UsageError(f"no network named '{name}' in this session. {near_miss(name, self.measurements)}")
         return self.measurements[name]
+
+    def joined(self, later: Session) -> Session:
+        """Both sessions as one, with the processes of both: more samples where the first left a question open.
+
+        Raises UndecidedError when they did not measure the same files on the same device.
+        """
+        if self.fingerprint.digest() != later.fingerprint.digest():
+            raise UndecidedError("the device has changed between two sessions.", "deploy doctor --target T")
+        if {n: m.sha256 for n, m in self.measurements.items()} != {n: m.sha256 for n, m in later.measurements.items()}:
+            raise UndecidedError("two sessions did not measure the same networks.", "measure them again together.")
+        both = {
+            name: replace(first, processes=(*first.processes, *later.measurements[name].processes))
+            for name, first in self.measurements.items()
+        }
+        return replace(self, measurements=both, order=(*self.order, *later.order), ended=later.ended)
 
     def ratio(self, a: str, b: str, statistic: Statistic = "p50") -> Interval:
         """Latency of `a` over that of `b` with 99 % bounds, which are 0 and infinity without enough samples."""

@@ -31,7 +31,11 @@ from profiles.errors import DeployError
 log = logging.getLogger(__name__)
 
 HASH = re.compile(r"\b[0-9a-f]{64}\b")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file may not grow so large",
+}
 _CHUNK = 1 << 20
 
 
@@ -47,7 +51,7 @@ def disk_full(error: OSError, path: Path) -> DeployError | None:
         return None
     folder = next((p for p in (path, *path.parents) if p.is_dir()), Path("/"))
     free = shutil.disk_usage(folder).free // (1 << 20)
-    message = f"the disk is full: '{path}' could not be written, {free} MiB are free."
+    message = f"{_FULL[error.errno]}: '{path}' could not be written, {free} MiB are free."
     return DeployError(message, "free some space, or remove what no run needs: deploy gc --keep-days 0")
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import fx, nn
 
 from pipeline import outcome
@@ -343,7 +343,7 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
             fixed = repair(pruned, work.network, plan, work.samples, mode, taps=taps)
             told[mode] = {"loss": _divergence(work, fixed), "accuracy": work.project.validate(predict_torch(fixed))}
             if mode == chosen:
-                save_file(_state(fixed), folder / "repaired.safetensors")
+                (folder / "repaired.safetensors").write_bytes(save(_state(fixed)))
         return {"weights": folder / "repaired.safetensors", "told": told}
 
     params = {"repair": chosen, "samples": work.samples.count}
@@ -391,7 +391,7 @@ def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> fx.Grap
         checkpoint = work.scratch("recover.checkpoint")
         with work.run.progress("recover", 1) as step:
             done = recover(repaired, work.network.graph, data, spec, checkpoint, lambda *_: step())
-        save_file(_state(cast(fx.GraphModule, done.module)), folder / "recovered.safetensors")
+        (folder / "recovered.safetensors").write_bytes(save(_state(cast(fx.GraphModule, done.module))))
         return {
             "weights": folder / "recovered.safetensors",
             "history": [[e.epoch, e.loss, e.validate] for e in done.history],
@@ -414,7 +414,7 @@ def _export(work: Work, plan: PruningPlan, model: fx.GraphModule) -> Outcome:
         raw = export(model, work.project.inputs, folder / "raw.onnx", work.profile.graph.opset)
         log: PassLog = optimize(raw, work.profile.graph.passes, folder / "model.onnx")
         check_model(onnx.load_model(str(folder / "model.onnx")))
-        save_file(_state(model), folder / "pruned.safetensors")
+        (folder / "pruned.safetensors").write_bytes(save(_state(model)))
         weights, passes = folder / "pruned.safetensors", json.loads(log.to_json())
         return {"onnx": folder / "model.onnx", "weights": weights, "passes": passes}
 

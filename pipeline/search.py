@@ -107,6 +107,7 @@ class Search:
     def __init__(self, loop: Loop, table: LatencyTable, values: Sensitivity, ratio: float) -> None:
         self.loop, self.table, self.values, self.ratio = loop, table, values, ratio
         self.tried: dict[str, Candidate] = {}
+        self.confirmed: set[str] = set()
         self.rounds: list[Round] = []
         self.aim = AIM
 
@@ -185,10 +186,10 @@ class Search:
         results = self.loop.measure(f"round {number}", [c.plan for c in chosen]) if chosen else ()
         now = {c.plan.to_json(): replace(c, measured=m) for c, m in zip(chosen, results, strict=True)}
         self.tried.update(now)
-        if chosen and self.best is not None and self.best.plan.to_json() in now:
-            confirmed = self._confirmed(number, self.best)
-            now[confirmed.plan.to_json()] = self.tried[confirmed.plan.to_json()] = confirmed
-        return list(now.values())
+        while (best := self.best) is not None and (key := best.plan.to_json()) not in self.confirmed:
+            self.confirmed.add(key)
+            self.tried[key] = self._confirmed(number, best)
+        return [self.tried[key] for key in now]
 
     def _confirmed(self, number: int, best: Candidate) -> Candidate:
         """Measure the best candidate once more: the fastest of several short measurements flatters itself."""

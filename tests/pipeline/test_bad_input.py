@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,3 +153,38 @@ def test_a_full_disk_is_told(capsys: pytest.CaptureFixture[str], project: Path, 
     monkeypatch.setattr(flow, "export", full)
     code, message, hint = build(capsys, project)
     assert code == 1 and message.startswith("the disk is full: '") and "deploy gc" in hint
+
+
+def test_a_budget_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], project: Path):
+    code, message, hint = build(capsys, project, "--budget", "0")
+    assert code == 2 and message == "budget '0' is not a latency." and hint == "write it like 8ms, 0.5x or 0.5x@p90."
+    code, message, _ = build(capsys, project, "--budget", "0ms")
+    assert code == 2 and message == "budget '0ms' must be above zero."
+
+
+def test_a_file_that_may_not_grow_is_told_and_leaves_no_run(capsys: pytest.CaptureFixture[str], project: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))  # run.json fits, the dense network does not
+    try:
+        code, message, hint = build(capsys, project)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1 and message.startswith("a file may not grow so large: '") and "could not be written" in message
+    assert "deploy gc" in hint
+    assert not list(Path(".deploy").rglob("*.tmp")) and not list(Path(".deploy").glob("scratch/*"))
+
+
+def test_a_damaged_object_of_the_cache_is_told_and_made_again(capsys: pytest.CaptureFixture[str], project: Path):
+    """The first build ends without a network; the second finds its objects, one of them with a byte turned over."""
+    build(capsys, project, "--budget", "0.001x")
+    [run] = Path("runs").iterdir()
+    hash = json.loads((run / "run.json").read_text())["stages"]["dense"]["outputs"]["onnx"]
+    damaged = Path(".deploy") / "objects" / hash[:2] / hash
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    with pytest.raises(SystemExit) as done:
+        cli.main(["build", "--target", "simulated", "--project", str(project), "--budget", "0.9x", "--json"])
+    out, err = capsys.readouterr()
+    assert done.value.code == 0 and Path(json.loads(out)["bundle"], "manifest.json").is_file()
+    assert f"{damaged} is damaged" in err and "it will be made again" in err
+    assert damaged.read_bytes() == data

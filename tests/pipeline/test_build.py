@@ -28,7 +28,8 @@ from targets.base import load_target
 from targets.harness.measurement import Session
 
 PROMISED = {
-    "bundle", "budget_ms", "dense_ms", "measured_ms", "latency_ratio", "accuracy_dense", "accuracy", "rounds", "seconds",
+    "bundle", "budget_ms", "dense_ms", "measured_ms", "latency_ratio", "accuracy_dense", "accuracy", "rounds",
+    "seconds",
 }  # fmt: skip
 FAR_FROM_DENSE = """
 

@@ -1,9 +1,10 @@
-"""The search against a made-up device and losses that do not add up, whose best answers are known by trying everything."""
+"""The search on a made-up device, with losses that do not add up; the best answers are known by trying everything."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -43,7 +44,7 @@ SOLVER = cast(Solver, plugins.load("pipeline.latency.solvers", "exact"))
 
 
 def make_table() -> LatencyTable:
-    """Three sites: one sees the stem, one the stem and the middle, one lies in the branch and is nearly free without it."""
+    """Three sites: one sees the stem, one the stem and the middle, one lies in the branch and is cheap without it."""
     stem, mid, inside = (Dim(((name, 1),)) for name in SIZES)
     sites = []
     for number, (dims, ms, gone) in enumerate(
@@ -68,7 +69,8 @@ def true_loss(widths: Mapping[str, int], dropped: frozenset[str]) -> float:
     cut = {name: 1 - widths.get(name, size) / size for name, size in SIZES.items()}
     cut["inside"] *= not dropped
     alone = sum(WEIGHT[name] * share**2 for name, share in cut.items())
-    return alone + 6 * cut["stem"] * cut["mid"] + 2 * cut["stem"] * cut["inside"] + bool(dropped) * (0.5 + 4 * cut["mid"])
+    together = 6 * cut["stem"] * cut["mid"] + 2 * cut["stem"] * cut["inside"]
+    return alone + together + bool(dropped) * (0.5 + 4 * cut["mid"])
 
 
 def single_cuts() -> Sensitivity:
@@ -82,15 +84,15 @@ class Device:
 
     def __init__(self, bias: float = 1.0, least: float = 0.0) -> None:
         self.bias, self.least = bias, least
-        self.asked: list[int] = []
+        self.asked: list[tuple[str, tuple[PruningPlan, ...]]] = []
         self.told: list[str] = []
 
     def true_ratio(self, plan: PruningPlan) -> float:
         ms = TABLE.predict(plan.widths(TOPOLOGY.groups), plan.dropped).ms
         return max(self.least, self.bias * ms / TABLE.dense_ms)
 
-    def measure(self, number: int, plans: Sequence[PruningPlan]) -> list[Measured]:
-        self.asked.append(number)
+    def measure(self, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
+        self.asked.append((name, tuple(plans)))
         assert len({plan.to_json() for plan in plans}) == len(plans)
         ratios = [self.true_ratio(plan) for plan in plans]
         return [Measured(r, 0.998 * r, 1.002 * r, 2.0) for r in ratios]
@@ -130,10 +132,12 @@ def test_a_search_ends_inside_the_budget_with_little_of_it_unused(ratio: float, 
     found = device.search(ratio)
     assert found.chosen is not None and found.chosen.measured is not None
     assert found.chosen.measured.ratio <= ratio
-    assert found.chosen.measured.ratio == device.true_ratio(found.chosen.plan)
+    assert found.chosen.measured.ratio == pytest.approx(device.true_ratio(found.chosen.plan))
     nearest = max(c.measured.ratio for c in kept(found, ratio) if c.measured)
-    assert 1 - nearest / ratio < SLACK or "settled" in found.rounds[-1].said or len(found.rounds) == 6
-    assert device.asked == list(range(1, len(device.asked) + 1))
+    assert 1 - nearest / ratio < 0.1, "the grid is coarse: near a budget there are few networks"
+    rounds = [name for name, _ in device.asked if name.startswith("round ")]
+    assert rounds == [f"round {number}" for number in range(1, len(rounds) + 1)]
+    assert 0 <= len(found.rounds) - len(rounds) <= 1, "only a round that found nothing new measures nothing"
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
@@ -161,6 +165,26 @@ def test_what_is_chosen_has_the_lowest_loss_of_all_that_were_measured_to_keep_th
     assert found.chosen.loss == min(c.loss for c in kept(found, 0.99 * 0.5))
 
 
+class Flattering(Device):
+    """Its first measurement of any network is 8 % too good."""
+
+    def measure(self, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
+        shade = 0.92 if name.startswith("round ") else 1.0
+        return [replace(m, ratio=shade * m.ratio) for m in super().measure(name, plans)]
+
+
+def test_what_is_chosen_was_measured_twice_and_both_measurements_count():
+    device = Flattering()
+    found = device.search(0.5)
+    confirmed = {plans[0].to_json() for name, plans in device.asked if name.startswith("confirm ")}
+    assert found.chosen is not None and found.chosen.measured is not None
+    assert found.chosen.plan.to_json() in confirmed
+    assert found.chosen.measured.ratio == pytest.approx(0.92**0.5 * device.true_ratio(found.chosen.plan))
+    twice = [c for c in found.tried if c.measured is not None and c.plan.to_json() in confirmed]
+    for c in twice:
+        assert c.measured and c.measured.ratio == pytest.approx(0.92**0.5 * device.true_ratio(c.plan))
+
+
 @pytest.mark.parametrize("bias", [0.9, 1.12])
 def test_the_table_learns_the_bias_of_the_device(bias: float):
     found = Device(bias).search(0.5)
@@ -183,6 +207,7 @@ def test_a_budget_that_no_measurement_keeps_is_said_in_every_round():
     found = device.search(0.5, rounds=3)
     assert found.chosen is None
     assert device.told and all(", budget 0.500x is not kept yet" in said for said in device.told[: len(device.asked)])
+    assert all(name.startswith("round ") for name, _ in device.asked), "nothing to confirm"
     assert device.told[0].startswith("round 1: measured 0.5")
 
 

@@ -1,4 +1,4 @@
-"""A whole project that builds in seconds: a residual network of some thousand weights and ten classes drawn by a seed."""
+"""A whole project that builds in seconds: a residual network of some thousand weights, ten classes drawn by a seed."""
 
 from __future__ import annotations
 
@@ -149,6 +149,7 @@ def request(project: Path, root: Path, **changes: Any) -> BuildRequest:
     """A build at 0.6x on the simulated device, in a folder of its own."""
     root.mkdir(exist_ok=True)
     given: dict[str, Any] = {
-        "project": project, "target": "simulated", "budget": "0.6x", "root": root, "console": Console(file=io.StringIO(), width=200)
+        "project": project, "target": "simulated", "budget": "0.6x", "root": root,
+        "console": Console(file=io.StringIO(), width=200),
     }  # fmt: skip
     return BuildRequest(**given | changes)

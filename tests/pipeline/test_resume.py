@@ -210,6 +210,7 @@ def test_control_c_says_how_to_go_on_and_that_command_ends_with_a_bundle(
     assert bundle == run / "bundle" and problems(bundle) == []
 
 
+@pytest.mark.slow
 def test_two_builds_at_once_share_one_cache_and_both_finish(project: Path, tmp_path: Path):
     runs = [tmp_path / "one", tmp_path / "two"]
     processes = [start(project, tmp_path / "root", run) for run in runs]

@@ -87,9 +87,8 @@ def line(cell: str, row: dict[str, Any]) -> str:
     s, repairs = row["summary"], row.get("repairs", {})
     if "latency_ratio" not in s or s["latency_ratio"] is None:
         return f"{cell:<32} exit {row['exit_code']}: {s.get('error') or s.get('verdict')}"
-    told = ", ".join(
-        f"{name} {r['validate'] if r['validate'] is not None else r['loss']:.4g}" for name, r in repairs.items()
-    )
+    scores = {name: r["loss"] if r["validate"] is None else r["validate"] for name, r in repairs.items()}
+    told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
     fresh = row.get("fresh", {}).get("reason", "not measured again")
     return (
         f"{cell:<32} {s['verdict']}: {s['latency_ratio']:.3f}x, accuracy {s['accuracy']:.4f} (dense {s['accuracy_dense']:.4f});"

@@ -22,6 +22,7 @@ from typing import Any
 from profiles.errors import DeployError, UsageError, near_miss
 
 OURS = ("pipeline", "profiles", "targets")
+_HOUSE = Path(__file__).resolve().parents[2]
 _SKIPPED = {"__pycache__", "node_modules", "site-packages", "build", "dist", "runs"}
 
 
@@ -55,8 +56,13 @@ class UserCode:
         return sorted({*own, *shared})
 
     def owns(self, file: str | None) -> bool:
-        """Whether a source file lies in one of the folders."""
-        return file is not None and any(Path(file).resolve().is_relative_to(folder) for folder in self.folders)
+        """Whether a source file lies in one of the folders and is the user's: not ours, not of an environment there."""
+        if file is None:
+            return False
+        path = Path(file).resolve()
+        inside = [path.relative_to(folder) for folder in self.folders if path.is_relative_to(folder)]
+        ours = any(path.is_relative_to(_HOUSE / name) for name in OURS)
+        return not ours and any(not _left_out(part) for part in inside)
 
     def activate(self) -> None:
         """Make this project's modules the importable ones; those of the project before it step aside."""

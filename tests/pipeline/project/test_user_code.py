@@ -152,3 +152,21 @@ def test_loading_and_calling_leave_the_global_random_states_alone(world):
     project.model()
     project.calibration(5)
     assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_an_environment_inside_the_projects_folder_is_not_the_users_code(world):
+    """A `.venv` beside deploy.toml is usual: what is imported from it belongs to the process, not to one project."""
+    folder = world()
+    site = folder / ".venv" / "lib" / "site-packages"
+    site.mkdir(parents=True)
+    (site / "library_of_the_environment.py").write_text("VALUE = 1\n")
+    sys.path.append(str(site))
+    try:
+        (folder / "nets.py").write_text(NETS + "\nimport library_of_the_environment\n")
+        load_project(folder)
+        loaded = sys.modules["library_of_the_environment"]
+        load_project(world(folder="other"))
+        assert sys.modules["library_of_the_environment"] is loaded
+    finally:
+        sys.path.remove(str(site))
+        sys.modules.pop("library_of_the_environment", None)

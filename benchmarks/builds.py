@@ -91,8 +91,8 @@ def line(cell: str, row: dict[str, Any]) -> str:
     told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
     fresh = row.get("fresh", {}).get("reason", "not measured again")
     return (
-        f"{cell:<32} {s['verdict']}: {s['latency_ratio']:.3f}x, accuracy {s['accuracy']:.4f} (dense {s['accuracy_dense']:.4f});"
-        f" repair: {told}; fresh: {fresh}"
+        f"{cell:<32} {s['verdict']}: {s['latency_ratio']:.3f}x,"
+        f" accuracy {s['accuracy']:.4f} (dense {s['accuracy_dense']:.4f}); repair: {told}; fresh: {fresh}"
     )
 
 

@@ -4,9 +4,9 @@
 
 ResNet-20 and -56 are the trained ones of benchmarks/projects (their data is needed), ResNet-50 has random weights and
 224x224 inputs. Seconds of each step from an empty cache and again from a warm one, in a fresh process each, with the
-peak memory of that process; and how long one candidate takes to narrow. `evaluate`, recovery and the accepting measurement
-are not counted, as they depend on the user's data; there is no recovery here.
-The required ceilings for ResNet-20 on two cores: 120 s cold, 30 s warm, 20 ms to narrow, 2 GiB.
+peak memory of that process; and how long one candidate takes to narrow. `evaluate`, recovery and the accepting
+measurement are not counted, as they depend on the user's data; there is no recovery here. The required ceilings for
+ResNet-20 on two cores: 120 s cold, 30 s warm, 20 ms to narrow, 2 GiB.
 """
 
 from __future__ import annotations

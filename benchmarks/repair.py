@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def prepare(images: int, calibration: int) -> tuple[Network, Samples, Any]:
-    """The network with the published weights, calibration samples, and the accuracy on the first test images by seed."""
+    """The network with the published weights, calibration samples, and the accuracy on test images picked by seed."""
     model = nets.resnet56()
     state = torch.load(data.EDGE_DATA / WEIGHTS, map_location="cpu", weights_only=True)["state_dict"]
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+UNDECIDED = 4
+"""Exit code of a measurement that a busy machine leaves open; a build is then tried again, from its cache."""
 
 
 def blocks(kind: str) -> list[str]:
@@ -41,16 +46,24 @@ def first_words(lines: list[str]) -> list[str]:
 @pytest.mark.timeout(2400)
 def test_the_commands_run_in_this_order_and_print_what_is_shown(tmp_path: Path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    if not (ROOT / "examples" / "digits" / "digits.safetensors").is_file():  # as `make demo` does
+        subprocess.run([sys.executable, str(ROOT / "examples" / "digits" / "train.py")], check=True, timeout=600)
     ran = 0
     for command, shown in commands():
         words = shlex.split(command)
         if words[0] != "deploy":
             continue
         begin = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pipeline.cli import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", begin, *words[1:]],
-            cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False,
-        )  # fmt: skip
+        for _ in range(3):
+            done = subprocess.run(
+                [sys.executable, "-c", begin, *words[1:]],
+                cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False,
+            )  # fmt: skip
+            if words[1] != "build" or done.returncode != UNDECIDED:
+                break
+            shutil.rmtree(tmp_path / words[words.index("--out") + 1])
+        if done.returncode == UNDECIDED:
+            pytest.skip(f"this machine is too noisy for a verdict: {done.stdout[-300:]}")
         assert done.returncode == 0, f"$ {command}\n{done.stdout}\n{done.stderr}"
         if shown:
             told = iter(first_words(done.stdout.splitlines()))

@@ -225,15 +225,22 @@ class Store:
                     f"{self.path} was written by a newer version (schema {version}, this one knows {VERSION}).",
                     f"update edge-deploy, or move {self.path.name} away.",
                 )
-            base.execute("PRAGMA journal_mode=WAL")
-            base.execute("PRAGMA synchronous=NORMAL")
             if version < VERSION:
-                base.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+                self._set_up(base)
+            base.execute("PRAGMA synchronous=NORMAL")
             base.execute("SELECT count(*) FROM session").fetchone()
         except (sqlite3.Error, DeployError):
             base.close()
             raise
         return base
+
+    def _set_up(self, base: sqlite3.Connection) -> None:
+        """Make the tables, one process at a time: the change to write-ahead logging does not wait for a lock."""
+        with _locked(self.path.with_name(self.path.name + ".setup.lock")):
+            (version,) = base.execute("PRAGMA user_version").fetchone()
+            if version < VERSION:
+                base.execute("PRAGMA journal_mode=WAL")
+                base.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
 
     def _move_aside(self, error: sqlite3.Error) -> None:
         """Rename the damaged file and its log, unless another process has done so meanwhile."""

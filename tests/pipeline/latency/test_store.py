@@ -74,7 +74,7 @@ def test_four_processes_write_at_once_and_nothing_is_lost(tmp_path):
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(300)
+        writer.join(60)
     assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
     wanted = [f"{name}-{i}" for name in [*range(4), "shared"] for i in range(20)]
     with Store(path) as store:

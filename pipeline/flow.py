@@ -56,6 +56,9 @@ from targets.harness.measurement import Judgement, Session, judge
 
 TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
 RANK_SAMPLES, VALUE_SAMPLES = 512, 256
+ATTEMPTS, STEP_BACK = 3, 0.985
+"""Where the accepting measurement does not find the budget kept, the loop goes on with a tighter one, so often at most."""
+
 
 
 def build(request: BuildRequest) -> BuildResult:
@@ -108,18 +111,27 @@ def _release(work: Work) -> BuildResult:
     probe = LossProbe(work.network, work.samples.first(min(VALUE_SAMPLES, probe_limit(work.network))))
     values = _values(work, probe, rankings, table)
     ratio = _relative_budget(work, dense)
-    found = _search(work, dense, probe, rankings, table, values, ratio)
-    del probe
-    if found.chosen is None:
-        return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
+    for attempt in range(ATTEMPTS):
+        aimed = ratio * STEP_BACK**attempt
+        found = _search(work, dense, probe, rankings, table, values, aimed)
+        if found.chosen is None:
+            return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
+        ending = _finish(work, dense, found, accuracy_dense)
+        if ending.judged.verdict == "met" or ending.session.contaminated:
+            break
+        table = found.table
+    return outcome.release(work, ending)
+
+
+def _finish(work: Work, dense: Outcome, found: Found, accuracy_dense: float) -> outcome.Ending:
+    """The chosen plan carried out: repaired, recovered, exported, judged."""
+    assert found.chosen is not None
     plan = found.chosen.plan
-    repaired = _repair(work, plan)
-    recovered = _recover(work, plan, repaired)
+    recovered = _recover(work, plan, _repair(work, plan))
     final = _export(work, plan, recovered)
     accuracy = _accuracy(work, final.path("onnx"), "pruned")
     session, judged = _accept(work, dense, final)
-    ending = outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy)
-    return outcome.release(work, ending)
+    return outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy)
 
 
 def _dry(work: Work) -> BuildResult:

@@ -23,11 +23,11 @@ EVALUATIONS = (240, 60)
 turns for ResNet-20, two for ResNet-56. A count and not a time, so that a resumed run searches the same."""
 
 MEASURED = 3
-AIM = 0.98
+AIM = 0.975
 """The share of the budget that is solved for, and the share below which a short measurement counts as keeping it: the
 accepting measurement then has room for its interval."""
 
-KEEPS = 0.988
+KEEPS = 0.985
 NEAR = 1.02
 
 

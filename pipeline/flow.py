@@ -57,7 +57,7 @@ from targets.harness.measurement import Judgement, Session, judge
 TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
 RANK_SAMPLES, VALUE_SAMPLES = 512, 256
 ATTEMPTS, STEP_BACK = 3, 0.985
-"""Where the accepting measurement does not find the budget kept, the loop goes on with a tighter one, so often at most."""
+"""Where the accepting measurement does not find the budget kept, the loop goes on with a tighter one, so often."""
 
 
 

@@ -108,7 +108,7 @@ def _release(work: Work) -> BuildResult:
     accuracy_dense = _accuracy(work, dense.path("onnx"), "dense")
     rankings = _rankings(work)
     table = _table(work, dense, rankings)
-    probe = LossProbe(work.network, work.samples.first(min(VALUE_SAMPLES, probe_limit(work.network))))
+    probe = _probe(work)
     values = _values(work, probe, rankings, table)
     ratio = _relative_budget(work, dense)
     for attempt in range(ATTEMPTS):
@@ -139,8 +139,7 @@ def _dry(work: Work) -> BuildResult:
     dense = _dense(work)
     rankings = _rankings(work)
     table = _table(work, dense, rankings)
-    probe = LossProbe(work.network, work.samples.first(min(VALUE_SAMPLES, probe_limit(work.network))))
-    values = _values(work, probe, rankings, table)
+    values = _values(work, _probe(work), rankings, table)
     ratio = _relative_budget(work, dense)
     budget_ms, spec = ratio * table.dense_ms, work.profile.prune
     solution = _solver(work).solve(list(rankings.values()), values, table, work.topology, budget_ms, spec, None)
@@ -232,6 +231,11 @@ def _table(work: Work, dense: Outcome, rankings: Mapping[str, Ranking]) -> Laten
     told = f"reused {done['reused']}, measured {done['measured']}{', journalled' if again else ''}"
     work.run.finished("tabulate", work.run.seconds - begun, told)
     return LatencyTable.from_table(done["table"])
+
+
+def _probe(work: Work) -> LossProbe:
+    """What measures losses, on as many samples as it can hold."""
+    return LossProbe(work.network, work.samples.first(min(VALUE_SAMPLES, probe_limit(work.network))))
 
 
 def _values(work: Work, probe: LossProbe, rankings: Mapping[str, Ranking], table: LatencyTable) -> Sensitivity:

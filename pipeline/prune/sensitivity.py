@@ -39,6 +39,7 @@ class LossProbe:
         self.taps = DenseTaps(network, self.inputs, ROWS)
         self.values = _dense_values(network.graph, self.inputs)
         self.dense = _first(self.values[_output(network.graph)])
+        self.whole = resolve(network.topology, PruningPlan())
 
     @torch.no_grad()
     def loss(self, plan: PruningPlan) -> float:
@@ -48,7 +49,7 @@ class LossProbe:
         """
         cut = resolve(self.network.topology, plan)
         pruned = carry_out(self.network.graph, cut)
-        start = _start(pruned, _changed(self.network, pruned, cut), self.values)
+        start = _start(pruned, _changed(self.network, pruned, cut, self.whole), self.values)
         outputs = SequentialFit(pruned, self.network, cut, self.taps, turns=TURNS).run(*self.inputs, initial_env=start)
         loss = float(divergence(_first(outputs), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
@@ -67,10 +68,13 @@ def _owner(topology_name: str) -> str:
     return topology_name.rpartition(".")[0]
 
 
-def _changed(network: Network, pruned: fx.GraphModule, cut: Cut) -> frozenset[str]:
-    """Nodes whose own result an edit changes, and layers that will be refitted although nothing before them changes."""
+def _changed(network: Network, pruned: fx.GraphModule, cut: Cut, whole: Cut) -> frozenset[str]:
+    """Nodes whose own result an edit changes, and layers that will be refitted although nothing before them changes.
+
+    whole: the cut that takes nothing away.
+    """
     owners = {_owner(name) for name in cut.params} | {
-        node for node, (_, _, value) in cut.constants.items() if value != _dense_value(network, node)
+        node for node, constant in cut.constants.items() if constant != whole.constants[node]
     }
     changed = set()
     for node in pruned.graph.nodes:
@@ -92,11 +96,6 @@ def _aimed_layers(pruned: fx.GraphModule, adds: set[str]) -> set[str]:
             found.add(node.name)
         done.add(node.name)
     return found
-
-
-def _dense_value(network: Network, node: str) -> tuple[int, ...]:
-    whole = resolve(network.topology, PruningPlan())
-    return whole.constants[node][2]
 
 
 def _behind(network: Network, pruned: fx.GraphModule, add: str) -> set[str]:

@@ -117,7 +117,7 @@ class Store:
         reference_ms: NDArray[np.float64],
         ms: Mapping[str, NDArray[np.float64]],
     ) -> None:
-        """Keep a session's rows: SHA-256 -> raw block medians, shape (rounds,). Known rows stay."""
+        """Keep a session's rows: SHA-256 -> raw block medians, shape ([sessions,] rounds). Known rows stay."""
 
         def write(base: sqlite3.Connection) -> None:
             keep = (device, protocol, _now(), _blob(reference_ms))
@@ -282,7 +282,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _ratio(ms: NDArray[np.float64], reference_ms: NDArray[np.float64]) -> float:
-    return float(np.quantile(ms / reference_ms, QUANTILE))
+    """Geometric mean over sessions of the low quantile over rounds."""
+    return float(np.exp(np.mean(np.log(np.quantile(ms / reference_ms, QUANTILE, axis=-1)))))
 
 
 def _blob(values: NDArray[np.float64]) -> bytes:

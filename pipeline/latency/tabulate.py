@@ -1,7 +1,7 @@
 """Build the latency table of a network on a target: a few corners of every site measured, the rest fitted.
 
     row of a site  =  (t(many copies) - t(few copies)) / (many - few)          a slope, free of what surrounds it
-    table          =  empty graph + factor x sum of rows                       factor: `pipeline.latency.calibrate`
+    table          =  empty graph + sum of factor x row                        factors: `pipeline.latency.calibrate`
 
 All times are ratios to one reference model (`pipeline.latency.timing`); the scale in milliseconds is the reference's
 own time on the device. Sites whose small models are equal share their measurements, and rows measured before come from
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.latency import fit
 from pipeline.latency.calibrate import Narrowed, Sample, Scale, adjust, draw, how_many
@@ -24,14 +25,14 @@ from pipeline.latency.choices import Choices, Rule, find_choices
 from pipeline.latency.grid import Grid, find_grid
 from pipeline.latency.reference import empty
 from pipeline.latency.store import Store
-from pipeline.latency.timing import ROUNDS, Clock, Progress, Tally, key
+from pipeline.latency.timing import ROUNDS, SESSIONS, Clock, Progress, Tally, key
 from pipeline.nouns import Dim, LatencyTable, RowBuilder, Site, SiteCost, Topology
 from profiles.errors import DeployError
 from profiles.schema import PruneSpec
 from targets.base import Target
 
-DENSE_COPIES = 12
-"""Sessions of the dense network among the rows: a single one can be off by several per cent."""
+DENSE_COPIES = 6
+"""Times that the dense network stands among the rows: a single one can be off by several per cent."""
 
 FLOOR = 0.003
 """Least spread that a table claims."""
@@ -86,14 +87,14 @@ def tabulate(
     fixed = ratios[key(empty())]
     times = [ratios[name] for name in nets]
     scale = _scale(parts, fitted, list(nets.values()), times, fixed)
-    costs = _costs(parts, fitted, scale.factor * clock.reference_ms())
+    costs = _costs(parts, fitted, scale.factors * clock.reference_ms())
     return LatencyTable(
         sites=costs,
         choices=choices.widths,
         grid=grid.step,
         dense_ms=float(np.median(times[:DENSE_COPIES])) * clock.reference_ms(),
         fixed_ms=fixed * clock.reference_ms(),
-        spread=max(FLOOR, float(np.hypot(_spread(parts, fitted), scale.error))),
+        spread=max(FLOOR, scale.error or _spread(parts, fitted)),
     )
 
 
@@ -120,7 +121,7 @@ def _networks(
     if narrowed is not None:
         work = [builder.terms(site, tuple(dim.size(sizes) for dim in site.dims)) for site in builder.sites]
         macs = sum(value for terms in work for name, value in terms.items() if name != "elements")
-        for sample in draw(topology, builder.sites, choices, how_many(macs, ROUNDS), seed):
+        for sample in draw(topology, builder.sites, choices, how_many(macs, SESSIONS * ROUNDS), seed):
             model = narrowed(sample.widths, sample.dropped)
             nets.setdefault(key(model), Network(sample, model))
     return nets
@@ -193,27 +194,36 @@ def _fit(builder: RowBuilder, part: Wanted, step: int, ratios: Mapping[str, floa
 def _scale(
     parts: Sequence[Wanted], fitted: Sequence[fit.Fitted], nets: Sequence[Network], times: Sequence[float], fixed: float
 ) -> Scale:
-    """The factor from rows to networks; the sessions of the dense network are the first and count as one."""
-    rows = []
-    for net in (nets[0], *nets[DENSE_COPIES:]):
-        total = 0.0
-        for part, found in zip(parts, fitted, strict=True):
+    """Factors from rows to networks, shape (parts,); the sessions of the dense network come first and count as one."""
+    names = [_name(part) for part in parts]
+    column = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    rows = np.zeros((1 + len(nets) - DENSE_COPIES, len(column)))
+    for row, net in zip(rows, (nets[0], *nets[DENSE_COPIES:]), strict=True):
+        for part, name, found in zip(parts, names, fitted, strict=True):
             if part.dropped == (part.site.block in net.sample.dropped):
-                total += found.times[part.clamp(tuple(dim.size(net.sample.widths) for dim in part.site.dims))]
-        rows.append(total)
-    if rows[0] <= 0:
+                widths = part.clamp(tuple(dim.size(net.sample.widths) for dim in part.site.dims))
+                row[column[name]] += found.times[widths]
+    if rows[0].sum() <= 0:
         raise DeployError("every site of the network was measured as taking no time.", "deploy doctor")
     dense = float(np.median(times[:DENSE_COPIES]))
     scale = adjust(rows, [dense, *times[DENSE_COPIES:]], fixed)
-    log.info("rows of the dense network x %.3f = %.3f of it", scale.factor, scale.factor * rows[0] / (dense - fixed))
-    return scale
+    low, high = float(scale.factors.min()), float(scale.factors.max())
+    log.info("rows x %.3f to %.3f are %.3f of the dense network", low, high, rows[0] @ scale.factors / (dense - fixed))
+    return Scale(scale.factors[[column[name] for name in names]], scale.error)
 
 
-def _costs(parts: Sequence[Wanted], fitted: Sequence[fit.Fitted], ms: float) -> tuple[SiteCost, ...]:
-    """Every site in milliseconds; ms: of one unit of the rows."""
+def _name(part: Wanted) -> tuple[str, ...]:
+    """Equal for sites of equal models, which err together."""
+    return tuple(sorted(key(model) for model in part.many.values()))
+
+
+def _costs(
+    parts: Sequence[Wanted], fitted: Sequence[fit.Fitted], ms: NDArray[np.float64]
+) -> tuple[SiteCost, ...]:
+    """Every site in milliseconds; ms: of one unit of each part's rows, shape (parts,)."""
     costs: list[SiteCost] = []
-    for part, found in zip(parts, fitted, strict=True):
-        times = {widths: time * ms for widths, time in found.times.items()}
+    for part, found, unit in zip(parts, fitted, ms.tolist(), strict=True):
+        times = {widths: time * unit for widths, time in found.times.items()}
         if part.dropped:
             last = costs.pop()
             costs.append(SiteCost(last.site, last.ms, _over_all(part, times, last.ms), last.measured))
@@ -233,7 +243,7 @@ def _spread(parts: Sequence[Wanted], fitted: Sequence[fit.Fitted]) -> float:
     total = 0.0
     for part, found in zip(parts, fitted, strict=True):
         if not part.dropped:
-            name = tuple(sorted(key(model) for model in part.many.values()))
+            name = _name(part)
             time = found.times[tuple(axis[-1] for axis in part.axes)]
             errors[name] = errors.get(name, 0.0) + found.misfit * time
             total += time

@@ -37,7 +37,7 @@ RANK_WINDOW_S = 0.1
 RANK_WARMUP_MAX_S = 2.0
 PATIENCE_S = 120.0
 REFERENCE_SESSIONS = 5
-ROW_BLOCK_NS = 500_000
+ROW_BLOCK_NS = 400_000
 Mode = Literal["rank", "accept"]
 Table = dict[str, Any]
 

@@ -189,9 +189,37 @@ def test_noisy_corners_show_in_the_misfit():
 
 
 def test_the_factor_is_that_of_the_candidates_and_not_of_a_dense_network_that_outgrew_its_cache():
-    rows, times = [10.0, 5.0, 4.0, 3.0, 2.0], [14.1, 5.6, 4.5, 3.4, 2.3]
-    assert adjust(rows, times, 0.1).factor == pytest.approx(1.1)
-    assert adjust(rows[:1], times[:1], 0.1).factor == pytest.approx(1.4)
+    rows, times = np.array([[10.0], [5.0], [4.0], [3.0], [2.0]]), [14.1, 5.6, 4.5, 3.4, 2.3]
+    scale = adjust(rows, times, 0.1)
+    assert scale.factors == pytest.approx([1.1]) and scale.error < 1e-6
+    alone = adjust(rows[:1], times[:1], 0.1)
+    assert alone.factors == pytest.approx([1.4]) and alone.error == 0.0
+
+
+def some_networks(noise: float, count: int = 16):
+    rng = np.random.default_rng(3)
+    rows = np.vstack([np.full(4, 2.0), rng.uniform(0.2, 2.0, (count, 4))])
+    true = np.array([1.1, 1.2, 1.0, 1.1])
+    return rows, true, 0.1 + rows @ true * np.exp(rng.normal(0.0, noise, count + 1))
+
+
+def test_a_site_whose_row_was_off_gets_a_factor_of_its_own():
+    rows, true, times = some_networks(0.0)
+    assert adjust(rows, times, 0.1).factors == pytest.approx(true, rel=0.025)
+
+
+def test_the_error_of_a_scale_is_what_a_network_left_out_is_missed_by():
+    rows, _, times = some_networks(0.02, 60)
+    found = adjust(rows, times, 0.1)
+    rest, _, fresh = some_networks(0.02, 400)
+    missed = np.abs((0.1 + rest @ found.factors) / fresh - 1.0)
+    assert 0.012 < found.error < 0.03 and np.sqrt(np.mean(missed**2)) == pytest.approx(found.error, rel=0.4)
+
+
+def test_one_disturbed_network_moves_the_factors_little():
+    rows, true, times = some_networks(0.003)
+    times[5] *= 1.5
+    assert adjust(rows, times, 0.1).factors == pytest.approx(true, rel=0.03)
 
 
 def test_large_networks_are_timed_seldom():

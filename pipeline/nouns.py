@@ -15,6 +15,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from profiles.schema import CheckSpec
+from targets.harness.compare import Verdict
+
 Units = NDArray[np.int32]
 """Unit id of every position along one axis, or -1. Shape (length of the axis,)."""
 
@@ -427,3 +430,91 @@ class Solution:
 
 Evaluate = Callable[[Solution], tuple[float, float]]
 """Try a choice: (latency in ms measured on the target, calibration loss). For solvers that search by trying."""
+
+
+# --- the nightly check ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pin:
+    """An artifact that a check compares, by content. name: for people; source: the run, bundle or file it came from.
+
+    budget: what it was built for, as in a profile ("0.5x", "8ms p99"), or None. accepted: UTC, ISO 8601, when it was
+    made the baseline, or None. fingerprint: plain table of the device it was accepted on, empty for a candidate.
+    """
+
+    name: str
+    sha256: str
+    source: str
+    budget: str | None = None
+    accepted: str | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerMove:
+    """A layer's time in the baseline and in the candidate; 0 where it is not part of one. ms: per inference."""
+
+    name: str
+    op: str
+    baseline_ms: float
+    candidate_ms: float
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What equal networks were said of: every control arm judged as if it were a candidate.
+
+    alarms: how many would not have passed; widened: factor by which the tolerances were widened for it, 1 for none.
+    """
+
+    controls: int
+    alarms: int
+    widened: float
+
+    @property
+    def rate(self) -> float:
+        """Share of false alarms; 0 before the first control."""
+        return self.alarms / self.controls if self.controls else 0.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change point of a nightly series. at: UTC of the first night after it; before, after: means in ms."""
+
+    at: str
+    series: str
+    before_ms: float
+    after_ms: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class CheckRecord:
+    """One finished check, whole: what a report shows and the store keeps. started: UTC, ISO 8601.
+
+    device: digest of the fingerprint; changed: field -> (when the baseline was accepted, now); absolute: arm ->
+    statistic -> ms, None with too few samples; conditions: what was not in order before it, as sentences; spec: the
+    tolerances used, after widening; changes: change points of the series so far, advisory.
+    """
+
+    started: str
+    profile: str
+    device: str
+    baseline: Pin
+    candidate: Pin
+    verdict: Verdict
+    absolute: Mapping[str, Mapping[str, float | None]]
+    changed: Mapping[str, tuple[Any, Any]]
+    conditions: tuple[str, ...]
+    layers: tuple[LayerMove, ...]
+    ledger: Ledger
+    changes: tuple[Change, ...]
+    spec: CheckSpec
+    protocol: str
+    seconds: float
+
+    @property
+    def same(self) -> bool:
+        """Whether both are the same artifact, which makes it a check of the environment."""
+        return self.baseline.sha256 == self.candidate.sha256

@@ -107,6 +107,36 @@ class MeasureSpec(Spec):
     seed: int = 0
 
 
+class CheckSpec(Spec):
+    """The nightly check: docs/measuring.md. Tolerances are shares of the baseline's latency."""
+
+    fail: float = Field(default=0.02, gt=0, description="a slowdown beyond it fails, when it is shown in both stages")
+    fail_low: float = Field(default=0.01, gt=0, description="what a block's 10th percentile must show too for a fail")
+    warn: float = Field(default=0.005, gt=0, description="a slowdown beyond it warns")
+    control: float = Field(default=0.005, gt=0, description="largest shift of the baseline against itself")
+    control_sd: float = Field(default=0.015, gt=0, description="largest scatter of it between processes")
+    tail_mean: float = Field(default=0.05, gt=0, description="a mean slower by more fails, when both stages show it")
+    tail_p99: float = Field(default=0.25, gt=0, description="a p99 slower by more fails, when both stages show it")
+    miss_points: float = Field(default=0.001, gt=0, description="a deadline-miss ratio that rises by more fails")
+    screen_processes: int = Field(default=8, ge=3)
+    confirm_processes: int = Field(default=16, ge=3)
+    rounds: int = Field(default=60, ge=3)
+    warmup_s: float = Field(default=0.2, ge=0, description="shortest warm-up of a process; two equal halves end it")
+    max_seconds: float = Field(default=150.0, gt=0, description="cap of a stage; fewer inferences a block to keep it")
+
+    def session(self, measure: MeasureSpec, processes: int, seed: int) -> MeasureSpec:
+        """How one stage is measured: the profile's conditions with the check's own counts."""
+        return measure.model_copy(
+            update={
+                "accept_processes": processes,
+                "accept_rounds": self.rounds,
+                "warmup_s": self.warmup_s,
+                "max_seconds": self.max_seconds,
+                "seed": seed,
+            }
+        )
+
+
 class RecoverSpec(Spec):
     """Distillation from the dense network after repair."""
 
@@ -149,6 +179,7 @@ class Profile(Spec):
     budget: Budget | None = None
     prune: PruneSpec = PruneSpec()
     measure: MeasureSpec = MeasureSpec()
+    check: CheckSpec = CheckSpec()
     recover: RecoverSpec = RecoverSpec()
     graph: GraphSpec = GraphSpec()
 

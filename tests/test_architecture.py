@@ -13,7 +13,7 @@ from pipeline.cli import PLUGINS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("profiles", "targets", "pipeline")
-PARTS = ("prune", "latency", "recover", "graph", "release", "report")
+PARTS = ("prune", "latency", "recover", "graph", "release", "report", "nightly")
 FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TREES = {path: ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path)) for path in FILES}
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +48,7 @@ from pipeline.prune.taps import DenseTaps
 from pipeline.recover.train import RecoverData, recover
 from pipeline.run import BuildRequest, Run
 from pipeline.search import Found, Loop, Measured, Search
-from pipeline.stage import Outcome, Stage
+from pipeline.stage import Outcome, Stage, run_or_reuse
 from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
 from profiles import plugins
 from profiles.errors import DeployError
@@ -233,12 +235,37 @@ def _table(work: Work, dense: Outcome, rankings: Mapping[str, Ranking]) -> Laten
     return LatencyTable.from_table(done["table"])
 
 
-def _probe(work: Work) -> LossProbe:
-    """What measures losses, on as many samples as it can hold."""
-    return LossProbe(work.network, work.samples.first(min(VALUE_SAMPLES, probe_limit(work.network))))
+Probe = Callable[[], LossProbe]
 
 
-def _values(work: Work, probe: LossProbe, rankings: Mapping[str, Ranking], table: LatencyTable) -> Sensitivity:
+def _probe(work: Work) -> Probe:
+    """What measures losses, on as many samples as it can hold; made when first asked for."""
+    return cache(lambda: LossProbe(work.network, work.samples.first(_probed(work))))
+
+
+def _probed(work: Work) -> int:
+    return min(VALUE_SAMPLES, probe_limit(work.network), work.samples.count)
+
+
+def _loss(work: Work, probe: Probe, plan: PruningPlan) -> float:
+    """Loss of a plan after local repair, known from this run or an earlier one, else measured. May be infinite."""
+
+    def make(_: Path) -> dict[str, Any]:
+        loss = probe().loss(plan)
+        return {"loss": loss if math.isfinite(loss) else None}
+
+    def known() -> float | None:
+        inputs = {"project": work.source, "plan": plan.to_json()}
+        loss: float | None = run_or_reuse(
+            work.run.cache, Stage("loss"), {"samples": _probed(work)}, inputs, make, tools=TOOLS
+        )["loss"]
+        return loss
+
+    loss = work.run.journalled("loss", plan.to_json(), known)
+    return math.inf if loss is None else float(loss)
+
+
+def _values(work: Work, probe: Probe, rankings: Mapping[str, Ranking], table: LatencyTable) -> Sensitivity:
     """What single cuts lose after local repair."""
     spec = work.profile.prune
 
@@ -252,9 +279,9 @@ def _values(work: Work, probe: LossProbe, rankings: Mapping[str, Ranking], table
                     step()
                     done += 1
 
-            return measure(probe, rankings, table.choices, widths=spec.value_widths, progress=advance).to_table()
+            return measure(probe(), rankings, table.choices, widths=spec.value_widths, progress=advance).to_table()
 
-    params = {"widths": spec.value_widths, "choices": table.choices, "samples": work.samples.count}
+    params = {"widths": spec.value_widths, "choices": table.choices, "samples": _probed(work)}
     order = {id: ranking.removal_order for id, ranking in rankings.items()}
     done = work.run.stage(
         Stage("values"), params, {"project": work.source, "rankings": order}, make, tools=TOOLS,
@@ -279,7 +306,7 @@ def _solver(work: Work) -> Solver:
 def _search(
     work: Work,
     dense: Outcome,
-    probe: LossProbe,
+    probe: Probe,
     rankings: Mapping[str, Ranking],
     table: LatencyTable,
     values: Sensitivity,
@@ -293,7 +320,7 @@ def _search(
         solver=_solver(work),
         spec=work.profile.prune,
         plan_for=lambda widths, dropped: make_plan(work.topology, rankings, widths, dropped),
-        loss=lambda plan: float(work.run.journalled("loss", plan.to_json(), lambda: probe.loss(plan))),
+        loss=lambda plan: _loss(work, probe, plan),
         measure=lambda name, plans: _measure_plans(work, dense, name, plans),
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
     )

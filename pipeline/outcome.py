@@ -8,6 +8,7 @@ report names the nearest point.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -326,14 +327,10 @@ def _points(ending: Ending, dense_ms: float) -> tuple[PointRow, ...]:
     """What was measured, and of the rest what nothing beats in both latency and loss."""
     rows = [PointRow("dense", dense_ms, ending.accuracy_dense, 0.0)]
     shares = [c.measured.ratio if c.measured else c.predicted_ratio for c in ending.found.tried]
-    least, front = math.inf, set()
-    for number in sorted(range(len(shares)), key=shares.__getitem__):
-        if ending.found.tried[number].loss < least:
-            least = ending.found.tried[number].loss
-            front.add(number)
+    front = [c for _, c in _front(ending.found)]
     for number, (c, share) in enumerate(zip(ending.found.tried, shares, strict=True)):
         shipped = ending.found.chosen is not None and c.plan == ending.found.chosen.plan
-        if not (shipped or c.measured or number in front):
+        if not (shipped or c.measured or c in front):
             continue
         accuracy = ending.accuracy if shipped else None
         rows.append(PointRow(f"plan {number + 1}", share * dense_ms, accuracy, c.loss, shipped))
@@ -395,19 +392,34 @@ def _settings(work: Work) -> dict[str, str]:
 
 
 def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
-    """The cheapest tried point that keeps the accuracy after repair alone, judged on `validate`."""
+    """The cheapest tried point that keeps the accuracy after repair alone, judged on `validate`.
+
+    Of the points that no cheaper one beats in loss; found by halving, since every look costs a repair.
+    """
     if not work.project.validates:
         return ("Without data.validate no cheaper point can be judged; try a larger budget.",)
     wanted = float(work.project.validate(predict_torch(work.network.graph)) or 0.0) - work.project.max_drop
+
+    def keeps(point: tuple[float, Candidate]) -> bool:
+        plan = point[1].plan
+        fixed = repair(
+            prune(work.network, plan), work.network, plan, work.samples, work.profile.prune.repair
+        )
+        return float(work.project.validate(predict_torch(fixed)) or 0.0) >= wanted
+
     kept = "keeps the accuracy on `validate` after repair alone"
-    for share, candidate in _by_ratio(found):
-        plan, pruned = candidate.plan, prune(work.network, candidate.plan)
-        fixed = repair(pruned, work.network, plan, work.samples, work.profile.prune.repair)
-        if float(work.project.validate(predict_torch(fixed)) or 0.0) >= wanted:
-            return (f"The cheapest point tried that {kept}: --budget {share:.3g}x.",)
-    return (f"No point tried {kept}; try a larger budget or more recovery.",)
+    front = _front(found)
+    first = bisect_left(front, True, key=keeps)
+    if first == len(front):
+        return (f"No point tried {kept}; try a larger budget or more recovery.",)
+    return (f"The cheapest point tried that {kept}: --budget {front[first][0]:.3g}x.",)
 
 
-def _by_ratio(found: Found) -> list[tuple[float, Candidate]]:
+def _front(found: Found) -> list[tuple[float, Candidate]]:
+    """Ratio and candidate of the points that lose less than every cheaper one, the cheapest first."""
     rows = [(c.measured.ratio if c.measured else c.predicted_ratio, c) for c in found.tried]
-    return sorted(rows, key=lambda row: row[0])
+    front: list[tuple[float, Candidate]] = []
+    for row in sorted(rows, key=lambda row: row[0]):
+        if not front or row[1].loss < front[-1][1].loss:
+            front.append(row)
+    return front

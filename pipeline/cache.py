@@ -4,6 +4,7 @@
     .deploy/keys/<stage>/<key>.json  what a finished stage gave
     .deploy/locks/                   one file a lock, so that two builds on one folder wait for each other
     .deploy/runs/                    one file a run: where it lies, so that `gc` keeps what it refers to
+    .deploy/baselines/               one file a profile: what nightly checks compare with, kept by `gc` for ever
 
 Everything is written under a temporary name, flushed to the disk and then moved into place, so a kill at any moment
 leaves either the whole file or none of it. A read checks the hash: a damaged object is dropped and counts as absent.
@@ -228,7 +229,7 @@ class Cache:
         return found
 
     def gc(self, keep_days: float) -> Swept:
-        """Remove keys not used for `keep_days` days and objects that no key and no run refers to.
+        """Remove keys not used for `keep_days` days and objects that no key, run or baseline refers to.
 
         Raises DeployError while a build uses the folder.
         """
@@ -244,6 +245,8 @@ class Cache:
                 with suppress(FileNotFoundError):
                     referred |= set(HASH.findall((run / name).read_text(encoding="utf-8", errors="replace")))
         keys = objects = size = 0
+        for path in self.root.glob("baselines/*.json"):
+            referred |= set(HASH.findall(path.read_text(encoding="utf-8", errors="replace")))
         for path in self.root.glob("keys/*/*.json"):
             if path.stat().st_mtime < before and path.stem not in referred:
                 size, keys = size + path.stat().st_size, keys + 1

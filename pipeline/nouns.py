@@ -465,7 +465,8 @@ class LayerMove:
 class Ledger:
     """What equal networks were said of: every control arm judged as if it were a candidate.
 
-    alarms: how many would not have passed; widened: factor by which the tolerances were widened for it, 1 for none.
+    alarms: how many would have been called warn, fail or improved; widened: factor by which the tolerances were widened
+    for it, 1 for none.
     """
 
     controls: int

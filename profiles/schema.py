@@ -104,6 +104,12 @@ class MeasureSpec(Spec):
     max_seconds: float = Field(
         default=300.0, gt=0, description="cap of one session; fewer inferences per block to keep it"
     )
+    paced_ms: float | None = Field(
+        default=None, ge=0.1, description="control period: one inference at each of its ticks; left out, back to back"
+    )
+    sustained_s: float = Field(
+        default=0.0, ge=0, description="accepting goes on so long in each network's first process, to show heat; 0: off"
+    )
     seed: int = 0
 
 
@@ -131,6 +137,7 @@ class CheckSpec(Spec):
                 "accept_processes": processes,
                 "accept_rounds": self.rounds,
                 "warmup_s": self.warmup_s,
+                "sustained_s": 0.0,
                 "max_seconds": self.max_seconds,
                 "seed": seed,
             }

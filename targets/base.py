@@ -37,6 +37,20 @@ class RowTimes:
     reference_ms: NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class LayerTime:
+    """A layer's time per inference under the runtime's profiler.
+
+    name and op: of the node that the runtime runs, after its own optimisations; ms: per inference. The profiler slows
+    the run by a third to a half and counts whole microseconds (measurement.md, section 7): good for saying which layer
+    moved, and no latency.
+    """
+
+    name: str
+    op: str
+    ms: float
+
+
 class Target(ABC):
     """A device with a runtime. profile: what is asked of it; state: the `.deploy` folder, for temporary files.
 
@@ -75,6 +89,13 @@ class Target(ABC):
     @abstractmethod
     def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
         """Time many small ONNX models and the reference in turn in one process, for the latency table."""
+
+    @abstractmethod
+    def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:
+        """Time of every layer of every artifact, in order of execution, the artifacts profiled in turn.
+
+        For structure only, see `LayerTime`: a latency is what `measure` says.
+        """
 
     @abstractmethod
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:

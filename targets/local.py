@@ -11,14 +11,16 @@ import numpy as np
 
 from profiles.errors import DeployError, UsageError
 from profiles.schema import MeasureSpec, Profile
-from targets.base import Array, Progress, RowTimes, Target
+from targets.base import Array, LayerTime, Progress, RowTimes, Target
 from targets.harness import agent, bench, device
+from targets.harness import lease as leases
 from targets.harness.device import Condition, Fingerprint, Preflight
-from targets.harness.lease import lease, lease_folder
+from targets.harness.lease import lease
 from targets.harness.measurement import Session
 from targets.runtimes.base import Opened, infer, load_runtime
 
 ROWS_LIMIT_S = 600.0
+LAYERS_LIMIT_S = 600.0
 OPEN_SESSIONS = 4
 
 
@@ -60,7 +62,7 @@ class Local(Target):
     ) -> Session:
         """Time all artifacts interleaved, in fresh processes."""
         hashes = bench.hash_artifacts(artifacts)
-        limit_s = 2.0 * spec.max_seconds + 300.0
+        limit_s = bench.session_limit_s(spec)
         with lease(self.device, limit_s) as held:
             state = device.preflight(spec, folder=self.state).require()
             setting = bench.Setting(self._fingerprint(spec), state, spec, mode, held.owner, bench.utc_now())
@@ -76,6 +78,14 @@ class Local(Target):
             result = bench.run_agent("rows", job, self.state / "spool", ROWS_LIMIT_S, None, held.note_agent)
         ms = np.array(result["rows"], dtype=np.float64).reshape(len(models), rounds) * 1e-6
         return RowTimes(ms, np.median(np.array(result["reference"], dtype=np.float64), axis=0) * 1e-6)
+
+    def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:
+        """What ONNX Runtime's profiler counts, several short sessions of every artifact in turn."""
+        hashes = bench.hash_artifacts(artifacts)
+        job = bench.layers_job(artifacts, hashes, spec, self.profile.providers)
+        with lease(self.device, LAYERS_LIMIT_S) as held:
+            result = bench.run_agent("layers", job, self.state / "spool", LAYERS_LIMIT_S, None, held.note_agent)
+        return {name: tuple(LayerTime(**row) for row in result["layers"][name]) for name in artifacts}
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
         """Outputs for a numpy batch of any size; the last few artifacts stay open."""
@@ -93,8 +103,9 @@ class Local(Target):
         return self._opened[key]
 
     def doctor(self) -> list[Condition]:
-        """The preflight, the runtime with its providers, and the places that are written to."""
-        return [*self.preflight().conditions, self._runtime(), self._providers(), _lease_place()]
+        """The lease, the preflight, the runtime with its providers, and the places that are written to."""
+        found = [_lease_place(), device.lease_condition(leases.holder(self.device))]
+        return [*found, *self.preflight().conditions, self._runtime(), self._providers()]
 
     def _runtime(self) -> Condition:
         try:
@@ -112,7 +123,7 @@ class Local(Target):
 
 
 def _lease_place() -> Condition:
-    folder = lease_folder()
+    folder = leases.lease_folder()
     writable = os.access(folder, os.W_OK)
     return Condition(
         "lease folder", str(folder), writable, "the device cannot be leased", f"make {folder} writable.", fatal=True

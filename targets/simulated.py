@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from profiles.errors import DeployError
 from profiles.schema import MeasureSpec, Profile
-from targets.base import Progress, RowTimes, Target
+from targets.base import LayerTime, Progress, RowTimes, Target
 from targets.harness import agent, bench
 from targets.harness.device import Condition, Fingerprint, Preflight
-from targets.harness.measurement import Blocks, Measurement, Session, Warmup
+from targets.harness.measurement import Blocks, Measurement, Session, Warmup, pace_of
 from targets.local import Local
 
 FREE_OPS = frozenset({"Constant", "Dropout", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
@@ -89,17 +89,22 @@ class Simulated(Local):
         seed = [spec.seed, *(int(digest[:8], 16) for digest in hashes.values())]
         rng, turns = np.random.default_rng(seed), random.Random(spec.seed)
         blocks: dict[str, list[Blocks]] = {name: [] for name in artifacts}
-        order = []
+        order, now = [], 0
         for repeat in range(job["processes"]):
-            order.append(tuple(tuple(turns.sample(list(artifacts), len(artifacts))) for _ in range(job["rounds"])))
-            drift = _drift(rng, job["rounds"], self.truth)
+            rounds = _rounds(job, repeat, truth_ms)
+            order.append(tuple(tuple(turns.sample(list(artifacts), len(artifacts))) for _ in range(rounds)))
+            drift = _drift(rng, rounds, self.truth)
+            starts, now = _starts(order[-1], job, truth_ms, now)
             for name, ms in truth_ms.items():
-                blocks[name].append(_draw(rng, ms, drift, job["timed"], self.truth))
+                block = _draw(rng, ms, drift, job["timed"], self.truth)
+                late = (block.ns >= job["period_ns"]).sum(axis=1) if job["period_ns"] else block.misses
+                blocks[name].append(replace(block, misses=late, started_ns=starts[name]))
             if progress is not None:
                 progress((repeat + 1) / job["processes"])
         return Session(
             measurements={
-                name: Measurement(name, hashes[name], "simulated 1", tuple(blocks[name])) for name in artifacts
+                name: Measurement(name, hashes[name], "simulated 1", tuple(blocks[name]), spec.paced_ms)
+                for name in artifacts
             },
             fingerprint=self._fingerprint(spec),
             preflight=self.preflight(),
@@ -110,9 +115,14 @@ class Simulated(Local):
             started=started,
             ended=bench.utc_now(),
             lease_owner="nobody, simulated",
-            protocol=f"simulated {mode} {job['processes']}x{job['rounds']}",
+            protocol=f"simulated {mode} {pace_of(spec, mode)} {job['processes']}x{job['rounds']}",
             agent_sha256=agent.sha256(str(bench.AGENT)),
         )
+
+    def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:
+        """The roofline's time of every node, without any noise."""
+        bench.hash_artifacts(artifacts)
+        return {name: roofline_layers(path, self.truth) for name, path in artifacts.items()}
 
     def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
         """Draw one median a model and round, with the drift that all share in a round."""
@@ -128,8 +138,38 @@ class Simulated(Local):
         return RowTimes(ms[:-1], ms[-1])
 
 
+def _inference_ns(ms: float, period_ns: int) -> int:
+    """Time from one inference to the next: its own, or the whole periods that it takes."""
+    own = max(1, round(ms * 1e6))
+    return period_ns * -(-own // period_ns) if period_ns else own
+
+
+def _rounds(job: Mapping[str, Any], repeat: int, truth_ms: Mapping[str, float]) -> int:
+    """Rounds of a process; in the first one of a sustained session as many as fill its time."""
+    if not job["sustained_s"] or repeat:
+        return int(job["rounds"])
+    count = job["dropped"] + job["timed"]
+    round_ns = int(sum(count * _inference_ns(ms, job["period_ns"]) for ms in truth_ms.values()))
+    return math.ceil(float(job["sustained_s"]) * 1e9 / round_ns)
+
+
+def _starts(
+    order: Sequence[Sequence[str]], job: Mapping[str, Any], truth_ms: Mapping[str, float], now: int
+) -> tuple[dict[str, NDArray[np.int64]], int]:
+    """When each block of a process begins, ns since the session's start; and when the last one ends."""
+    count = job["dropped"] + job["timed"]
+    starts: dict[str, list[int]] = {name: [] for name in truth_ms}
+    for turn in order:
+        for name in turn:
+            starts[name].append(now)
+            now += count * _inference_ns(truth_ms[name], job["period_ns"])
+    return {name: np.array(begun, dtype=np.int64) for name, begun in starts.items()}, now
+
+
 def _drift(rng: np.random.Generator, rounds: int, truth: Truth) -> NDArray[np.float64]:
-    return np.exp(np.cumsum(rng.normal(0.0, truth.drift, rounds)) + abs(rng.normal(0.0, 5 * truth.drift)))
+    """Factor of each round. Over many rounds the walk's steps shrink, so that it strays no farther than over sixty."""
+    step = truth.drift * min(1.0, math.sqrt(60 / rounds))
+    return np.exp(np.cumsum(rng.normal(0.0, step, rounds)) + abs(rng.normal(0.0, 5 * truth.drift)))
 
 
 def _draw(rng: np.random.Generator, ms: float, drift: NDArray[np.float64], timed: int, truth: Truth) -> Blocks:
@@ -147,6 +187,11 @@ def _draw(rng: np.random.Generator, ms: float, drift: NDArray[np.float64], timed
 
 def roofline_ms(path: Path, truth: Truth) -> float:
     """Sum over nodes of max(padded MACs / peak, bytes / bandwidth) + overhead, in ms."""
+    return sum(layer.ms for layer in roofline_layers(path, truth)) + 1e-3 * truth.call_us
+
+
+def roofline_layers(path: Path, truth: Truth) -> tuple[LayerTime, ...]:
+    """Every node's max(padded MACs / peak, bytes / bandwidth) + overhead, in ms."""
     import onnx
 
     try:
@@ -161,8 +206,10 @@ def roofline_ms(path: Path, truth: Truth) -> float:
     shapes = {init.name: tuple(init.dims) for init in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
         shapes[value.name] = tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-    seconds = sum(_node_s(node, shapes, truth) for node in graph.node)
-    return 1e3 * (seconds + truth.call_us * 1e-6)
+    return tuple(
+        LayerTime(node.name or f"{node.op_type}_{index}", node.op_type, 1e3 * _node_s(node, shapes, truth))
+        for index, node in enumerate(graph.node)
+    )
 
 
 def _decode_error() -> type[Exception]:

@@ -104,25 +104,25 @@ def adjust(rows: NDArray[np.float64], times: Sequence[float], fixed: float) -> S
     if len(net) <= FEW:
         return Scale(np.full(rows.shape[1], 1.0 / max(float(shares[0].sum()), 1e-12)), 0.0)
     shares = shares[1:]
-    common = 1.0 / float(np.median(shares.sum(axis=1)))
+    shared = 1.0 / float(np.median(shares.sum(axis=1)))
     weights = np.ones(len(shares))
     for _ in range(TURNS):
-        factors, missed = _ridge(shares, common, weights)
+        factors, missed = _ridge(shares, shared, weights)
         weights = np.minimum(1.0, OUTLIER * NOISE / np.maximum(np.abs(missed), 1e-12))
     return Scale(factors, float(np.sqrt(np.average(missed**2, weights=weights))))
 
 
 def _ridge(
-    shares: NDArray[np.float64], common: float, weights: NDArray[np.float64]
+    shares: NDArray[np.float64], shared: float, weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The factors, and what each network is missed by when it is left out (e / (1 - leverage))."""
     count = shares.shape[1]
     scale = np.sqrt(weights) / NOISE
-    data = np.hstack([shares * common, np.zeros((len(shares), 1))]) * scale[:, None]
+    data = np.hstack([shares * shared, np.zeros((len(shares), 1))]) * scale[:, None]
     prior = np.hstack([np.eye(count), -np.ones((count, 1))]) / SCATTER
     system = np.vstack([data, prior])
     inverse = np.linalg.pinv(system.T @ system)
     found = inverse @ (data.T @ scale)
     leverage = np.einsum("ij,jk,ik->i", data, inverse, data)
-    missed = (shares @ found[:count] * common - 1.0) / np.maximum(1.0 - leverage, 1e-3)
-    return found[:count] * common, missed
+    missed = (shares @ found[:count] * shared - 1.0) / np.maximum(1.0 - leverage, 1e-3)
+    return found[:count] * shared, missed

@@ -1,46 +1,22 @@
-"""Charts of a report as inline SVG: text stays text, nothing is fetched, and equal data give equal bytes.
-
-Colours are Okabe and Ito's, which people with any kind of colour vision tell apart; shape and label say the same again.
-"""
+"""Charts of a build's report as inline SVG, drawn on `pipeline.report.drawing`."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pipeline.report.data import Distribution, PointRow, ReportData, RoundRow
+from pipeline.report.drawing import INK, SERIES, drawn, limit, short
 
-DENSE, PRUNED, BUDGET, INK, GRID = "#7a838c", "#0072b2", "#d55e00", "#2b333b", "#e3e7eb"
-STYLE = {
-    "svg.hashsalt": "edge-deploy",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#aab2ba",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-}  # fmt: skip
+DENSE, PRUNED = SERIES[:2]
 
 
 def rounds(data: ReportData) -> str:
     """Predicted against measured latency for every round, with the budget as a line."""
-    with _drawn("Predicted and measured latency of every round", (5.2, 3.1)) as (axes, out):
+    with drawn("Predicted and measured latency of every round", (5.2, 3.1)) as (axes, out):
         numbers = [row.number for row in data.rounds]
         predicted, spread = [row.predicted_ms for row in data.rounds], [row.spread_ms for row in data.rounds]
         look = {"capsize": 3, "markersize": 6}
@@ -49,7 +25,7 @@ def rounds(data: ReportData) -> str:
         measured = [row for row in data.rounds if row.measured_ms is not None]
         after, heights = [row.number + 0.08 for row in measured], [row.measured_ms or 0.0 for row in measured]
         axes.errorbar(after, heights, _around(measured), fmt="o", color=PRUNED, label="measured", **look)
-        _line(axes, data.budget_ms, "budget", horizontal=True)
+        limit(axes, data.budget_ms, "budget", horizontal=True)
         axes.set(xlabel="round", ylabel="ms", xticks=numbers, xlim=(min(numbers) - 0.5, max(numbers) + 0.5))
         axes.margins(y=0.18)
         axes.legend(frameon=False, loc="best", fontsize=9)
@@ -70,15 +46,15 @@ def points(data: ReportData, *, loss: bool) -> str:
     """Networks that were tried: latency against accuracy, or against the calibration loss where only that is known."""
     rows = [row for row in data.points if (row.loss if loss else row.accuracy) is not None]
     title = f"Latency and {'calibration loss' if loss else 'accuracy'} of every network tried"
-    with _drawn(title, (5.2, 3.1)) as (axes, out):
+    with drawn(title, (5.2, 3.1)) as (axes, out):
         floor = -np.inf if loss else _floor(data, rows)
         middle = float(np.mean([min(row.latency_ms for row in rows), max(row.latency_ms for row in rows)]))
         for row in rows:
             _point(axes, row, float((row.loss if loss else row.accuracy) or 0.0), floor, left=row.latency_ms > middle)
-        _line(axes, data.budget_ms, "budget", horizontal=False)
+        limit(axes, data.budget_ms, "budget", horizontal=False)
         if not loss and data.max_drop is not None and data.dense.accuracy is not None:
-            _line(axes, data.dense.accuracy - data.max_drop, "lowest agreed", horizontal=True)
-        axes.set(xlabel=f"{data.percentile} latency, ms", ylabel="calibration loss" if loss else _short(data.metric))
+            limit(axes, data.dense.accuracy - data.max_drop, "lowest agreed", horizontal=True)
+        axes.set(xlabel=f"{data.percentile} latency, ms", ylabel="calibration loss" if loss else short(data.metric))
         axes.margins(0.16)
     return out[0]
 
@@ -93,7 +69,7 @@ def _floor(data: ReportData, rows: Sequence[PointRow]) -> float:
 def _point(axes: Axes, row: PointRow, height: float, floor: float, *, left: bool) -> None:
     below = height < floor
     marker, size, face = ("*", 170, PRUNED) if row.shipped else ("v" if below else "o", 42, "white")
-    label = f"{_short(row.label)}: {height:.3g}" if below else _short(row.label)
+    label = f"{short(row.label)}: {height:.3g}" if below else short(row.label)
     height = max(height, floor)
     axes.scatter([row.latency_ms], [height], marker=marker, s=size, facecolor=face, edgecolor=PRUNED, zorder=3)
     place = {"xytext": (-8, 0), "ha": "right"} if left else {"xytext": (9, 0), "ha": "left"}
@@ -102,21 +78,17 @@ def _point(axes: Axes, row: PointRow, height: float, floor: float, *, left: bool
     text.set_in_layout(False)
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= 28 else f"{label[:27]}…"
-
-
 def distributions(data: ReportData) -> str:
     """How the latencies of the accepting session are distributed: the first network and the last, on one axis."""
     there = [row for row in data.distributions if row.samples_ms]
     shown = [there[0], there[-1]] if len(there) > 1 else there
-    with _drawn("Latencies of the accepting session", (5.2, 3.1)) as (axes, out):
+    with drawn("Latencies of the accepting session", (5.2, 3.1)) as (axes, out):
         top = max(data.budget_ms, *(_tail(row.samples_ms) for row in shown))
         bottom = min(data.budget_ms, *(float(np.min(row.samples_ms)) for row in shown))
         edges = np.linspace(bottom * 0.95, top * 1.05, 90)
         for row, colour in zip(shown, (DENSE, PRUNED), strict=False):
             _hill(axes, row, edges, colour)
-        _line(axes, data.budget_ms, "budget", horizontal=False)
+        limit(axes, data.budget_ms, "budget", horizontal=False)
         axes.set(xlabel="ms of one inference", ylabel="share of inferences", xlim=(edges[0], edges[-1]), yticks=[])
         axes.legend(frameon=False, loc="best", fontsize=9)
     return out[0]
@@ -130,12 +102,12 @@ def _tail(samples_ms: Sequence[float]) -> float:
 def _hill(axes: Axes, row: Distribution, edges: NDArray[np.float64], colour: str) -> None:
     heights, _ = np.histogram(row.samples_ms, edges)
     axes.stairs(heights / max(1, len(row.samples_ms)), edges, fill=True, color=colour, alpha=0.35)
-    axes.stairs(heights / max(1, len(row.samples_ms)), edges, color=colour, label=_short(row.name))
+    axes.stairs(heights / max(1, len(row.samples_ms)), edges, color=colour, label=short(row.name))
 
 
 def processes(data: ReportData) -> str:
     """The latency ratio in every fresh process, the interval of their mean, and the budget where it is relative."""
-    with _drawn("Measured / dense, one point a process", (5.2, 1.9)) as (axes, out):
+    with drawn("Measured / dense, one point a process", (5.2, 1.9)) as (axes, out):
         ratios = data.process_ratios
         axes.scatter(ratios, np.linspace(0.75, 1.25, len(ratios)), color=PRUNED, s=28, zorder=3)
         if data.ratio is not None and data.ratio_interval is not None:
@@ -146,46 +118,8 @@ def processes(data: ReportData) -> str:
             place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center", "fontsize": 8.5}
             axes.annotate("99 % bounds", (data.ratio, 0.45), **place)
         if data.budget.partition("@")[0].endswith("x"):
-            _line(axes, float(data.budget.partition("@")[0][:-1]), "budget", horizontal=False)
+            limit(axes, float(data.budget.partition("@")[0][:-1]), "budget", horizontal=False)
         axes.set(xlabel="latency ratio", ylim=(0.1, 1.45), yticks=[])
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.12)
     return out[0]
-
-
-def _line(axes: Axes, at: float, text: str, *, horizontal: bool) -> None:
-    """A dashed limit with its name at the end of it."""
-    if horizontal:
-        axes.axhline(at, color=BUDGET, linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
-        axes.annotate(text, (1.0, at), xycoords=axes.get_yaxis_transform(), xytext=(-2, -3),
-                      textcoords="offset points", ha="right", va="top", color=BUDGET, fontsize=8.5)  # fmt: skip
-    else:
-        axes.axvline(at, color=BUDGET, linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
-        axes.annotate(text, (at, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(0, 2), textcoords="offset points",
-                      ha="center", va="bottom", color=BUDGET, fontsize=8.5)  # fmt: skip
-
-
-@contextmanager
-def _drawn(title: str, size: tuple[float, float]) -> Iterator[tuple[Axes, list[str]]]:
-    """Axes to draw on; when the block ends the list holds its SVG element."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        out: list[str] = []
-        yield axes, out
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        out.append(_inline(buffer.getvalue(), title))
-
-
-def _inline(svg: str, title: str) -> str:
-    """The bare element: no prologue, no metadata, ids of its own, sized by the page, named for screen readers."""
-    body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    prefix = re.sub(r"\W+", "-", title.lower())
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", body)
-    head, rest = body.split(">", 1)
-    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{title}">{rest}'

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from pipeline.report import charts, numbers
+from pipeline.report import charts
 from pipeline.report.data import GroupRow, ReportData, SiteRow
-
-FOLDER = Path(__file__).parent
+from pipeline.report.pages import fill
 
 
 def render(data: ReportData) -> str:
     """The page. The same data give the same text; a part of the data that is empty has no section."""
-    loader = FileSystemLoader(FOLDER)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals["n"] = numbers
-    page = environment.get_template("page.html")
-    return page.render(
+    return fill(
+        "page.html",
+        _charts(data),
         data=data,
-        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        charts={name: Markup(svg) for name, svg in _charts(data).items()},
         stages=_by_stage(data.groups),
         sites=_sites(data.sites),
         kept=_kept(data),

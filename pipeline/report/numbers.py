@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
 
 from pipeline.report.data import Interval
+from targets.harness import measurement
 
 NONE = "not measured"
 
@@ -26,6 +33,53 @@ def bounds(interval: Interval | None, unit: str = "ms") -> str:
 def ratio(value: float | None) -> str:
     """A latency ratio: `0.488x`."""
     return NONE if value is None else f"{value:.3f}x"
+
+
+def interval(value: measurement.Interval) -> str:
+    """A ratio with its bounds and the digits that a check needs: `1.0153 [1.0101, 1.0210]`."""
+    if not math.isfinite(value.center):
+        return NONE
+    ends = (f"{end:.4f}" if math.isfinite(end) and end > 0 else "no bound" for end in (value.low, value.high))
+    return f"{value.center:.4f} [{', '.join(ends)}]"
+
+
+def share(value: float | None) -> str:
+    """A share in percent: `1.1 %`, `0.05 %`."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{100 * value:.2f} %" if abs(value) < 0.01 else f"{100 * value:.1f} %"
+
+
+def fine_ms(value: float) -> str:
+    """Milliseconds of a part of a network, four decimals."""
+    return f"{value:.4f} ms"
+
+
+def signed_ms(value: float) -> str:
+    """A difference of such times with its sign."""
+    return f"{'−' if value < 0 else '+'}{abs(value):.4f} ms"
+
+
+def utc(moment: str) -> str:
+    """A time of day in ISO 8601 as `2026-11-21 03:00 UTC`; what is no such time stays as it is."""
+    try:
+        seen = datetime.fromisoformat(moment)
+    except ValueError:
+        return moment
+    seen = seen.astimezone(UTC) if seen.tzinfo else seen
+    return f"{seen:%Y-%m-%d %H:%M} UTC"
+
+
+def strict(value: Any) -> Any:
+    """Plain data that any JSON reader takes: a number that is not finite becomes None, a tuple a list."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [strict(each) for each in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
 
 
 def score(value: float | None) -> str:

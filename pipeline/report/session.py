@@ -1,69 +1,162 @@
-"""A measuring session and the state of a device, as a table for people and as plain data for JSON."""
+"""A measuring session and the state of a device, as tables for people and as plain data for JSON."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
-from rich.markup import escape
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.report import numbers
+from pipeline.report.escape import printable
+from pipeline.report.grid import Grid
 from targets.harness.device import Condition
-from targets.harness.measurement import Measurement, Session, Statistic
+from targets.harness.measurement import Measurement, Percentile, Session, Statistic
 
 STATISTICS: tuple[Statistic, ...] = ("p50", "mean", "p90", "p99")
 
 
+def show_session(session: Session, console: Console) -> None:
+    """Print a line a network, every statistic with its bounds, what was not in order, and how it was measured."""
+    console.print(session_table(session), highlight=False)
+    console.print()
+    console.print(statistics_table(session), highlight=False)
+    if session.preflight.spoilt:
+        console.print()
+        console.print(conditions_table(session.preflight.spoilt), highlight=False)
+    console.print()
+    console.print(Text(printable(protocol(session))), soft_wrap=True)
+
+
 def session_table(session: Session) -> Table:
-    """One line a network: percentiles, and the ratio to the first network with its 99 % bounds."""
+    """One line a network: statistics, spread of processes, deadline misses when paced, ratio to the first network."""
+    return overview(session).table()
+
+
+def statistics_table(session: Session) -> Table:
+    """One line a statistic: its value with bounds, or why there is none."""
+    return statistics(session).table()
+
+
+def overview(session: Session) -> Grid:
+    """Cells of `session_table`."""
     first = next(iter(session.measurements))
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("model", "p50", "99 % bounds", "mean", "p90", "p99", f"ratio to {first}", "99 % bounds"):
-        table.add_column(escape(column), justify="left" if column == "model" else "right")
+    paced = any(m.deadline_misses is not None for m in session.measurements.values())
+    heat = any(m.drift is not None for m in session.measurements.values())
+    rows = []
     for name, measured in session.measurements.items():
-        table.add_row(escape(name), *_cells(measured), *_ratio(session, name, first))
-    return table
+        cells = [_value(measured.statistic(statistic)) for statistic in STATISTICS]
+        cells.append(spread(measured))
+        cells += [misses(measured)] if paced else []
+        cells += [numbers.change(1.0, measured.drift)] if heat else []
+        ratio = session.ratio(name, first)
+        bounds = "" if name == first else numbers.bounds((ratio.low, ratio.high), "x")
+        rows.append((name, *cells, numbers.ratio(ratio.center), bounds))
+    more = [*(["missed"] if paced else []), *(["drift"] if heat else [])]
+    return Grid("Overview", ("model", *STATISTICS, "spread", *more, f"ratio to {first}", "99 % bounds"), tuple(rows))
 
 
-def _cells(measured: Measurement) -> list[str]:
-    p50 = measured.p50
-    tails = [measured.p90.value_ms, measured.p99.value_ms]
-    told = ["too few samples" if value is None else numbers.ms(value) for value in tails]
-    return [numbers.ms(p50.value_ms), numbers.bounds((p50.low_ms, p50.high_ms)), numbers.ms(measured.mean_ms), *told]
+def statistics(session: Session) -> Grid:
+    """Cells of `statistics_table`."""
+    rows = []
+    for name, measured in session.measurements.items():
+        for index, statistic in enumerate(STATISTICS):
+            at = measured.statistic(statistic)
+            bounds = numbers.bounds((at.low_ms, at.high_ms))
+            rows.append(("" if index else name, statistic, _value(at), bounds, at.reason))
+    head = ("model", "statistic", "value", "99 % bounds", "why there is no value")
+    return Grid("Statistics", head, tuple(rows), text=(0, 1, 4))
 
 
-def _ratio(session: Session, name: str, first: str) -> list[str]:
-    ratio = session.ratio(name, first)
-    return [numbers.ratio(ratio.center), "" if name == first else numbers.bounds((ratio.low, ratio.high), "x")]
+def _value(at: Percentile) -> str:
+    return "too few samples" if at.value_ms is None else numbers.ms(at.value_ms)
+
+
+def spread(measured: Measurement) -> str:
+    """Process-to-process spread in percent; a single process shows none."""
+    return numbers.share(measured.spread) if len(measured.processes) > 1 else "one process"
+
+
+def misses(measured: Measurement) -> str:
+    """Deadlines missed, of how many, when paced."""
+    counted = measured.deadline_misses
+    if counted is None:
+        return "–"
+    return f"{counted[0]} of {counted[1]} ({numbers.share(counted[0] / counted[1]) if counted[1] else '–'})"
+
+
+def protocol(session: Session) -> str:
+    """How it was measured, in one line."""
+    processes = max(len(m.processes) for m in session.measurements.values())
+    shapes = {(len(b.ns), b.ns.shape[1]) for m in session.measurements.values() for b in m.processes}
+    rounds = " to ".join(str(n) for n in sorted({min(r for r, _ in shapes), max(r for r, _ in shapes)}))
+    paces = {m.paced_ms for m in session.measurements.values() if m.paced_ms is not None}
+    mode = f"paced at {', '.join(f'{pace:g} ms' for pace in sorted(paces))}" if paces else "back to back"
+    threads = f"{session.spec.threads} thread{'s' if session.spec.threads > 1 else ''}"
+    spin = "spinning" if session.spec.spin else "no spinning"
+    how = f"{processes} processes x {rounds} rounds, {mode}, {threads}, {spin}, seed {session.seed}"
+    return f"protocol: {session.protocol}; {how}; {numbers.utc(session.started)}{_lasted(session)}"
+
+
+def _lasted(session: Session) -> str:
+    try:
+        spent = datetime.fromisoformat(session.ended) - datetime.fromisoformat(session.started)
+    except (ValueError, TypeError):
+        return ""
+    return f", {numbers.seconds(spent.total_seconds())}"
 
 
 def session_json(session: Session) -> dict[str, Any]:
     """The same as plain data; None stands for a bound or percentile that the samples do not allow."""
     first = next(iter(session.measurements))
-    return {
+    table = {
         "models": {name: _model(session, name, first) for name in session.measurements},
         "reference": first,
         "contaminated": session.contaminated,
+        "simulated": session.simulated,
+        "conditions": session.preflight.to_table(),
+        "protocol": protocol(session),
+        "mode": session.mode,
+        "seed": session.seed,
+        "started": session.started,
+        "ended": session.ended,
+        "spec": session.spec.model_dump(),
+        "telemetry": dict(session.telemetry),
         "device": session.fingerprint.to_table(),
     }
+    return dict(numbers.strict(table))
 
 
 def _model(session: Session, name: str, first: str) -> dict[str, Any]:
     measured, ratio = session.measurement(name), session.ratio(name, first)
-    told: dict[str, Any] = {"sha256": measured.sha256, "inferences": int(measured.pooled_ns.size)}
+    told: dict[str, Any] = {"sha256": measured.sha256, "runtime": measured.runtime}
+    told["inferences"] = int(measured.pooled_ns.size)
     told["ratio"] = ratio.center
-    told["ratio_bounds"] = [_finite(ratio.low), _finite(ratio.high)]
+    told["ratio_bounds"] = [_bound(ratio.low), ratio.high]
     for statistic in STATISTICS:
         at = measured.statistic(statistic)
-        told[f"{statistic}_ms"] = _finite(at.value_ms)
-        told[f"{statistic}_ms_bounds"] = [_finite(at.low_ms), _finite(at.high_ms)]
+        told[f"{statistic}_ms"] = at.value_ms
+        told[f"{statistic}_ms_bounds"] = [_bound(at.low_ms), at.high_ms]
+        told[f"{statistic}_reason"] = at.reason or None
+    told["processes"] = len(measured.processes)
+    told["process_p50_ms"] = [at.value_ms for at in measured.by_process("p50")]
+    told["spread"] = measured.spread if len(measured.processes) > 1 else None
+    told["flagged_share"] = measured.flagged_share
+    told["steady"] = measured.steady
+    told["drift"] = measured.drift
+    told["paced_ms"] = measured.paced_ms
+    counted = measured.deadline_misses
+    told["deadline_misses"] = None if counted is None else {"missed": counted[0], "inferences": counted[1]}
+    told["deadline_miss_ratio"] = measured.miss_ratio
     return told
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _bound(low: float) -> float | None:
+    return low if math.isfinite(low) and low > 0 else None
 
 
 def conditions_table(conditions: Iterable[Condition]) -> Table:
@@ -72,5 +165,5 @@ def conditions_table(conditions: Iterable[Condition]) -> Table:
     for condition in conditions:
         mark = "[green]ok[/]" if condition.ok else "[red]stop[/]" if condition.fatal else "[yellow]note[/]"
         why = "" if condition.ok else f"{condition.why}: {condition.mend}"
-        table.add_row(mark, escape(condition.name), escape(condition.value), escape(why))
+        table.add_row(mark, *(Text(printable(text)) for text in (condition.name, condition.value, why)))
     return table

@@ -2,13 +2,17 @@
 
     agent.py facts                      who the device is, as JSON
     agent.py state FOLDER               how busy, hot and full it is, as JSON
-    agent.py worker                     one process that holds models: JSON requests on stdin, JSON answers on stdout
+    agent.py worker NAME                one process that holds models (NAME is for people): JSON requests on stdin,
+                                        JSON answers on stdout
     agent.py drive JOB.json OUT.json    spawns workers and measures several models in turn (measurement.md, section 3)
     agent.py rows JOB.json OUT.json     many small models in turn in one process, for the latency table
+    agent.py layers JOB.json OUT.json   several models in turn under the runtime's profiler: what each layer takes
 
 The clock is read around a complete synchronous inference with pre-bound buffers, in the process that infers; no timing
-crosses a pipe. A block is a few untimed inferences, then the timed ones. In every round the models follow each other in
-a random order that the seed fixes. Results are written with fsync under their SHA-256.
+crosses a pipe. A block is a few untimed inferences, then the timed ones, back to back or one at every tick of a
+control period. In every round the models follow each other in a random order that the seed fixes. Results are written
+with fsync under their SHA-256. Every wait and every duration is counted on the monotonic clock: a clock of the day that
+jumps changes nothing.
 """
 
 import gc
@@ -30,6 +34,13 @@ PROTOCOL = "ort-interleaved-1"
 FLAG_SWITCHES = 5
 CLOCK_CHANGE = 0.01
 MAX_TIMED = 4096
+SPIN_NS = 200_000
+"""Longest spin before a tick. A sleeping process is woken 50 to 100 us late, which would pass for a late start."""
+SUSTAINED_BLOCK_NS = 100_000_000
+SUSTAINED_SAMPLES = 300_000
+"""Timed inferences of a model that a sustained process keeps, about; the others load the device untimed."""
+BUSY_CORES = 0.2
+WATCH_S = 0.3
 
 Table = Dict[str, Any]
 
@@ -237,14 +248,49 @@ def free_memory_mib() -> Optional[int]:
     return None
 
 
-def state(folder: str, watch_s: float = 0.3) -> Table:
+def process_ticks() -> Dict[int, int]:
+    """Process id -> processor ticks that it has used so far."""
+    found = {}
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        words = read_text(path).rpartition(")")[2].split()
+        if len(words) > 12:
+            found[int(path.split("/")[2])] = int(words[11]) + int(words[12])
+    return found
+
+
+def command_of(pid: int) -> str:
+    """Name of a process's program and of the script or module it runs; other arguments may hold secrets."""
+    words = [word for word in read_text("/proc/%d/cmdline" % pid).split("\x00") if word]
+    scripts = [word for word in words[1:] if not word.startswith("-") and word.endswith((".py", ".sh", ".pl", ".rb"))]
+    modules = words[2:3] if words[1:2] == ["-m"] else []
+    named = [os.path.basename(word) for word in words[:1] + (modules or scripts[:1])]
+    return " ".join(named) or read_text("/proc/%d/comm" % pid) or "unknown"
+
+
+def busy_processes(before: Dict[int, int], seconds: float) -> List[Table]:
+    """The other processes that used most processor time since `before`, `seconds` ago, busiest first, at most three."""
+    rate = seconds * os.sysconf("SC_CLK_TCK")
+    used = [((ticks - before[pid]) / rate, pid) for pid, ticks in process_ticks().items() if pid in before]
+    busy = sorted((each for each in used if each[0] >= BUSY_CORES and each[1] != os.getpid()), reverse=True)[:3]
+    return [{"pid": pid, "command": command_of(pid), "cores": round(cores, 2)} for cores, pid in busy]
+
+
+def throttle_counts() -> Dict[str, int]:
+    """Path of each hardware throttle counter -> how often it has moved since the system started."""
+    return {path: read_number(path) or 0 for path in throttle_paths()}
+
+
+def state(folder: str, watch_s: float = WATCH_S) -> Table:
     """What moves from one moment to the next; looks on for `watch_s` seconds. folder: where results will be written."""
+    begin, used, throttled = CLOCK(), process_ticks(), throttle_counts()
     first = processor_ticks()
     running = []
     for _ in range(15):
         time.sleep(watch_s / 15)
         running.append(processor_ticks()[2])
     last = processor_ticks()
+    busy = busy_processes(used, (CLOCK() - begin) * 1e-9)
+    counts = throttle_counts()
     ticks = last[0] - first[0]
     while not os.path.isdir(folder):
         folder = os.path.dirname(os.path.abspath(folder))
@@ -259,7 +305,9 @@ def state(folder: str, watch_s: float = 0.3) -> Table:
         "clocks": clocks(),
         "clocks_khz": [read_number(f + "/scaling_cur_freq") for f in clock_folders()],
         "temperatures": temperatures(),
-        "throttle": {path: read_number(path) or 0 for path in throttle_paths()},
+        "throttle": counts,
+        "throttle_moved": sum(counts.values()) - sum(throttled.values()),
+        "busy": busy,
         "memory_free_mib": free_memory_mib(),
         "disk_free_mib": int(disk.f_bavail * disk.f_frsize // 2**20),
         "folder": folder,
@@ -337,7 +385,8 @@ def error_text(error: BaseException) -> str:
 class Model(object):
     """An opened session with input and output buffers bound once.
 
-    options: threads, spin, providers, seed. Inputs are seeded noise of the declared shapes; a free batch axis is 1.
+    options: threads, spin, providers, seed; profile: the beginning of the path of the profiler's file, where the
+    runtime's profiler is to run. Inputs are seeded noise of the declared shapes; a free batch axis is 1.
     """
 
     def __init__(self, path: str, options: Table) -> None:
@@ -362,6 +411,9 @@ class Model(object):
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spin"] else "0")
+        if options.get("profile"):
+            settings.enable_profiling = True
+            settings.profile_file_prefix = options["profile"]
         self.session = ort.InferenceSession(path, settings, providers=asked)
         self.binding = self.session.io_binding()
         self._bind(options["seed"])
@@ -404,6 +456,47 @@ class Model(object):
             run(binding)
             out[i] = clock() - begin
         return out
+
+    def paced(self, dropped: int, timed: int, period_ns: int) -> Tuple[List[int], int]:
+        """Nanoseconds of `timed` inferences, one at each tick, after `dropped` untimed ones; and the deadline misses.
+
+        Ticks are the multiples of the period on the monotonic clock, which all processes of a machine share. The
+        process sleeps until shortly before a tick, as a control loop does: clocks fall and caches cool, which is what
+        pacing is to show and what spinning through the whole period would hide. Only the last moment, at most SPIN_NS
+        and a tenth of the period, is spun, since a sleep ends late. The nanoseconds are those of the inference alone;
+        it misses its deadline when it has not finished before the next tick, be it slow or late to start. The ticks
+        that it ran over are skipped.
+        """
+        run, binding, clock = self.session.run_with_iobinding, self.binding, CLOCK
+        spin = min(SPIN_NS, period_ns // 10)
+        out, missed, end = [0] * timed, 0, clock()
+        for i in range(-dropped, timed):
+            tick = (end // period_ns + 1) * period_ns
+            rest = tick - spin - clock()
+            if rest > 0:
+                time.sleep(rest * 1e-9)
+            begin = clock()
+            while begin < tick:
+                begin = clock()
+            run(binding)
+            end = clock()
+            if i >= 0:
+                out[i] = end - begin
+                missed += int(end >= tick + period_ns)
+        return out, missed
+
+    def check(self) -> None:
+        """Raise AgentError where the last inference left a value in an output that is no finite number."""
+        import numpy as np
+
+        for port, value in zip(self.session.get_outputs(), self.values[-len(self.session.get_outputs()) :]):
+            if not value.is_tensor() or value.data_type() not in ("tensor(float)", "tensor(float16)", "tensor(double)"):
+                continue
+            array = value.numpy()
+            wrong = int(array.size - np.count_nonzero(np.isfinite(array)))
+            if wrong:
+                text = "%d of %d values of its output '%s' are NaN or infinite" % (wrong, array.size, port.name)
+                raise AgentError("model", text)
 
     def warm(self, rule: Table) -> Table:
         """Infer until min_s and min_inferences are reached and two windows' medians differ by less than `steady`."""
@@ -516,13 +609,19 @@ def answer_request(request: Table, models: Dict[str, Model], watch: Watch) -> Ta
         quiet_collector()
         return {"opened": name}
     if verb == "warm":
-        return models[name].warm(request["rule"])
+        warmth = models[name].warm(request["rule"])
+        models[name].check()
+        return warmth
     if verb == "block":
+        dropped, timed, period_ns, missed = request["dropped"], request["timed"], request.get("period_ns", 0), 0
         before = watch.read()
-        ns = models[name].block(request["dropped"], request["timed"])
+        if period_ns:
+            ns, missed = models[name].paced(dropped, timed, period_ns)
+        else:
+            ns = models[name].block(dropped, timed)
         after = watch.read()
         moved = {key: after[key] - before[key] for key in ("switches", "throttle", "stops")}
-        return dict(moved, ns=ns, khz=[before["khz"], after["khz"]])
+        return dict(moved, ns=ns, missed=missed, khz=[before["khz"], after["khz"]])
     raise AgentError("job", "unknown request '%s'" % verb)
 
 
@@ -536,7 +635,7 @@ class Worker(object):
         self.name = name
         self.errors = tempfile.TemporaryFile()
         self.buffer = b""
-        command = [sys.executable, os.path.abspath(__file__), "worker"]
+        command = [sys.executable, os.path.abspath(__file__), "worker", name]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, env=environment)
 
@@ -552,9 +651,9 @@ class Worker(object):
     def receive(self, patience_s: float) -> Table:
         """The answer to the last request."""
         assert self.process.stdout is not None
-        pipe, end = self.process.stdout.fileno(), time.time() + patience_s
+        pipe, end = self.process.stdout.fileno(), time.monotonic() + patience_s
         while b"\n" not in self.buffer:
-            ready = select.select([pipe], [], [], max(0.0, end - time.time()))[0]
+            ready = select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]
             if not ready:
                 raise AgentError("late", "gave no answer within %.0f s" % patience_s, self.name)
             part = os.read(pipe, 1 << 16)
@@ -579,7 +678,7 @@ class Worker(object):
         said = self.errors.read().decode("utf-8", "replace").strip().splitlines()
         if code == -signal.SIGKILL:
             return AgentError("killed", "was killed by signal 9, as a system does that runs out of memory", self.name)
-        how = "ended by signal %d" % -code if code < 0 else "ended with code %d" % code
+        how = "crashed by signal %d (%s)" % (-code, signal_name(-code)) if code < 0 else "ended with code %d" % code
         return AgentError("lost", how + (": " + said[-1] if said else ""), self.name)
 
     def close(self) -> None:
@@ -595,34 +694,47 @@ class Worker(object):
                 pass
 
 
+def signal_name(number: int) -> str:
+    """A signal's name, as SIGSEGV."""
+    try:
+        return str(signal.Signals(number).name)
+    except ValueError:
+        return "unknown"
+
+
 def environment_of(job: Table) -> Dict[str, str]:
     """Environment of a worker: the thread counts of numerical libraries set to the job's."""
     threads = str(job["options"]["threads"])
     return dict(os.environ, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
 
 
-def plan_blocks(job: Table, medians: Dict[str, int], spent_s: float) -> Tuple[int, int, Dict[str, int]]:
+Plan = Tuple[int, int, Dict[str, int]]
+"""Rounds; untimed inferences at the start of a block; timed ones of each model."""
+
+
+def plan_blocks(job: Table, medians: Dict[str, int], spent_s: float) -> Plan:
     """Rounds, dropped and timed inferences a block, so that the session keeps to max_seconds.
 
     medians: ns of one inference of each model; spent_s: seconds that one process took to start and warm up. Blocks grow
-    until they hold block_min_ns of timed work. Where the cap is near, blocks shrink first, then the rounds, down to 3.
+    until they take block_min_ns. Where the cap is near, blocks shrink first, then the rounds, down to 3. In a paced
+    session an inference takes the whole periods that it needs, and every block may wait one tick for its first.
     """
     repeats, rounds, dropped = job["processes"], job["rounds"], job["dropped"]
-    timed = {
-        n: min(MAX_TIMED, max(job["timed"], -(-int(job["block_min_ns"]) // max(1, ns)))) for n, ns in medians.items()
-    }
-    turn_s = sum(medians.values()) * 1e-9
+    period = int(job.get("period_ns") or 0)
+    costs = {n: period * -(-ns // period) if period else max(1, ns) for n, ns in medians.items()}
+    timed = {n: min(MAX_TIMED, max(job["timed"], -(-int(job["block_min_ns"]) // ns))) for n, ns in costs.items()}
+    turn_s, idle_s = sum(costs.values()) * 1e-9, len(costs) * period * 1e-9
     left_s = job["max_seconds"] - repeats * spent_s
-    room_s = left_s / (repeats * rounds)
-    work_s = sum(timed[n] * medians[n] for n in medians) * 1e-9
+    room_s = left_s / (repeats * rounds) - idle_s
+    work_s = sum(timed[n] * costs[n] for n in costs) * 1e-9
     if dropped * turn_s + work_s <= room_s:
         return rounds, dropped, timed
     if dropped * turn_s >= 0.5 * room_s:
         dropped = min(dropped, 1)
     share = max(0.0, (room_s - dropped * turn_s) / work_s)
     timed = {n: max(1, int(timed[n] * share)) for n in timed}
-    least_s = sum((dropped + timed[n]) * medians[n] for n in medians) * 1e-9
-    if least_s > room_s:
+    least_s = sum((dropped + timed[n]) * costs[n] for n in costs) * 1e-9 + idle_s
+    if least_s > room_s + idle_s:
         rounds = int(left_s / (repeats * least_s))
     if rounds < 3:
         needed = repeats * (spent_s + 3 * least_s)
@@ -632,34 +744,77 @@ def plan_blocks(job: Table, medians: Dict[str, int], spent_s: float) -> Tuple[in
     return rounds, dropped, timed
 
 
+def plan_sustained(job: Table, medians: Dict[str, int], timed: Dict[str, int]) -> Tuple[Dict[str, int], Dict[str, int]]:
+    """Timed inferences of a block of the sustained process and the untimed ones added to it, by model.
+
+    Blocks are longer than in the other processes, since there are many; where more than SUSTAINED_SAMPLES of a model
+    would be kept, part of a block is untimed, so that the device is loaded all the same.
+    """
+    period = int(job.get("period_ns") or 0)
+    costs = {n: period * -(-ns // period) if period else max(1, ns) for n, ns in medians.items()}
+    whole = {n: min(MAX_TIMED, max(timed[n], -(-SUSTAINED_BLOCK_NS // costs[n]))) for n in timed}
+    rounds = max(1.0, job["sustained_s"] / (sum(whole[n] * costs[n] for n in whole) * 1e-9))
+    kept = {n: max(1, min(count, int(SUSTAINED_SAMPLES / rounds))) for n, count in whole.items()}
+    return kept, {n: whole[n] - kept[n] for n in whole}
+
+
 def drive(job: Table) -> Table:
-    """Measure the job's models in turn, in fresh processes for every repeat; raw results as a plain table."""
+    """Measure the job's models in turn, in fresh processes for every repeat; raw results as a plain table.
+
+    With sustained_s the first repeat's processes go on for that long: they begin cold, the others find the device hot.
+    """
     rng = random.Random(job["seed"])
     names = [model["name"] for model in job["models"]]
-    for model in job["models"]:
-        if sha256(model["path"]) != model["sha256"]:
-            raise AgentError("model", "is not the file that was sent: its SHA-256 differs", model["name"])
-    before = processor_ticks()
+    refuse_changed(job)
+    begin, before, warm = CLOCK(), processor_ticks(), temperatures()
     repeats: List[Table] = []
-    plan: Optional[Tuple[int, int, Dict[str, int]]] = None
+    plan: Optional[Plan] = None
+    medians: Dict[str, int] = {}
     for repeat in range(job["processes"]):
         workers: Dict[str, Worker] = {}
         try:
-            begin = time.time()
+            woken = CLOCK()
             warmups = start_workers(job, workers, rng, repeat)
             if plan is None:
                 medians = {name: int(warmups[name]["windows_ns"][-1]) for name in names}
-                plan = plan_blocks(job, medians, time.time() - begin)
-            repeats.append(run_rounds(job, workers, warmups, plan, rng, repeat))
+                plan = plan_blocks(job, medians, (CLOCK() - woken) * 1e-9)
+            turns = Turns(job, plan, repeat, begin)
+            if job.get("sustained_s") and not repeat:
+                turns.sustain(job["sustained_s"], *plan_sustained(job, medians, plan[2]))
+            repeats.append(turns.run(workers, warmups, rng))
         finally:
             for worker in workers.values():
                 worker.close()
-    after = processor_ticks()
-    ticks = max(1, after[0] - before[0])
-    telemetry = {"steal_percent": 100.0 * (after[1] - before[1]) / ticks, "load_end": os.getloadavg()[0]}
     assert plan is not None
     flag(repeats, names)
-    return {"repeats": repeats, "rounds": plan[0], "dropped": plan[1], "timed": plan[2], "telemetry": telemetry}
+    return {
+        "repeats": repeats,
+        "rounds": plan[0],
+        "dropped": plan[1],
+        "timed": plan[2],
+        "telemetry": telemetry(begin, before, warm),
+    }
+
+
+def refuse_changed(job: Table) -> None:
+    """Raise AgentError where a model's file is not the one that the job means."""
+    for model in job["models"]:
+        if sha256(model["path"]) != model["sha256"]:
+            raise AgentError("model", "is not the file that was sent: its SHA-256 differs", model["name"])
+
+
+def telemetry(begin: int, before: Tuple[int, int, int], warm: Dict[str, float]) -> Dict[str, float]:
+    """What was seen of the machine over a session that began at `begin` ns with these ticks and temperatures."""
+    after, hot = processor_ticks(), temperatures()
+    ticks = max(1, after[0] - before[0])
+    seen = {
+        "seconds": (CLOCK() - begin) * 1e-9,
+        "steal_percent": 100.0 * (after[1] - before[1]) / ticks,
+        "load_end": os.getloadavg()[0],
+    }
+    if warm and hot:
+        seen.update(hottest_start_c=max(warm.values()), hottest_end_c=max(hot.values()))
+    return seen
 
 
 def start_workers(job: Table, workers: Dict[str, Worker], rng: random.Random, repeat: int) -> Dict[str, Table]:
@@ -677,35 +832,59 @@ def start_workers(job: Table, workers: Dict[str, Worker], rng: random.Random, re
     for position, model in enumerate(order):
         name = model["name"]
         warmups[name] = workers[name].ask({"do": "warm", "name": name, "rule": job["warmup"]}, patience)
-        tell({"event": "progress", "done": (repeat + 0.4 * (position + 1) / len(order)) / job["processes"]})
+        tell({"event": "progress", "done": share(job, repeat, 0.4 * (position + 1) / len(order))})
     return warmups
 
 
-def run_rounds(
-    job: Table,
-    workers: Dict[str, Worker],
-    warmups: Dict[str, Table],
-    plan: Tuple[int, int, Dict[str, int]],
-    rng: random.Random,
-    repeat: int,
-) -> Table:
-    """One repeat: every round gives each model one block, in random order."""
-    rounds, dropped, timed = plan
-    names = [model["name"] for model in job["models"]]
-    position = {name: index for index, name in enumerate(names)}
-    blocks: Dict[str, List[Table]] = {name: [] for name in names}
-    order, told = [], time.time()
-    for turn in range(rounds):
-        ranked = list(names)
-        rng.shuffle(ranked)
-        order.append([position[name] for name in ranked])
-        for name in ranked:
-            request = {"do": "block", "name": name, "dropped": dropped, "timed": timed[name]}
-            blocks[name].append(workers[name].ask(request, job["patience_s"]))
-        if time.time() - told > 1.0:
-            told = time.time()
-            tell({"event": "progress", "done": (repeat + 0.4 + 0.6 * (turn + 1) / rounds) / job["processes"]})
-    return {"order": order, "warmups": warmups, "blocks": blocks}
+def share(job: Table, repeat: int, done: float) -> float:
+    """Done share of a job when `done` of a repeat is; the sustained one weighs by its time."""
+    each, longer = job["max_seconds"] / job["processes"], job.get("sustained_s", 0.0)
+    before = repeat * each + (longer if repeat else 0.0)
+    return float((before + done * (each + (0.0 if repeat else longer))) / (job["max_seconds"] + longer))
+
+
+class Turns(object):
+    """One repeat: every round gives each model one block, in random order.
+
+    begin: when the session began, ns; a block's `started` counts from there.
+    """
+
+    def __init__(self, job: Table, plan: Plan, repeat: int, begin: int) -> None:
+        self.rounds, self.dropped, self.timed = plan
+        self.names = [model["name"] for model in job["models"]]
+        self.untimed = dict.fromkeys(self.names, 0)
+        self.period_ns, self.patience_s = int(job.get("period_ns") or 0), job["patience_s"]
+        self.job, self.repeat, self.begin = job, repeat, begin
+        self.least_ns = 0
+
+    def sustain(self, seconds: float, timed: Dict[str, int], untimed: Dict[str, int]) -> None:
+        """Go on for so many seconds in blocks of their own size, whatever the rounds."""
+        self.least_ns, self.rounds, self.timed, self.untimed = int(seconds * 1e9), 1, timed, untimed
+
+    def run(self, workers: Dict[str, Worker], warmups: Dict[str, Table], rng: random.Random) -> Table:
+        """Do the rounds and give back their order and blocks."""
+        position = {name: index for index, name in enumerate(self.names)}
+        blocks: Dict[str, List[Table]] = {name: [] for name in self.names}
+        order: List[List[int]] = []
+        first = told = CLOCK()
+        while len(order) < self.rounds or CLOCK() - first < self.least_ns:
+            ranked = list(self.names)
+            rng.shuffle(ranked)
+            order.append([position[name] for name in ranked])
+            for name in ranked:
+                started = CLOCK() - self.begin
+                blocks[name].append(dict(self.block(workers[name]), started=started))
+            if CLOCK() - told > 1e9:
+                told = CLOCK()
+                done = min(1.0, (told - first) / self.least_ns) if self.least_ns else len(order) / self.rounds
+                tell({"event": "progress", "done": share(self.job, self.repeat, 0.4 + 0.6 * done)})
+        return {"order": order, "warmups": warmups, "blocks": blocks, "timed": self.timed, "untimed": self.untimed}
+
+    def block(self, worker: Worker) -> Table:
+        """One block of a worker's model."""
+        dropped, timed = self.dropped + self.untimed[worker.name], self.timed[worker.name]
+        request = {"do": "block", "name": worker.name, "dropped": dropped, "timed": timed, "period_ns": self.period_ns}
+        return worker.ask(request, self.patience_s + 2e-9 * self.period_ns * (dropped + timed))
 
 
 def flag(repeats: List[Table], names: Sequence[str]) -> None:
@@ -752,6 +931,65 @@ def rows(job: Table) -> Table:
     return {"rows": times[:rows_end], "reference": times[rows_end:]}
 
 
+# --- layers: what the runtime's profiler says ----------------------------------------------------------------------
+
+
+def layers(job: Table, folder: str) -> Table:
+    """Milliseconds of every layer of every model per inference, as the runtime's profiler counts them.
+
+    In each turn every model, in random order, gets a fresh session that is profiled over `runs` inferences; a layer's
+    number is the median over turns of its mean in a turn, so that one disturbed turn moves none. The profiler slows the
+    run by a third to a half and counts whole microseconds: the numbers tell layers apart and are no latency.
+    """
+    refuse_changed(job)
+    rng = random.Random(job["seed"])
+    models = list(job["models"])
+    seen: Dict[str, List[Dict[Tuple[str, str], float]]] = {model["name"]: [] for model in models}
+    for turn in range(job["turns"]):
+        rng.shuffle(models)
+        for model in models:
+            seen[model["name"]].append(profiled(model, job, os.path.join(folder, "profile")))
+        tell({"event": "progress", "done": (turn + 1) / job["turns"]})
+    return {"layers": {name: typical(turns) for name, turns in seen.items()}}
+
+
+def profiled(model: Table, job: Table, prefix: str) -> Dict[Tuple[str, str], float]:
+    """One profiled session of a model: (name, operator) of a layer -> its ms per inference, in order of execution."""
+    opened = Model(model["path"], dict(job["options"], profile=prefix))
+    opened.block(job["dropped"], job["runs"])
+    path = opened.session.end_profiling()
+    try:
+        with open(path, "rb") as file:
+            events = json.loads(file.read().decode("utf-8", "replace"))
+    except (OSError, ValueError):
+        raise AgentError("disk", "the runtime's profile '%s' is cut off, as on a full disk" % path) from None
+    finally:
+        if os.path.exists(path):
+            os.remove(path)
+    return layer_times(events, job["runs"])
+
+
+def layer_times(events: Sequence[Table], runs: int) -> Dict[Tuple[str, str], float]:
+    """(name, operator) of a layer -> its ms per inference over the last `runs` inferences of a profile."""
+    begins = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+    end = "_kernel_time"
+    found: Dict[Tuple[str, str], float] = {}
+    for event in sorted((e for e in events if e.get("cat") == "Node"), key=lambda e: int(e["ts"])):
+        if event["name"].endswith(end) and event["ts"] >= begins[-runs]:
+            key = (event["name"][: -len(end)], event["args"]["op_name"])
+            found[key] = found.get(key, 0.0) + event["dur"] * 1e-3 / runs
+    return found
+
+
+def typical(turns: Sequence[Dict[Tuple[str, str], float]]) -> List[Table]:
+    """Layers of the first turn with their median over turns."""
+    found = []
+    for key in turns[0]:
+        middle = median([int(round(turn.get(key, 0.0) * 1e6)) for turn in turns])
+        found.append({"name": key[0], "op": key[1], "ms": middle * 1e-6})
+    return found
+
+
 # --- command line --------------------------------------------------------------------------------------------------
 
 
@@ -768,7 +1006,10 @@ def run_job(verb: str, job_path: str, out_path: str) -> int:
     if job.get("tied"):
         die_with_parent()
     try:
-        table = drive(job) if verb == "drive" else rows(job)
+        if verb == "layers":
+            table = layers(job, os.path.dirname(os.path.abspath(out_path)))
+        else:
+            table = drive(job) if verb == "drive" else rows(job)
         digest = write_result(out_path, table)
     except AgentError as error:
         tell(error.to_table())
@@ -784,7 +1025,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one verb; exit code 2 for a wrong command line."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != here]
-    if list(arguments) == ["worker"]:
+    if len(arguments) == 2 and arguments[0] == "worker":
         return worker()
     if list(arguments) == ["facts"]:
         tell(facts("onnxruntime"))
@@ -792,7 +1033,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) == 2 and arguments[0] == "state":
         tell(state(arguments[1]))
         return 0
-    if len(arguments) == 3 and arguments[0] in ("drive", "rows"):
+    if len(arguments) == 3 and arguments[0] in ("drive", "rows", "layers"):
         return run_job(*arguments)
     sys.stderr.write(str(__doc__) + "\n")
     return 2

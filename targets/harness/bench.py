@@ -27,7 +27,7 @@ from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import MeasureSpec
 from targets.harness import agent
 from targets.harness.device import Fingerprint, Preflight
-from targets.harness.measurement import Measurement, Session, block_from_table
+from targets.harness.measurement import Measurement, Session, block_from_table, pace_of
 
 AGENT = Path(agent.__file__)
 PROCESS_SAMPLES = 720
@@ -35,9 +35,13 @@ PROCESS_SAMPLES = 720
 WINDOW_S = 0.5
 RANK_WINDOW_S = 0.1
 RANK_WARMUP_MAX_S = 2.0
+WARMUP_MAX = 10.0
+"""A process that is not steady after this many times the shortest warm-up is measured as it is, and said to be so."""
 PATIENCE_S = 120.0
 REFERENCE_SESSIONS = 5
 ROW_BLOCK_NS = 400_000
+LAYER_TURNS, LAYER_DROPPED, LAYER_RUNS = 6, 3, 10
+"""Profiled sessions of each model; untimed and profiled inferences in each."""
 Mode = Literal["rank", "accept"]
 Table = dict[str, Any]
 
@@ -71,7 +75,7 @@ def warmup_rule(spec: MeasureSpec, mode: Mode) -> Table:
             **rule,
             "min_s": spec.warmup_s,
             "window_s": min(WINDOW_S, max(0.02, spec.warmup_s / 2)),
-            "max_s": spec.warmup_max_s,
+            "max_s": min(spec.warmup_max_s, max(RANK_WARMUP_MAX_S, WARMUP_MAX * spec.warmup_s)),
         }
     shorter = min(spec.warmup_s, 2 * RANK_WINDOW_S)
     return {
@@ -85,22 +89,46 @@ def warmup_rule(spec: MeasureSpec, mode: Mode) -> Table:
 def drive_job(
     artifacts: Mapping[str, Path], hashes: Mapping[str, str], spec: MeasureSpec, mode: Mode, providers: Sequence[str]
 ) -> Table:
-    """The job of a measuring session."""
+    """The job of a measuring session; in a sustained one the first process of each model is the long one."""
     accept = mode == "accept"
     rounds = spec.accept_rounds if accept else spec.rank_rounds
     return {
-        "models": [
-            {"name": name, "path": str(path.resolve()), "sha256": hashes[name]} for name, path in artifacts.items()
-        ],
+        "models": _models(artifacts, hashes),
         "processes": spec.accept_processes if accept else spec.rank_processes,
         "rounds": rounds,
         "dropped": spec.block_dropped,
         "timed": max(spec.block_timed, -(-PROCESS_SAMPLES // rounds)) if accept else spec.block_timed,
         "block_min_ns": round(spec.block_min_ms * 1e6),
+        "period_ns": round((spec.paced_ms or 0.0) * 1e6),
+        "sustained_s": spec.sustained_s if accept else 0.0,
         "max_seconds": spec.max_seconds,
         "warmup": warmup_rule(spec, mode),
         "options": _options(spec, providers),
         "patience_s": PATIENCE_S,
+        "seed": spec.seed,
+        "tied": True,
+    }
+
+
+def _models(artifacts: Mapping[str, Path], hashes: Mapping[str, str]) -> list[Table]:
+    return [{"name": name, "path": str(path.resolve()), "sha256": hashes[name]} for name, path in artifacts.items()]
+
+
+def session_limit_s(spec: MeasureSpec) -> float:
+    """Seconds after which a session has gone astray."""
+    return 2.0 * spec.max_seconds + spec.sustained_s + 300.0
+
+
+def layers_job(
+    artifacts: Mapping[str, Path], hashes: Mapping[str, str], spec: MeasureSpec, providers: Sequence[str]
+) -> Table:
+    """The job of asking the runtime's profiler for the time of every layer."""
+    return {
+        "models": _models(artifacts, hashes),
+        "turns": LAYER_TURNS,
+        "dropped": LAYER_DROPPED,
+        "runs": LAYER_RUNS,
+        "options": _options(spec, providers),
         "seed": spec.seed,
         "tied": True,
     }
@@ -127,10 +155,18 @@ def rows_job(
 
 def protocol(spec: MeasureSpec, mode: Mode, result: Mapping[str, Any]) -> str:
     """One line that says how the numbers were taken."""
-    timed = ",".join(str(count) for count in sorted(set(result["timed"].values())))
     flags = f"threads={spec.threads} spin={int(spec.spin)} inter=1 sequential optimisation=all"
-    blocks = f"{len(result['repeats'])}x{result['rounds']} blocks of {result['dropped']}+{timed}"
-    return f"{agent.PROTOCOL} {mode} back-to-back {blocks} {flags}"
+    blocks = f"{len(result['repeats'])}x{result['rounds']} blocks of {result['dropped']}+{_counts(result['timed'])}"
+    if spec.sustained_s and mode == "accept":
+        first = result["repeats"][0]
+        untimed = {name: result["dropped"] + count for name, count in first["untimed"].items()}
+        blocks += f", the first 1x{len(first['order'])} of {_counts(untimed)}+{_counts(first['timed'])}"
+    return f"{agent.PROTOCOL} {mode} {pace_of(spec, mode)} {blocks} {flags}"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """The counts of all models without repetition, e.g. `12` or `12,250`."""
+    return ",".join(str(count) for count in sorted(set(counts.values())))
 
 
 def session_of(result: Mapping[str, Any], hashes: Mapping[str, str], setting: Setting) -> Session:
@@ -139,7 +175,11 @@ def session_of(result: Mapping[str, Any], hashes: Mapping[str, str], setting: Se
     names = list(hashes)
     measurements = {
         name: Measurement(
-            name, hashes[name], runtime, tuple(block_from_table(_block_table(r, name)) for r in result["repeats"])
+            name,
+            hashes[name],
+            runtime,
+            tuple(block_from_table(_block_table(r, name)) for r in result["repeats"]),
+            setting.spec.paced_ms,
         )
         for name in names
     }
@@ -167,6 +207,8 @@ def _block_table(repeat: Mapping[str, Any], name: str) -> Table:
         "flagged": [block["flagged"] for block in blocks],
         "switches": [block["switches"] for block in blocks],
         "quota_stops": [block["stops"] for block in blocks],
+        "misses": [block["missed"] for block in blocks],
+        "started_ns": [block["started"] for block in blocks],
         "warmup": repeat["warmups"][name],
     }
 
@@ -175,7 +217,7 @@ def _block_table(repeat: Mapping[str, Any], name: str) -> Table:
 
 
 def run_agent(
-    verb: Literal["drive", "rows"],
+    verb: Literal["drive", "rows", "layers"],
     job: Table,
     folder: Path,
     limit_s: float,
@@ -302,6 +344,9 @@ def _mendable(event: Mapping[str, Any], job: Mapping[str, Any]) -> DeployError:
         return DeployError(f"{message}.", "free space or choose another folder.")
     if kind == "killed":
         hint = "free memory, or measure fewer networks at once."
+        return DeployError(f"the measuring process of '{name}' {message}.", hint)
+    if message.startswith("crashed"):
+        hint = "measure it alone; if it crashes again, export the network again or use another runtime version."
         return DeployError(f"the measuring process of '{name}' {message}.", hint)
     if kind in ("lost", "late"):
         return DeployError(f"the measuring process of '{name}' {message}.", "deploy doctor")

@@ -1,27 +1,60 @@
 """Whether a candidate became slower than its baseline: three arms, two stages, a control, and what it could have seen.
 
 Arms of a session: the baseline A, the baseline again A', the candidate B, in fresh processes, in turn (measurement.md,
-section 4). All bounds are one-sided 99 % t bounds over processes.
+section 4). e_i is the median over rounds of log(block of B / block of A) in process triple i, [L, U] its two one-sided
+99 % t bounds over the R triples (`Session.ratio`); the same of the blocks' 10th percentiles is `Stage.low`.
+
+- Control first: the stage says nothing where A' differs from A, or scatters, by more than is tolerated.
+- Stage 1 screens: pass where U < 1 + fail, L <= 1 + warn and no tail rose. Anything else is measured again.
+- Stage 2, twice the processes and none of stage 1's data: fail where L > 1 + fail at the median and L > 1 + fail_low at
+  the 10th percentile, or where the same tail rose in both stages; else warn where L > 1 + warn; else improved where
+  U < 1 / (1 + warn); else pass where U < 1 + fail; else undecided.
+
+A bound that excludes no change is not enough: in replays that alone gave 5.7 % false alarms, a smallest effect beside
+it gave none. The smallest slowdown that a stage warns of in four of five nights is
+log(1 + warn) + (t(.99, R-1) + t(.80, R-1)) sd / sqrt(R), which is log(1 + warn) + 3.9 sd / sqrt(8) at R = 8.
+
+Every control arm is kept as a `Control` and judged as though it were a candidate: what is said of it is false, so the
+tolerances are widened where that happens too often.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Literal
 
-from targets.harness.measurement import Interval
+from scipy import stats
+
+from profiles.schema import Budget, CheckSpec
+from targets.harness.measurement import CONFIDENCE, CONTAMINATED, STOPPED, Interval, Measurement, Session, Statistic
 
 BASELINE, AGAIN, CANDIDATE = "baseline", "baseline again", "candidate"
 
 Outcome = Literal["pass", "warn", "fail", "improved", "undecided", "inconclusive"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "warn": 0, "fail": 3, "improved": 0, "undecided": 4, "inconclusive": 4}
 
+PROCESSES = 3
+"""Fewer give bounds that say nothing: t(.99, 1) is 32."""
+POWER = 0.80
+MISS_P = 1e-3
+"""Largest p-value of Fisher's exact test for a rise of the deadline misses."""
+FALSE_ALARMS = 0.01
+"""Share of control arms that may be taken for a change before the tolerances widen."""
+CONTROLS = 20
+"""Fewer controls show no rate."""
+SURE = 0.05
+"""A recorded rate counts as above `FALSE_ALARMS` where that many alarms are less likely than this at that rate."""
+
 
 @dataclass(frozen=True)
 class Tail:
-    """One statistic of the tail, candidate over A'. name: mean, p99 or deadline misses; risen: beyond its tolerance.
+    """One statistic of the tail, candidate over A'. name: mean, p99, deadline misses or budget; risen: see `_tails`.
 
-    For deadline misses the interval holds the two ratios: center of B, low of A', high the p-value of the rise.
+    For deadline misses the interval holds the two ratios: center of B, low of A', high the p-value of the rise. For a
+    budget ("budget 8ms@p90") it is the candidate's declared percentile with its bounds over the limit.
     """
 
     name: str
@@ -30,11 +63,51 @@ class Tail:
 
 
 @dataclass(frozen=True)
+class Control:
+    """What the ledger keeps of one stage's control arm: bounds of log(A' / A), n processes, number of the stage.
+
+    center, low, high: at the median; p10_*: of the blocks' 10th percentiles; mean_low, p99_low: lower bounds of the
+    tails, None where there were too few samples.
+    """
+
+    center: float
+    low: float
+    high: float
+    p10_center: float
+    p10_low: float
+    p10_high: float
+    mean_low: float | None
+    p99_low: float | None
+    n: int
+    stage: int = 1
+
+    @property
+    def ratio(self) -> Interval:
+        """A' / A at the median; its scatter is not kept."""
+        return Interval(math.exp(self.center), math.exp(self.low), math.exp(self.high), 0.0, self.n)
+
+    @property
+    def low_ratio(self) -> Interval:
+        """A' / A of the blocks' 10th percentiles."""
+        return Interval(math.exp(self.p10_center), math.exp(self.p10_low), math.exp(self.p10_high), 0.0, self.n)
+
+    def to_table(self) -> dict[str, Any]:
+        """Plain form, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any]) -> Control:
+        """Inverse of `to_table`."""
+        return cls(**table)
+
+
+@dataclass(frozen=True)
 class Stage:
     """What one stage showed. Ratios are candidate / baseline; control is baseline again / baseline.
 
-    low: of the blocks' 10th percentiles. detectable: smallest slowdown that this stage would have found, as a share.
-    spoilt: why the stage says nothing, "" where it does.
+    low: of the blocks' 10th percentiles. tails: those with enough samples. detectable: smallest slowdown that this
+    stage would have found, as a share. spoilt: why the stage says nothing, "" where it does. again: the control arm for
+    the ledger, None where something else than the control itself spoilt the stage.
     """
 
     number: int
@@ -45,6 +118,7 @@ class Stage:
     detectable: float
     spoilt: str
     seconds: float
+    again: Control | None = None
 
 
 @dataclass(frozen=True)
@@ -59,3 +133,324 @@ class Verdict:
     def exit_code(self) -> int:
         """0, 3 for a fail, 4 where nothing can be said."""
         return EXIT_CODES[self.outcome]
+
+
+# --- one stage -----------------------------------------------------------------------------------------------------
+
+
+def stage(session: Session, number: int, spec: CheckSpec, budget: Budget | None, seconds: float) -> Stage:
+    """What a session of the three arms shows. budget: the device's, judged where it is absolute.
+
+    Raises UsageError where an arm is missing.
+    """
+    ratio, control = session.ratio(CANDIDATE, BASELINE), session.ratio(AGAIN, BASELINE)
+    disturbed = _disturbed(session)
+    return Stage(
+        number=number,
+        ratio=ratio,
+        low=session.low_ratio(CANDIDATE, BASELINE),
+        control=control,
+        tails=_tails(session, spec, budget),
+        detectable=detectable(ratio, control, spec),
+        spoilt=disturbed or unlike(control, spec),
+        seconds=seconds,
+        again=None if disturbed else _control(session, control, number),
+    )
+
+
+def detectable(ratio: Interval, control: Interval, spec: CheckSpec) -> float:
+    """Smallest slowdown that a stage warns of in four of five nights, as a share; infinite for one process."""
+    if ratio.n < 2:
+        return math.inf
+    sd = max(ratio.sd, control.sd)
+    return math.expm1(math.log1p(spec.warn) + _reach(ratio.n) * sd / math.sqrt(ratio.n))
+
+
+@cache
+def _reach(processes: int) -> float:
+    return float(stats.t.ppf(CONFIDENCE, processes - 1) + stats.t.ppf(POWER, processes - 1))
+
+
+def unlike(control: Interval, spec: CheckSpec) -> str:
+    """Why the baseline is too little like itself to judge by, "" where it is not."""
+    if control.low > 1.0 + spec.control or control.high < 1.0 / (1.0 + spec.control):
+        return f"the baseline differs from itself: {_shift(control)}, beyond {_percent(spec.control)}"
+    if control.sd > spec.control_sd:
+        return f"the baseline scatters by {_percent(control.sd)} between processes, beyond {_percent(spec.control_sd)}"
+    return ""
+
+
+def _disturbed(session: Session) -> str:
+    """Why the session says nothing, whatever its ratios are, "" where it does.
+
+    A quota that stops the candidate alone, and a warm-up of the candidate alone that never became steady, are its own
+    trouble: they show in its tail and in its scatter. Those of a baseline arm leave nothing to compare with.
+    """
+    arms = {name: session.measurement(name) for name in (BASELINE, AGAIN, CANDIDATE)}
+    fewest = min(len(arm.processes) for arm in arms.values())
+    if fewest < PROCESSES:
+        return f"{fewest} processes of an arm were measured, bounds need {PROCESSES}"
+    if arms[BASELINE].sha256 != arms[AGAIN].sha256 or len({arm.runtime for arm in arms.values()}) > 1:
+        return "the arms were not measured under the same runtime, or the baseline's two are not the same file"
+    for name in (BASELINE, AGAIN):
+        if arms[name].stopped_share > STOPPED:
+            return f"a processor quota stopped the {name} in {_percent(arms[name].stopped_share)} of its blocks"
+    if session.contaminated:
+        share = max(m.flagged_share for m in session.measurements.values())
+        return f"{_percent(share)} of the blocks of an arm were disturbed, beyond {_percent(CONTAMINATED)}"
+    for name in (BASELINE, AGAIN):
+        unsteady = sum(not block.warmup.steady for block in arms[name].processes)
+        if unsteady > CONTAMINATED * len(arms[name].processes):
+            return f"{unsteady} of {len(arms[name].processes)} processes of the {name} never became steady"
+    return ""
+
+
+def _control(session: Session, control: Interval, number: int) -> Control:
+    low = session.low_ratio(AGAIN, BASELINE)
+    mean, p99 = session.ratio(AGAIN, BASELINE, "mean").low, session.ratio(AGAIN, BASELINE, "p99").low
+    return Control(
+        center=math.log(control.center),
+        low=math.log(control.low),
+        high=math.log(control.high),
+        p10_center=math.log(low.center),
+        p10_low=math.log(low.low),
+        p10_high=math.log(low.high),
+        mean_low=math.log(mean) if mean > 0 else None,
+        p99_low=math.log(p99) if p99 > 0 else None,
+        n=control.n,
+        stage=number,
+    )
+
+
+# --- the tail ------------------------------------------------------------------------------------------------------
+
+
+def _tails(session: Session, spec: CheckSpec, budget: Budget | None) -> tuple[Tail, ...]:
+    """Every tail with enough samples. Risen: mean and p99 where the lower bound over A' is beyond the tolerance."""
+    b, again = session.measurement(CANDIDATE), session.measurement(AGAIN)
+    limits: tuple[tuple[Statistic, float], ...] = (("mean", spec.tail_mean), ("p99", spec.tail_p99))
+    ratios = [(name, session.ratio(CANDIDATE, AGAIN, name), limit) for name, limit in limits]
+    tails = [Tail(name, ratio, ratio.low > 1.0 + limit) for name, ratio, limit in ratios if ratio.low > 0.0]
+    misses, before = b.deadline_misses, again.deadline_misses
+    if misses is not None and before is not None:
+        tails.append(_miss_tail(misses, before, spec, len(b.processes)))
+    if budget is not None and budget.limit_ms is not None:
+        tails.append(_budget_tail(session, b, again, budget, budget.limit_ms))
+    return tuple(tails)
+
+
+def _miss_tail(misses: tuple[int, int], before: tuple[int, int], spec: CheckSpec, processes: int) -> Tail:
+    """Deadline misses, (missed, inferences): risen where the rise is large enough and Fisher's exact test sees it."""
+    share, old = misses[0] / misses[1], before[0] / before[1]
+    table = [[misses[0], misses[1] - misses[0]], [before[0], before[1] - before[0]]]
+    p = float(stats.fisher_exact(table, alternative="greater").pvalue)
+    return Tail(
+        "deadline misses", Interval(share, old, p, 0.0, processes), p < MISS_P and share - old >= spec.miss_points
+    )
+
+
+def _budget_tail(session: Session, b: Measurement, again: Measurement, budget: Budget, limit_ms: float) -> Tail:
+    """The declared percentile against an absolute budget.
+
+    Risen where the candidate's upper bound is above the limit, the baseline's is not, and the paired ratio shows the
+    candidate slower: a limit that the baseline misses too tonight, or that two equal networks straddle, is no fault of
+    the candidate's.
+    """
+    own, old = b.statistic(budget.percentile), again.statistic(budget.percentile)
+    crossed = own.high_ms > limit_ms >= old.high_ms
+    risen = crossed and session.ratio(CANDIDATE, AGAIN, budget.percentile).low > 1.0
+    center = own.value_ms if own.value_ms is not None else own.low_ms
+    interval = Interval(center / limit_ms, own.low_ms / limit_ms, own.high_ms / limit_ms, 0.0, len(b.processes))
+    return Tail(f"budget {budget}", interval, risen)
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def screen(stage1: Stage, spec: CheckSpec) -> Verdict | None:
+    """Pass or inconclusive after stage 1, None where stage 2 has to decide.
+
+    Inconclusive is worth one immediate retry with another seed: measure stage 1 again and screen that.
+    """
+    if stage1.spoilt:
+        return _inconclusive(stage1, (stage1,))
+    if _clear(stage1.ratio, spec) and not any(tail.risen for tail in stage1.tails):
+        return Verdict("pass", _reason("pass", stage1, spec), (stage1,))
+    return None
+
+
+def confirm(stage1: Stage, stage2: Stage, spec: CheckSpec) -> Verdict:
+    """The verdict after both stages; stage 1 only adds that a tail rose there too.
+
+    Inconclusive where stage 2 is spoilt: measure it again, once, and confirm with that.
+    """
+    stages = (stage1, stage2)
+    for each in stages:
+        if each.spoilt:
+            return _inconclusive(each, stages)
+    risen = _reproduced(stage1, stage2)
+    outcome = _decide(stage2.ratio, stage2.low, bool(risen), spec)
+    return Verdict(outcome, _reason(outcome, stage2, spec, risen), stages)
+
+
+def _clear(ratio: Interval, spec: CheckSpec) -> bool:
+    """Whether stage 1 alone suffices: surely no failure, no sign of a warning, none of an improvement."""
+    return ratio.high < 1.0 + spec.fail and ratio.low <= 1.0 + spec.warn and ratio.high >= 1.0 / (1.0 + spec.warn)
+
+
+def _decide(ratio: Interval, low: Interval, tail: bool, spec: CheckSpec) -> Outcome:
+    if tail or (ratio.low > 1.0 + spec.fail and low.low > 1.0 + spec.fail_low):
+        return "fail"
+    if ratio.low > 1.0 + spec.warn:
+        return "warn"
+    if ratio.high < 1.0 / (1.0 + spec.warn):
+        return "improved"
+    return "pass" if ratio.high < 1.0 + spec.fail else "undecided"
+
+
+def _reproduced(stage1: Stage, stage2: Stage) -> tuple[Tail, ...]:
+    """Tails of stage 2 that rose in both stages."""
+    before = {tail.name for tail in stage1.tails if tail.risen}
+    return tuple(tail for tail in stage2.tails if tail.risen and tail.name in before)
+
+
+# --- sentences -----------------------------------------------------------------------------------------------------
+
+
+def _inconclusive(spoilt: Stage, stages: tuple[Stage, ...]) -> Verdict:
+    return Verdict("inconclusive", f"stage {spoilt.number} says nothing: {spoilt.spoilt}.", stages)
+
+
+def _reason(outcome: Outcome, last: Stage, spec: CheckSpec, risen: Sequence[Tail] = ()) -> str:
+    says = {
+        "pass": f"no slowdown beyond {_percent(spec.fail)}: {_shift(last.ratio)}",
+        "warn": f"slower, though not shown to fail: {_shift(last.ratio)}, beyond {_percent(spec.warn)}",
+        "fail": f"slower: {_shift(last.ratio)}, beyond {_percent(spec.fail)}, {_shift(last.low, 'the fastest tenth')}",
+        "improved": f"faster: {_shift(last.ratio)}; accept it as the baseline to hold it to that",
+        "undecided": f"not decided: {_shift(last.ratio)} may be beyond {_percent(spec.fail)} or not",
+    }[outcome]
+    if risen:
+        says = f"slower in both stages: {', '.join(_tail_says(tail) for tail in risen)}; {_shift(last.ratio)}"
+    alone = [tail.name for tail in last.tails if tail.risen and tail not in risen]
+    once = f"; {' and '.join(alone)} rose in stage {last.number} alone" if alone else ""
+    few = "" if any(tail.name == "p99" for tail in last.tails) else "; too few inferences to judge p99"
+    return f"{says}{once}{few}; a slowdown of {_percent(last.detectable, 1)} would have been seen."
+
+
+def _percent(share: float, digits: int = 2) -> str:
+    return f"{round(100.0 * share, digits):g} %"
+
+
+def _shift(ratio: Interval, what: str = "latency") -> str:
+    low, high = (100.0 * (bound - 1.0) for bound in (ratio.low, ratio.high))
+    return f"{what} {100.0 * (ratio.center - 1.0):+.2f} % (bounds {low:+.2f} to {high:+.2f} %)"
+
+
+def _tail_says(tail: Tail) -> str:
+    center, low, high = tail.interval.center, tail.interval.low, tail.interval.high
+    if tail.name == "deadline misses":
+        return f"deadline misses {_percent(low)} to {_percent(center)} (p = {high:.1g})"
+    if tail.name.startswith("budget"):
+        return f"upper bound at {high:.3f} of the {tail.name}, which the baseline keeps"
+    return f"{tail.name} {100.0 * (center - 1.0):+.0f} % (at least {100.0 * (low - 1.0):+.0f} %)"
+
+
+# --- the ledger of equal networks ----------------------------------------------------------------------------------
+
+
+def control_arms(*stages: Stage | None) -> tuple[Control, ...]:
+    """What the ledger keeps of one check, from every stage that was measured, in order.
+
+    A stage that its own control spoilt belongs to it, and its retry too: leaving it out would hide the very alarms that
+    are counted. Stages that something else spoilt give nothing.
+    """
+    return tuple(each.again for each in stages if each is not None and each.again is not None)
+
+
+def judge_control(stage1: Stage, stage2: Stage | None, spec: CheckSpec) -> Outcome:
+    """The baseline again, judged as though it were a candidate: warn, fail and improved are false alarms.
+
+    The control rule is left out, for it would hide every alarm. Where stage 1 alone was measured and does not clear the
+    control arm, it is judged by stage 1 as though that were stage 2, which counts some alarms that a second stage would
+    have taken back. Inconclusive where something else spoilt a stage.
+    """
+    arms = control_arms(stage1, stage2)
+    return _judge_arms(arms, spec) if len(arms) == (1 if stage2 is None else 2) else "inconclusive"
+
+
+def widen(controls: Iterable[tuple[Control, ...]], spec: CheckSpec) -> tuple[CheckSpec, int, float]:
+    """Tolerances that past control arms bear out: (spec, false alarms under the given spec, factor of the widening).
+
+    controls: `control_arms` of each past check; empty ones do not count, and a check with an alarm in any of its
+    attempts counts as one. Nothing is widened before there are `CONTROLS`
+    of them and so many alarms that a true rate of `FALSE_ALARMS` would give them in fewer than 5 of 100 ledgers. Then
+    fail, fail_low and warn, and apart from them both tail tolerances, grow by the smallest factor, in hundredths, that
+    brings the recorded rate to `FALSE_ALARMS`; the larger of the two is returned. Always start from the profile's own
+    spec: what was widened narrows again as better nights are recorded.
+    """
+    past = [arms for arms in controls if arms]
+    alarms, allowed = sum(_alarm(arms, spec) for arms in past), int(FALSE_ALARMS * len(past))
+    if len(past) < CONTROLS or float(stats.binom.sf(alarms - 1, len(past), FALSE_ALARMS)) >= SURE:
+        return spec, alarms, 1.0
+
+    def kept(wider: CheckSpec, alarm: Callable[[tuple[Control, ...], CheckSpec], bool]) -> bool:
+        return sum(alarm(arms, wider) for arms in past) <= allowed
+
+    tail = _smallest(lambda factor: kept(_scaled(spec, 1.0, factor), _tail_alarm))
+    body = _smallest(lambda factor: kept(_scaled(spec, factor, tail), _alarm))
+    return _scaled(spec, body, tail), alarms, max(body, tail)
+
+
+def _judge_arms(arms: tuple[Control, ...], spec: CheckSpec) -> Outcome:
+    if _clear(arms[0].ratio, spec) and not _risen(arms[0], spec):
+        return "pass"
+    outcome = _decide(arms[-1].ratio, arms[-1].low_ratio, _both_rose(arms, spec), spec)
+    return "undecided" if outcome == "pass" and len(arms) == 1 else outcome
+
+
+def _attempts(arms: tuple[Control, ...]) -> list[tuple[Control, ...]]:
+    """A check's control arms as the pairs (stage 1, stage 2) or the single stages that could have given a verdict."""
+    attempts: list[tuple[Control, ...]] = []
+    for arm in arms:
+        if arm.stage == 1:
+            attempts.append((arm,))
+        elif attempts and len(attempts[-1]) == 1:
+            attempts[-1] = (*attempts[-1], arm)
+        elif attempts:
+            attempts.append((attempts[-1][0], arm))
+    return attempts
+
+
+def _alarm(arms: tuple[Control, ...], spec: CheckSpec) -> bool:
+    return any(_judge_arms(attempt, spec) in ("warn", "fail", "improved") for attempt in _attempts(arms))
+
+
+def _tail_alarm(arms: tuple[Control, ...], spec: CheckSpec) -> bool:
+    return any(_both_rose(attempt, spec) for attempt in _attempts(arms))
+
+
+def _both_rose(arms: tuple[Control, ...], spec: CheckSpec) -> bool:
+    """Whether a tail rose in both stages; one stage alone reproduces nothing."""
+    return len(arms) > 1 and bool(_risen(arms[0], spec) & _risen(arms[1], spec))
+
+
+def _risen(arm: Control, spec: CheckSpec) -> frozenset[str]:
+    bounds = {"mean": (arm.mean_low, spec.tail_mean), "p99": (arm.p99_low, spec.tail_p99)}
+    return frozenset(name for name, (low, limit) in bounds.items() if low is not None and low > math.log1p(limit))
+
+
+def _scaled(spec: CheckSpec, body: float, tail: float) -> CheckSpec:
+    wider = {name: body * float(getattr(spec, name)) for name in ("fail", "fail_low", "warn")}
+    wider |= {name: tail * float(getattr(spec, name)) for name in ("tail_mean", "tail_p99")}
+    return spec.model_copy(update=wider)
+
+
+def _smallest(enough: Callable[[float], bool]) -> float:
+    """Smallest factor from 1 on, in hundredths, that is enough; what is enough stays so for larger ones."""
+    low, high = 99, 100
+    while not enough(high / 100.0):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle / 100.0) else (middle, high)
+    return high / 100.0

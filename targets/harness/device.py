@@ -22,6 +22,8 @@ FREE_DISK_MIB = 256
 FREE_MEMORY_MIB = 256
 HOT_C = 85.0
 STEAL_PERCENT = 2.0
+GOVERNORS = frozenset({"", "performance", "userspace"})
+"""Frequency governors that leave the clock alone; "" where the system shows none."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def preflight(spec: MeasureSpec, state: Mapping[str, Any] | None = None, folder:
     state: what `agent.state` read on the device, the machine at hand if left out; folder: where results are written.
     """
     seen = dict(agent.state(str(folder or Path.cwd()))) if state is None else dict(state)
-    makers = (_busy, _load, _steal, _cores, _quota, _power, _heat, _throttle, _memory, _disk)
+    makers = (
+        _busy, _processes, _load, _steal, _cores, _quota, _governor, _clocks, _heat, _throttle, _memory, _disk
+    )  # fmt: skip
     return Preflight(tuple(c for maker in makers if (c := maker(seen, spec)) is not None))
 
 
@@ -143,6 +147,22 @@ def _busy(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
         "set measure.spin = false, or stop what else runs there." if spec.spin else "stop what else runs on the device."
     )
     return Condition("runnable threads", f"{others} of others", others == 0, why, mend, fatal=spec.spin)
+
+
+def _processes(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
+    """The busiest other processes by name: those that spin or compute while a measurement would run."""
+    busy = list(seen.get("busy", ()))
+    named = ", ".join(f"{p['command']} (process {p['pid']}) at {float(p['cores']):.2f} cores" for p in busy)
+    why = "a process that computes or spins takes cores and caches for as long as it runs"
+    mend = f"wait for it, or end it if it is yours: kill {busy[0]['pid']}." if busy else ""
+    return Condition("busy processes", named or "none seen", not busy, why, mend)
+
+
+def lease_condition(holder: str | None) -> Condition:
+    """Whether the device is free. holder: who has it and until when, in words."""
+    why = "one measurement at a time runs on a device, so the next one waits"
+    mend = "wait until then, or end that process; its lease ends with it."
+    return Condition("lease", "free" if holder is None else f"held by {holder}", holder is None, why, mend)
 
 
 def _load(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
@@ -177,13 +197,23 @@ def _quota(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
     return Condition("processor quota", value, quota is None, why, "lift the quota of the container or control group.")
 
 
-def _power(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
-    governor, clocks = str(seen["power"]), str(seen["clocks"])
+def _governor(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
+    governor = str(seen["power"])
+    why = "it lowers the clock between inferences, so times depend on what ran before"
+    mend = "cpupower frequency-set -g performance, and restore it afterwards; or measure paced, as the robot runs."
+    return Condition("governor", governor or "not shown by this system", governor in GOVERNORS, why, mend)
+
+
+def _clocks(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
+    clocks = str(seen["clocks"])
     if clocks == "hidden":
         return Condition("clocks", "not shown by this system", True)
+    rates = [int(khz) // 1000 for khz in seen.get("clocks_khz", ()) if khz]
+    low, high = (min(rates), max(rates)) if rates else (0, 0)
+    now = f", now {low} to {high} MHz" if high > low else f", now {high} MHz" if rates else ""
     why = "the clock follows load and heat, so times move with what ran before"
-    mend = "lock the clock (cpupower frequency-set -g performance, jetson_clocks), or accept floating clocks."
-    return Condition("clocks", f"{clocks}, governor {governor or 'unknown'}", clocks == "locked", why, mend)
+    mend = "lock it (cpupower frequency-set with equal -d and -u, jetson_clocks), or accept floating clocks."
+    return Condition("clocks", clocks + now, clocks == "locked", why, mend)
 
 
 def _heat(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
@@ -206,8 +236,10 @@ def _throttle(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
     if not counters:
         return None
     total = sum(int(count) for count in counters.values())
+    moved = int(seen.get("throttle_moved", 0))
+    value = f"{total}, of them {moved} just now" if moved else str(total)
     why = "the device has lowered its clock since it was started; a block in which a counter moves is rejected"
-    return Condition("throttle events", str(total), total == 0, why, "check cooling and power supply.")
+    return Condition("throttle events", value, total == 0, why, "check cooling and power supply.")
 
 
 def _memory(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:

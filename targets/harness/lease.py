@@ -78,6 +78,21 @@ def lease(device: str, holds_s: float, wait_s: float = WAIT_S, folder: Path | No
         os.close(file)
 
 
+def holder(device: str, folder: Path | None = None) -> str | None:
+    """Who holds the device's lease and until when, in words, or None while it is free. Waits for nobody."""
+    try:
+        file = os.open((folder or lease_folder()) / f"edge-deploy-{device}.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _describe(_holder(file))
+    finally:
+        os.close(file)
+
+
 def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -37,12 +37,18 @@ from targets.harness.device import Fingerprint, Preflight
 
 CONFIDENCE = 0.99
 CONTAMINATED = 0.20
+DRIFT_S = 30.0
+"""Length of the first and of the last stretch of a process that `Measurement.drift` compares."""
 STOPPED = 0.05
 """Share of blocks in which a processor quota stopped a network: a stop lasts as long as many blocks."""
 NEEDED = {"p90": 1024, "p99": 4096}
 """Pooled inferences without which a tail percentile is not reported."""
 BOOTSTRAP = 1000
+LOW_SHARE = 0.10
 SHARES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
+
+VERSIONS = (1, 2)
+"""Versions of the text form that are read; the last is written."""
 
 Statistic = Literal["p50", "mean", "p90", "p99"]
 Outcome = Literal["met", "missed", "undecided"]
@@ -92,7 +98,9 @@ class Blocks:
 
     ns: nanoseconds of each timed inference, int64, shape (rounds, timed). flagged: shape (rounds,), True where
     something that is not the network disturbed the block. switches: involuntary context switches, shape (rounds,).
-    quota_stops: how often a control group's processor quota stopped the process, shape (rounds,).
+    quota_stops: how often a control group's processor quota stopped the process, shape (rounds,). misses: inferences
+    that were not done before the next tick of the control period, int64, shape (rounds,); zeros when back to back.
+    started_ns: when the block began, ns since its session's start, int64, shape (rounds,); zeros where not recorded.
     """
 
     ns: Nanoseconds
@@ -100,6 +108,13 @@ class Blocks:
     switches: NDArray[np.int64]
     quota_stops: NDArray[np.int64]
     warmup: Warmup
+    misses: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    started_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        for name in ("misses", "started_ns"):
+            if not getattr(self, name).size:
+                object.__setattr__(self, name, _frozen(np.zeros(len(self.ns), np.int64)))
 
     @property
     def kept(self) -> Nanoseconds:
@@ -116,6 +131,17 @@ class Blocks:
         """Block medians, shape (rounds,)."""
         medians: NDArray[np.float64] = np.median(self.ns, axis=1)
         return medians
+
+    @property
+    def lows_ns(self) -> NDArray[np.float64]:
+        """10th percentile of each block, shape (rounds,): what the network takes when little disturbs it."""
+        lows: NDArray[np.float64] = np.quantile(self.ns, LOW_SHARE, axis=1)
+        return lows
+
+
+def _frozen(array: NDArray[np.int64]) -> NDArray[np.int64]:
+    array.setflags(write=False)
+    return array
 
 
 def percentile_bounds(samples_ns: Nanoseconds, share: float) -> tuple[float, float]:
@@ -155,13 +181,14 @@ class Measurement:
     """All raw samples of one artifact in one session.
 
     name: its name in the session; sha256: of the artifact; runtime: name and version; processes: the `Blocks` of each
-    fresh process.
+    fresh process; paced_ms: the control period, None when back to back.
     """
 
     name: str
     sha256: str
     runtime: str
     processes: tuple[Blocks, ...]
+    paced_ms: float | None = None
 
     @cached_property
     def pooled_ns(self) -> Nanoseconds:
@@ -216,6 +243,29 @@ class Measurement:
         return float(np.mean(np.concatenate([block.quota_stops > 0 for block in self.processes])))
 
     @property
+    def deadline_misses(self) -> tuple[int, int] | None:
+        """Inferences that were not done before the next tick, and all, over usable blocks; None when back to back."""
+        if self.paced_ms is None:
+            return None
+        missed = sum(int(block.misses[block.usable].sum()) for block in self.processes)
+        return missed, int(self.pooled_ns.size)
+
+    @property
+    def miss_ratio(self) -> float | None:
+        """Share of the inferences that missed their deadline; None when back to back."""
+        counts = self.deadline_misses
+        return None if counts is None else counts[0] / counts[1]
+
+    @property
+    def drift(self) -> float | None:
+        """Median of the last 30 s of a process over that of its first 30 s: what heat did; over 1 is slower.
+
+        The geometric mean over the processes that lasted 60 s or longer; None where there is none.
+        """
+        logs = [log for block in self.processes if (log := _drift_log(block)) is not None]
+        return math.exp(sum(logs) / len(logs)) if logs else None
+
+    @property
     def steady(self) -> bool:
         """Whether every process was steady at the end of its warm-up."""
         return all(block.warmup.steady for block in self.processes)
@@ -229,6 +279,17 @@ class Measurement:
         if name == "mean":
             return tuple(_block_mean(block) for block in self.processes)
         return tuple(_quantile(block.kept, name, pooled=False) for block in self.processes)
+
+
+def _drift_log(block: Blocks) -> float | None:
+    ends = np.append(block.started_ns[1:], block.started_ns[-1] + block.ns[-1].sum())
+    begin, end, stretch = int(block.started_ns[0]), int(ends[-1]), int(DRIFT_S * 1e9)
+    if end - begin < 2 * stretch:
+        return None
+    first, last = block.usable & (ends <= begin + stretch), block.usable & (block.started_ns >= end - stretch)
+    if not first.any() or not last.any():
+        return None
+    return math.log(float(np.median(block.ns[last])) / float(np.median(block.ns[first])))
 
 
 def _block_mean(block: Blocks) -> Percentile:
@@ -286,17 +347,36 @@ class Session:
             raise UsageError(f"no network named '{name}' in this session. {near_miss(name, self.measurements)}")
         return self.measurements[name]
 
+    @property
+    def manner(self) -> str:
+        """How the numbers were taken, without a session's counts: only those taken alike are joined or compared."""
+        kind = self.protocol.partition(" ")[0]
+        return f"{kind} {self.mode} {pace_of(self.spec, self.mode)}"
+
+    @property
+    def _span_ns(self) -> int:
+        """When the last block ended, ns since the session's start."""
+        blocks = [block for m in self.measurements.values() for block in m.processes]
+        return max(int((block.started_ns + block.ns.sum(axis=1)).max()) for block in blocks)
+
     def joined(self, later: Session) -> Session:
         """Both sessions as one, with the processes of both: more samples where the first left a question open.
 
-        Raises UndecidedError when they did not measure the same files on the same device.
+        Raises UndecidedError when they did not measure the same files on the same device in the same way. The later
+        blocks' start times are moved behind the first session's.
         """
+        if self.manner != later.manner:
+            raise UndecidedError(
+                f"two sessions were measured differently: '{self.manner}' and '{later.manner}'.",
+                "measure both with the same [measure] keys.",
+            )
         if self.fingerprint.digest() != later.fingerprint.digest():
             raise UndecidedError("the device has changed between two sessions.", "deploy doctor --target T")
         if {n: m.sha256 for n, m in self.measurements.items()} != {n: m.sha256 for n, m in later.measurements.items()}:
             raise UndecidedError("two sessions did not measure the same networks.", "measure them again together.")
+        offset = self._span_ns
         both = {
-            name: replace(first, processes=(*first.processes, *later.measurements[name].processes))
+            name: replace(first, processes=(*first.processes, *_later(later.measurements[name].processes, offset)))
             for name, first in self.measurements.items()
         }
         return replace(self, measurements=both, order=(*self.order, *later.order), ended=later.ended)
@@ -305,8 +385,14 @@ class Session:
         """Latency of `a` over that of `b` with 99 % bounds, which are 0 and infinity without enough samples."""
         first, second = self.measurement(a), self.measurement(b)
         return (
-            _median_ratio(first, second) if statistic == "p50" else _pooled_ratio(first, second, statistic, self.seed)
+            log_interval(_process_logs(first, second))
+            if statistic == "p50"
+            else _pooled_ratio(first, second, statistic, self.seed)
         )
+
+    def low_ratio(self, a: str, b: str) -> Interval:
+        """Like `ratio` at the median, of the blocks' 10th percentiles instead of their medians: less of the machine."""
+        return log_interval(_process_low_logs(self.measurement(a), self.measurement(b)))
 
     def process_ratios(self, a: str, b: str, statistic: Statistic = "p50") -> tuple[float, ...]:
         """Latency of `a` over that of `b` in every process alone; the geometric mean of p50 is `ratio`'s centre.
@@ -328,14 +414,31 @@ class Session:
 
     @classmethod
     def from_json(cls, text: str) -> Session:
-        """Inverse of `to_json`. Raises DeployError for what is not a session of version 1."""
+        """Inverse of `to_json`. Raises DeployError for what is not a session of version 1 or 2.
+
+        Version 1 had neither deadline misses nor start times; both are zeros then.
+        """
         try:
             table = json.loads(text)
-            if table["version"] != 1:
-                raise DeployError(f"the measurement has version {table['version']}, this tool reads version 1.")
+            if table["version"] not in VERSIONS:
+                raise DeployError(f"the measurement has version {table['version']}, this tool reads versions 1 and 2.")
             return _session(table)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DeployError(f"not a measurement record: {type(error).__name__} {error}.") from None
+
+
+def pace_of(spec: MeasureSpec, mode: Literal["rank", "accept"]) -> str:
+    """How inferences follow each other, in words without blanks but one between two: `back-to-back`, `paced=33ms`."""
+    pace = "back-to-back" if spec.paced_ms is None else f"paced={spec.paced_ms:g}ms"
+    return f"{pace} sustained={spec.sustained_s:g}s" if spec.sustained_s and mode == "accept" else pace
+
+
+def _later(processes: tuple[Blocks, ...], offset: int) -> tuple[Blocks, ...]:
+    """Processes whose blocks began `offset` ns later; start times that were not recorded stay zero."""
+    return tuple(
+        replace(block, started_ns=_frozen(block.started_ns + offset)) if block.started_ns.any() else block
+        for block in processes
+    )
 
 
 def _pairs(a: Measurement, b: Measurement) -> list[tuple[Blocks, Blocks, NDArray[np.bool_]]]:
@@ -352,8 +455,13 @@ def _process_logs(a: Measurement, b: Measurement) -> NDArray[np.float64]:
     return np.array([float(np.median(np.log(x.medians_ns / y.medians_ns)[use])) for x, y, use in _pairs(a, b)])
 
 
-def _median_ratio(a: Measurement, b: Measurement) -> Interval:
-    logs = _process_logs(a, b)
+def _process_low_logs(a: Measurement, b: Measurement) -> NDArray[np.float64]:
+    """The same of the blocks' 10th percentiles."""
+    return np.array([float(np.median(np.log(x.lows_ns / y.lows_ns)[use])) for x, y, use in _pairs(a, b)])
+
+
+def log_interval(logs: NDArray[np.float64]) -> Interval:
+    """Ratio whose logarithm the processes scatter about, with t bounds; logs: one a process, shape (processes,)."""
     n, center = logs.size, float(logs.mean())
     if n < 2:
         return Interval(math.exp(center), 0.0, math.inf, 0.0, n)
@@ -491,6 +599,8 @@ def _block_table(block: Blocks) -> dict[str, Any]:
         "flagged": [int(f) for f in block.flagged],
         "switches": block.switches.tolist(),
         "quota_stops": block.quota_stops.tolist(),
+        "misses": block.misses.tolist(),
+        "started_ns": block.started_ns.tolist(),
         "warmup": {
             "inferences": block.warmup.inferences,
             "seconds": block.warmup.seconds,
@@ -501,7 +611,10 @@ def _block_table(block: Blocks) -> dict[str, Any]:
 
 
 def block_from_table(table: Mapping[str, Any]) -> Blocks:
-    """A process's blocks from their plain table. Raises ValueError where the shapes do not agree."""
+    """A process's blocks from their plain table; without `misses` and `started_ns` (version 1) these are zeros.
+
+    Raises ValueError where the shapes do not agree.
+    """
     ns = np.array(table["ns"], dtype=np.int64)
     flagged = np.array(table["flagged"], dtype=bool)
     switches = np.array(table["switches"], dtype=np.int64)
@@ -512,18 +625,23 @@ def block_from_table(table: Mapping[str, Any]) -> Blocks:
         raise ValueError(
             f"{ns.shape[0]} rounds, but {flagged.size} flags, {switches.size} switches and {stops.size} stops"
         )
-    for array in (ns, flagged, switches, stops):
+    nothing = [0] * len(ns)
+    misses = np.array(table.get("misses", nothing), dtype=np.int64)
+    started = np.array(table.get("started_ns", nothing), dtype=np.int64)
+    if not (misses.shape == started.shape == ns.shape[:1]):
+        raise ValueError(f"{ns.shape[0]} rounds, but {misses.size} counts of misses and {started.size} start times")
+    for array in (ns, flagged, switches, stops, misses, started):
         array.setflags(write=False)
     warmup = dict(table["warmup"])
     warmup["windows_ns"] = tuple(warmup["windows_ns"])
-    return Blocks(ns, flagged, switches, stops, Warmup(**warmup))
+    return Blocks(ns, flagged, switches, stops, Warmup(**warmup), misses, started)
 
 
 def _session_table(session: Session) -> dict[str, Any]:
     names = list(session.measurements)
     position = {name: index for index, name in enumerate(names)}
     return {
-        "version": 1,
+        "version": VERSIONS[-1],
         "names": names,
         "measurements": [
             {
@@ -552,9 +670,14 @@ def _session_table(session: Session) -> dict[str, Any]:
 
 def _session(table: Mapping[str, Any]) -> Session:
     names = [str(name) for name in table["names"]]
+    spec = MeasureSpec.model_validate(table["spec"])
     measurements = {
         row["name"]: Measurement(
-            row["name"], row["sha256"], row["runtime"], tuple(block_from_table(b) for b in row["processes"])
+            row["name"],
+            row["sha256"],
+            row["runtime"],
+            tuple(block_from_table(b) for b in row["processes"]),
+            spec.paced_ms,
         )
         for row in table["measurements"]
     }
@@ -562,7 +685,7 @@ def _session(table: Mapping[str, Any]) -> Session:
         measurements=measurements,
         fingerprint=Fingerprint.from_table(table["fingerprint"]),
         preflight=Preflight.from_table(table["preflight"]),
-        spec=MeasureSpec.model_validate(table["spec"]),
+        spec=spec,
         mode=table["mode"],
         seed=int(table["seed"]),
         order=tuple(tuple(tuple(names[i] for i in turn) for turn in process) for process in table["order"]),

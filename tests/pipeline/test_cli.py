@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline import cli
+from pipeline.cli import frame
 from pipeline.run import Run
 from profiles import plugins
 from profiles.errors import DeployError
@@ -55,7 +56,7 @@ def project(here: Path) -> Path:
 
 
 def test_help_imports_nothing_heavy():
-    script = "import sys; from pipeline import cli; print(cli._run(['--help'])); print(*sys.modules)"
+    script = "import sys; from pipeline.cli import frame; print(frame._run(['--help'])); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "Commands:" in done.stdout
     loaded = set(done.stdout.splitlines()[-1].split())
@@ -141,7 +142,7 @@ def test_traceback_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[
 
 def test_settings_become_nested_tables_with_the_types_of_toml():
     given = ["prune.min_width=4", "prune.solver=exact", "measure.spin=true", "recover.hooks=['push']"]
-    assert cli._overrides(given) == {
+    assert frame.overrides_of(given) == {
         "prune": {"min_width": 4, "solver": "exact"}, "measure": {"spin": True}, "recover": {"hooks": ["push"]},
     }  # fmt: skip
 

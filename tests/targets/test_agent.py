@@ -6,9 +6,13 @@ import ast
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from profiles.schema import CheckSpec, MeasureSpec
 from targets.harness import agent, bench
 
 JOB = {
@@ -85,6 +89,123 @@ def test_no_plan_takes_longer_than_the_cap(ms, networks):
     assert 3 * (2.0 + rounds * sum(dropped + n for n in timed.values()) * ms * 1e-3) <= 300.0 + 1e-6
 
 
+@pytest.mark.parametrize("networks", [1, 3])
+def test_a_paced_session_is_planned_in_whole_periods(networks):
+    job = {**JOB, "period_ns": 33_000_000}
+    medians = {str(i): 800_000 for i in range(networks)}
+    rounds, dropped, timed = agent.plan_blocks(job, medians, 1.0)
+    assert (rounds, dropped, set(timed.values())) == (30, 4, {10})
+    assert 3 * (1.0 + rounds * sum(dropped + n + 1 for n in timed.values()) * 0.033) <= 300.0
+
+
+def test_a_network_slower_than_the_period_takes_the_next_whole_one():
+    job = {**JOB, "period_ns": 33_000_000, "max_seconds": 60.0}
+    rounds, dropped, timed = agent.plan_blocks(job, {"slow": 34_000_000}, 1.0)
+    taken = 3 * (1.0 + rounds * ((dropped + timed["slow"]) * 0.066 + 0.033))
+    assert rounds == 30 and 50.0 < taken <= 60.0
+    assert timed["slow"] < agent.plan_blocks(job, {"quick": 32_000_000}, 1.0)[2]["quick"]
+
+
+@pytest.mark.parametrize("cap", [30.0, 60.0, 120.0, 300.0])
+def test_no_paced_plan_takes_longer_than_the_cap(cap):
+    job = {**JOB, "period_ns": 33_000_000, "max_seconds": cap}
+    rounds, dropped, timed = agent.plan_blocks(job, {str(i): 40_000_000 for i in range(3)}, 1.0)
+    assert 3 * (1.0 + rounds * sum((dropped + n) * 0.066 + 0.033 for n in timed.values())) <= cap
+    assert rounds >= 3
+
+
+def test_a_sustained_process_keeps_a_limited_number_of_samples_and_loads_the_device_all_the_same():
+    job = {"sustained_s": 600.0}
+    timed, untimed = agent.plan_sustained(job, {"fast": 20_000, "slow": 20_000_000}, {"fast": 250, "slow": 10})
+    assert timed["fast"] + untimed["fast"] == 4096 and (timed["slow"], untimed["slow"]) == (10, 0)
+    rounds = 600.0 / (4096 * 20e-6 + 10 * 20e-3)
+    assert 0.9 * agent.SUSTAINED_SAMPLES < timed["fast"] * rounds <= agent.SUSTAINED_SAMPLES
+
+
+def test_progress_weighs_the_sustained_process_by_its_time():
+    plain, long = {**JOB, "processes": 4}, {**JOB, "processes": 4, "sustained_s": 600.0}
+    assert [agent.share(plain, n, 0.5) for n in range(4)] == pytest.approx([0.125, 0.375, 0.625, 0.875])
+    told = [agent.share(long, n, done) for n in range(4) for done in (0.0, 0.5, 1.0)]
+    assert told == sorted(told) and (told[0], told[-1]) == (0.0, pytest.approx(1.0))
+    assert agent.share(long, 0, 1.0) == pytest.approx(675 / 900)
+
+
+def test_blocks_of_the_sustained_process_last_a_tenth_of_a_second():
+    job = {"sustained_s": 60.0}
+    assert agent.plan_sustained(job, {"net": 800_000}, {"net": 12}) == ({"net": 125}, {"net": 0})
+    assert agent.plan_sustained({**job, "period_ns": 33_000_000}, {"net": 800_000}, {"net": 12})[0] == {"net": 12}
+
+
+class Pretended:
+    """A clock that moves when it is read, slept on or inferred by, so that pacing is tested to the microsecond.
+
+    ms: how long each inference takes, in turn; oversleep_ms: how much longer than asked every sleep lasts. It stands
+    where the session, the clock and the time module stand.
+    """
+
+    def __init__(self, ms, oversleep_ms=0.0):
+        self.now, self.ms, self.oversleep_ms = 7_000_000, list(ms), oversleep_ms
+        self.begun, self.slept = [], 0.0
+
+    def clock(self):
+        self.now += 1000
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept += seconds
+        self.now += int(seconds * 1e9 + self.oversleep_ms * 1e6)
+
+    def run_with_iobinding(self, binding):
+        self.begun.append(self.now)
+        self.now += int(self.ms.pop(0) * 1e6)
+
+
+def paced(monkeypatch, ms, dropped=0, oversleep_ms=0.0):
+    """Nanoseconds, misses, and the pretended clock after inferences of `ms` paced at 20 ms."""
+    clock = Pretended(ms, oversleep_ms)
+    monkeypatch.setattr(agent, "CLOCK", clock.clock)
+    monkeypatch.setattr(agent, "time", clock)
+    model = agent.Model.__new__(agent.Model)
+    model.session, model.binding = clock, None
+    ns, missed = model.paced(dropped, len(ms) - dropped, 20_000_000)
+    return ns, missed, clock
+
+
+def ticks(clock):
+    """The tick at which each inference began; none begins before its tick or 0.1 ms after it."""
+    late = [begun % 20_000_000 for begun in clock.begun]
+    assert max(late) < 100_000
+    return [begun // 20_000_000 for begun in clock.begun]
+
+
+def test_one_inference_starts_at_each_tick_and_its_own_time_is_kept(monkeypatch):
+    ns, missed, clock = paced(monkeypatch, [1.0, 3.0, 2.0, 19.0, 1.0], dropped=2)
+    assert ticks(clock) == [1, 2, 3, 4, 5]
+    assert ns == pytest.approx([2e6, 19e6, 1e6], abs=5000) and missed == 0
+
+
+def test_the_wait_is_slept_and_only_its_last_moment_is_spun(monkeypatch):
+    _, _, clock = paced(monkeypatch, [1.0] * 5)
+    idle = 13e-3 + 4 * 19e-3
+    assert idle - 5.1 * agent.SPIN_NS * 1e-9 < clock.slept < idle - 4.9 * agent.SPIN_NS * 1e-9
+
+
+def test_an_inference_that_runs_over_its_tick_misses_and_the_ticks_it_ran_over_are_skipped(monkeypatch):
+    _, missed, clock = paced(monkeypatch, [1.0, 50.0, 1.0, 21.0, 1.0])
+    assert ticks(clock) == [1, 2, 5, 6, 8]
+    assert missed == 2
+
+
+def test_an_inference_that_starts_late_misses_its_deadline_though_it_is_fast(monkeypatch):
+    ns, missed, _ = paced(monkeypatch, [1.0] * 3, oversleep_ms=19.5)
+    assert missed == 3 and max(ns) < 1_010_000
+    assert paced(monkeypatch, [1.0] * 3, oversleep_ms=18.0)[1] == 0
+
+
+def test_dropped_inferences_count_no_miss(monkeypatch):
+    assert paced(monkeypatch, [50.0, 1.0, 1.0], dropped=1)[1] == 0
+
+
 def block(switches=0, throttle=0, khz=()):
     return {"switches": switches, "throttle": throttle, "khz": [list(khz), list(khz)]}
 
@@ -130,8 +251,132 @@ def test_a_worker_answers_in_json_and_names_what_it_cannot_do(conv):
     assert unknown["message"] == "unknown request 'sing'"
 
 
+def nonfinite(path, value, kind=1):
+    """A network whose outputs are 'fine' and 'bad': 4 values, of them 2 divided by `value`."""
+    from onnx import TensorProto, helper, save
+
+    shape = [1, 4]
+    divisor = helper.make_tensor("divisor", TensorProto.FLOAT, [4], [1.0, value, value, 1.0])
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    nodes = [
+        helper.make_node("Relu", ["input"], ["fine"]),
+        helper.make_node("Add", ["fine", "one"], ["positive"]),
+        helper.make_node("Div", ["positive", "divisor"], ["bad"]),
+    ]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("input", "fine", "bad")]
+    graph = helper.make_graph(nodes, "bad", ports[:1], ports[1:], [divisor, one])
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+OPTIONS = {"threads": 1, "spin": False, "providers": ["CPUExecutionProvider"], "seed": 0}
+RULE = {"min_inferences": 3, "steady": 1.0, "min_s": 0.0, "window_s": 0.01, "max_s": 0.1}
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "2 of 4 values of its output 'bad' are NaN or infinite"), (1.0, "")])
+def test_a_network_that_gives_no_finite_numbers_is_an_error_after_its_warm_up(tmp_path, value, text):
+    path = nonfinite(tmp_path / "net.onnx", value)
+    requests = [
+        {"do": "open", "name": "net", "path": str(path), "options": OPTIONS},
+        {"do": "warm", "name": "net", "rule": RULE},
+    ]
+    done = run_agent("worker", stdin="\n".join(json.dumps(r) for r in requests) + "\n")
+    answer = json.loads(done.stdout.splitlines()[1])
+    if text:
+        assert (answer["kind"], answer["message"]) == ("model", text)
+    else:
+        assert answer["inferences"] >= 3
+
+
+def drive_job(path, **changes):
+    spec = MeasureSpec(rank_processes=1, rank_rounds=4, warmup_s=0.05, warmup_max_s=0.1, block_min_ms=0.0)
+    job = bench.drive_job({"net": path}, {"net": agent.sha256(str(path))}, spec, "rank", ["CPUExecutionProvider"])
+    return {**job, "tied": False, **changes}
+
+
+def test_a_clock_of_the_day_that_jumps_changes_nothing(conv, monkeypatch):
+    jumps = iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: (-1) ** next(jumps) * 1e9)
+    result = agent.drive(drive_job(conv("net")))
+    assert len(result["repeats"][0]["order"]) == 4
+    assert 0.0 < result["telemetry"]["seconds"] < 60.0
+    starts = [b["started"] for b in result["repeats"][0]["blocks"]["net"]]
+    assert starts == sorted(starts) and starts[0] > 0
+
+
+def test_the_agent_and_the_host_never_ask_for_the_time_of_day_to_wait():
+    for path in (bench.AGENT, Path(bench.__file__)):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "time"]
+        assert not [node for node in calls if isinstance(node.value, ast.Name) and node.value.id == "time"]
+
+
+@pytest.mark.parametrize("verb", ["drive", "layers"])
+def test_a_full_disk_ends_a_job_with_one_line_that_says_so(conv, tmp_path, verb):
+    path = conv("net")
+    spec = MeasureSpec()
+    job = (
+        drive_job(path)
+        if verb == "drive"
+        else bench.layers_job({"net": path}, {"net": agent.sha256(str(path))}, spec, ["CPUExecutionProvider"])
+    )
+    (tmp_path / "job.json").write_text(json.dumps({**job, "tied": False}))
+    (tmp_path / "out.json.part").symlink_to("/dev/full")
+    done = run_agent(verb, str(tmp_path / "job.json"), str(tmp_path / "out.json"))
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 1 and (last["event"], last["kind"]) == ("error", "disk")
+    assert last["message"].startswith("cannot write ") and last["message"].endswith("No space left on device")
+    assert {p.name for p in tmp_path.iterdir()} == {"job.json", "net.onnx"}
+
+
+def test_layers_are_counted_over_the_last_inferences_of_a_profile():
+    def node(ts, dur, name="conv_kernel_time", op="Conv"):
+        return {"cat": "Node", "name": name, "ts": ts, "dur": dur, "args": {"op_name": op}}
+
+    runs = [{"cat": "Session", "name": "model_run", "ts": ts} for ts in (0, 100, 200)]
+    events = [*runs, node(10, 999), node(110, 40), node(150, 6, "relu_kernel_time", "Relu"), node(210, 60)]
+    events += [node(215, 5, "conv_fence_before"), node(220, 2), node(250, 8, "relu_kernel_time", "Relu")]
+    expected = {("conv", "Conv"): 0.051, ("relu", "Relu"): 0.007}
+    assert agent.layer_times(events, 2) == pytest.approx(expected)
+
+
+def test_one_disturbed_turn_moves_no_layer():
+    turns = [{("conv", "Conv"): ms} for ms in (0.020, 0.021, 5.0)]
+    assert agent.typical(turns) == [{"name": "conv", "op": "Conv", "ms": pytest.approx(0.021)}]
+
+
+def test_a_profile_that_is_cut_off_is_an_error(conv, tmp_path, monkeypatch):
+    class Cut:
+        def __init__(self, path, options):
+            self.path = options["profile"] + ".json"
+            Path(self.path).write_text('[{"cat": "No')
+            self.session = self
+
+        def block(self, dropped, timed):
+            return []
+
+        def end_profiling(self):
+            return self.path
+
+    monkeypatch.setattr(agent, "Model", Cut)
+    job = {"options": OPTIONS, "dropped": 1, "runs": 2}
+    with pytest.raises(agent.AgentError) as error:
+        agent.profiled({"path": "net.onnx"}, job, str(tmp_path / "profile"))
+    assert error.value.message == f"the runtime's profile '{tmp_path}/profile.json' is cut off, as on a full disk"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_warms_up_over_fifty_inferences_and_two_windows_of_a_tenth_of_a_second():
+    spec = CheckSpec().session(MeasureSpec(), 8, 0)
+    assert bench.warmup_rule(spec, "accept") == {
+        "min_inferences": 50, "steady": 0.02, "min_s": 0.2, "window_s": 0.1, "max_s": 2.0,
+    }  # fmt: skip
+    assert bench.warmup_rule(MeasureSpec(), "accept") == {
+        "min_inferences": 50, "steady": 0.02, "min_s": 1.0, "window_s": 0.5, "max_s": 10.0,
+    }  # fmt: skip
+
+
 def test_inputs_start_on_64_bytes_and_keep_their_values():
-    import numpy as np
 
     for size in (1, 7, 1000):
         array = np.arange(size, dtype=np.float64)

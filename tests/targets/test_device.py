@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +24,10 @@ CALM = {
     "power": "performance",
     "clocks": "locked",
     "temperatures": {"soc 0": 45.0, "gpu 1": 50.0},
+    "clocks_khz": [1_728_000, 1_728_000],
     "throttle": {"oc1": 0},
+    "throttle_moved": 0,
+    "busy": [],
     "memory_free_mib": 4000,
     "disk_free_mib": 9000,
     "folder": "/data",
@@ -96,9 +103,18 @@ def test_more_threads_than_cores_are_refused():
     [
         ({"steal_percent": 7.25}, "steal", "7.2 %"),
         ({"cpu_quota": 0.4}, "processor quota", "0.4 cores"),
-        ({"clocks": "floating", "power": "powersave"}, "clocks", "floating, governor powersave"),
+        ({"clocks": "floating"}, "clocks", "floating, now 1728 MHz"),
+        ({"clocks": "floating", "clocks_khz": [800_000, 3_100_000]}, "clocks", "floating, now 800 to 3100 MHz"),
+        ({"power": "powersave"}, "governor", "powersave"),
+        ({"power": "performance powersave"}, "governor", "performance powersave"),
         ({"temperatures": {"soc 0": 93.4}}, "temperature", "93 C at soc 0"),
         ({"throttle": {"oc1": 2, "oc3": 1}}, "throttle events", "3"),
+        ({"throttle": {"oc1": 2}, "throttle_moved": 1}, "throttle events", "2, of them 1 just now"),
+        (
+            {"busy": [{"pid": 12, "command": "python train.py", "cores": 1.04}]},
+            "busy processes",
+            "python train.py (process 12) at 1.04 cores",
+        ),
         ({"memory_free_mib": 100}, "free memory", "100 MiB"),
         ({"disk_free_mib": 10}, "free disk", "10 MiB"),
     ],
@@ -108,6 +124,41 @@ def test_each_thing_that_spoils_a_number_is_named_with_why_and_how_to_mend_it(ch
     assert list(found) == [name]
     assert found[name].value == value
     assert found[name].why and found[name].mend.endswith(".")
+
+
+def test_a_process_to_end_is_named_by_its_number():
+    busy = [{"pid": 12, "command": "python", "cores": 2.0}, {"pid": 7, "command": "yes", "cores": 0.5}]
+    found = spoilt(busy=busy)["busy processes"]
+    assert found.value == "python (process 12) at 2.00 cores, yes (process 7) at 0.50 cores"
+    assert found.mend == "wait for it, or end it if it is yours: kill 12."
+
+
+SPIN = "import sys, time; sys.stdout.write('up'); sys.stdout.flush(); end = time.monotonic() + 20\n"
+SPIN += "while time.monotonic() < end: pass\n"
+
+
+def test_a_process_that_spins_is_found_with_the_script_it_runs(tmp_path):
+    (tmp_path / "spin.py").write_text(SPIN)
+    command = [sys.executable, str(tmp_path / "spin.py"), "--token", "secret.value"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as spinning:
+        try:
+            assert spinning.stdout is not None and spinning.stdout.read(2) == b"up"
+            for _ in range(5):  # the three busiest are named, and this machine may be busy
+                busy = agent.state(str(tmp_path))["busy"]
+                if spinning.pid in {p["pid"] for p in busy}:
+                    break
+        finally:
+            spinning.kill()
+    (found,) = [p for p in busy if p["pid"] == spinning.pid]
+    assert found["command"] == f"{Path(sys.executable).name} spin.py" and found["cores"] >= agent.BUSY_CORES
+    assert os.getpid() not in {p["pid"] for p in busy}
+
+
+def test_the_lease_condition_says_who_holds_the_device():
+    assert device.lease_condition(None).ok
+    held = device.lease_condition("ada@host (process 9, expected until 12:00:00 UTC)")
+    assert not held.ok and held.value == "held by ada@host (process 9, expected until 12:00:00 UTC)"
+    assert held.why and held.mend
 
 
 def test_what_a_system_does_not_show_is_left_out_and_not_guessed():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from profiles.errors import UndecidedError
-from targets.harness.lease import lease
+from targets.harness.lease import holder, lease
 
 ROOT = Path(__file__).parents[2]
 HOLD = "import sys,time; from pathlib import Path; from targets.harness.lease import lease\n"
@@ -53,6 +53,25 @@ def test_a_killed_holder_leaves_no_lease_behind(tmp_path):
     end(hold(tmp_path))
     with lease("board", 1, wait_s=1, folder=tmp_path) as held:
         assert json.loads(held.path.read_text())["pid"] == os.getpid()
+
+
+def test_who_holds_the_lease_is_told_without_waiting(tmp_path):
+    assert holder("board", tmp_path) is None
+    process = hold(tmp_path)
+    try:
+        told = holder("board", tmp_path)
+    finally:
+        end(process)
+    assert told is not None and f"(process {process.pid}, expected until " in told
+    assert holder("board", tmp_path) is None
+
+
+def test_a_lease_can_be_taken_right_after_it_was_looked_at(tmp_path):
+    with lease("board", 1, folder=tmp_path):
+        pass
+    assert holder("board", tmp_path) is None
+    with lease("board", 1, wait_s=0, folder=tmp_path):
+        assert holder("other", tmp_path) is None
 
 
 def test_a_waiting_thread_gets_the_lease_when_it_is_given_back(tmp_path):

@@ -230,7 +230,8 @@ def strike(word: str, number: int) -> threading.Thread:
     [
         ("worker", signal.SIGKILL, KILLED,
          "free memory, or measure fewer networks at once."),
-        ("worker", signal.SIGSEGV, "the measuring process of 'net' ended by signal 11.", "deploy doctor"),
+        ("worker", signal.SIGSEGV, "the measuring process of 'net' crashed by signal 11 (SIGSEGV).",
+         "measure it alone; if it crashes again, export the network again or use another runtime version."),
         ("drive", signal.SIGKILL, "the measuring agent ended by signal 9.", "deploy doctor"),
     ],
 )  # fmt: skip
@@ -283,6 +284,89 @@ def test_what_a_killed_host_left_behind_is_removed_by_the_next_measurement(targe
         (spool / name).mkdir(parents=True)
     target.rows([], conv("net"), 3)
     assert [path.name for path in spool.iterdir()] == [f"measure-{os.getpid()}-y"]
+
+
+def test_a_paced_session_counts_deadlines_and_says_its_period(target, conv, quick):
+    small, heavy = conv("small", size=8), conv("heavy", layers=12, channels=64, size=48)
+    spec = quick.model_copy(update={"paced_ms": 4.0, "rank_rounds": 5})
+    session = target.measure({"small": small, "heavy": heavy}, spec, "rank")
+    assert session.protocol.startswith("ort-interleaved-1 rank paced=4ms 2x5 blocks of 4+10 ")
+    assert session.manner == "ort-interleaved-1 rank paced=4ms"
+    quick_one, slow_one = session.measurement("small"), session.measurement("heavy")
+    assert quick_one.miss_ratio is not None and quick_one.miss_ratio < 0.5
+    assert slow_one.miss_ratio is not None and slow_one.p50_ms > 4.0 and slow_one.miss_ratio > 0.5
+    assert quick_one.processes[0].misses.shape == (5,)
+    again = Session.from_json(session.to_json())
+    assert again.measurement("heavy").deadline_misses == slow_one.deadline_misses
+    assert again.joined(session).measurement("small").deadline_misses is not None
+
+
+def test_blocks_know_when_they_began(target, conv, quick):
+    session = target.measure({"a": conv("net"), "b": conv("net")}, quick, "rank")
+    named = {name: iter(np.concatenate([p.started_ns for p in m.processes]))
+             for name, m in session.measurements.items()}  # fmt: skip
+    starts = [int(next(named[name])) for process in session.order for turn in process for name in turn]
+    assert starts == sorted(starts) and starts[0] > 0
+    assert starts[-1] * 1e-9 < session.telemetry["seconds"] < 60.0
+    assert session.measurement("a").deadline_misses is None
+
+
+def test_a_sustained_session_goes_on_in_its_first_processes_for_its_time(target, conv, quick):
+    spec = quick.model_copy(update={"sustained_s": 1.5})
+    session = target.measure({"a": conv("net"), "b": conv("net")}, spec, "accept")
+    assert session.protocol.startswith("ort-interleaved-1 accept back-to-back sustained=1.5s 2x8 blocks of 4+")
+    assert f", the first 1x{len(session.order[0])} of 4+" in session.protocol
+    for measurement in session.measurements.values():
+        long, short = measurement.processes
+        assert len(short.ns) == len(session.order[1]) == 8
+        assert long.started_ns[-1] - long.started_ns[0] >= 1.0e9 and len(long.ns) == len(session.order[0])
+        assert measurement.drift is None
+    assert 0.5 < session.ratio("a", "b").center < 2.0 and session.ratio("a", "b", "mean").n == 2
+    plain = target.measure({"a": conv("net")}, spec, "rank")
+    assert plain.protocol.startswith("ort-interleaved-1 rank back-to-back 2x8 ")
+
+
+def test_layers_of_two_networks_tell_where_they_differ(target, conv, quick, tmp_path):
+    dense, deep = conv("dense", layers=2, size=24), conv("deep", layers=6, size=24)
+    found = target.layers({"dense": dense, "deep": deep}, quick)
+    assert list(found) == ["dense", "deep"]
+    convs = {name: [layer for layer in rows if layer.op == "Conv"] for name, rows in found.items()}
+    assert (len(convs["dense"]), len(convs["deep"])) == (2, 6)
+    assert all(layer.ms > 0 for rows in convs.values() for layer in rows)
+    assert sum(layer.ms for layer in found["deep"]) > 1.5 * sum(layer.ms for layer in found["dense"])
+    assert convs["dense"][1].name == convs["deep"][1].name
+    assert list((tmp_path / ".deploy" / "spool").iterdir()) == []
+
+
+def test_layers_of_a_broken_network_name_it(target, quick, tmp_path):
+    path = broken(tmp_path)
+    with pytest.raises(DeployError) as error:
+        target.layers({"cut": path}, quick)
+    assert f" cannot run '{path}': " in str(error.value)
+
+
+def test_a_network_whose_outputs_are_no_numbers_is_named(target, conv, quick, tmp_path):
+    import onnx
+
+    model = onnx.load(conv("net"))
+    weights = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weights[0] = np.nan
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weights, model.graph.initializer[0].name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    with pytest.raises(DeployError) as error:
+        target.measure({"dense": conv("net"), "cut": tmp_path / "nan.onnx"}, quick, "rank")
+    version = target.fingerprint().runtime_version
+    assert error.value.message == (
+        f"ONNX Runtime {version} cannot run '{tmp_path}/nan.onnx': "
+        "16 of 16 values of its output 'output' are NaN or infinite."
+    )
+
+
+def test_the_doctor_says_who_holds_the_device(target):
+    assert {c.name: c.value for c in target.doctor()}["lease"] == "free"
+    with leases.lease("local", 60):
+        found = {c.name: c for c in target.doctor()}["lease"]
+    assert not found.ok and found.value.startswith(f"held by {leases.owner()} (process {os.getpid()}, expected until ")
 
 
 def test_a_place_that_cannot_be_written_is_named(local, conv, quick, tmp_path):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from profiles.errors import DeployError, UsageError
+from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import Budget, MeasureSpec
 from targets.harness.device import Condition, Fingerprint, Preflight
 from targets.harness.measurement import (
@@ -300,7 +301,87 @@ def test_what_is_no_measurement_record_is_refused():
     assert str(error.value) == "not a measurement record: KeyError 'names'."
     with pytest.raises(DeployError) as error:
         Session.from_json('{"version": 9}')
-    assert str(error.value) == "the measurement has version 9, this tool reads version 1."
+    assert str(error.value) == "the measurement has version 9, this tool reads versions 1 and 2."
+
+
+def test_a_session_of_version_1_is_read_with_no_misses_and_no_start_times():
+    table = json.loads(session(a=[blocks(np.full((3, 2), 5))]).to_json())
+    assert table["version"] == 2
+    table["version"] = 1
+    del table["spec"]["paced_ms"], table["spec"]["sustained_s"]
+    for process in table["measurements"][0]["processes"]:
+        del process["misses"], process["started_ns"]
+    old = Session.from_json(json.dumps(table)).measurement("a")
+    assert old.processes[0].misses.tolist() == old.processes[0].started_ns.tolist() == [0, 0, 0]
+    assert old.deadline_misses is None and old.miss_ratio is None and old.drift is None
+
+
+def paced(parts, period=33.0, **changes):
+    made = session(a=parts)
+    spec = made.spec.model_copy(update={"paced_ms": period})
+    measured = {"a": replace(made.measurements["a"], paced_ms=period)}
+    return replace(made, measurements=measured, spec=spec, **changes)
+
+
+def test_deadline_misses_are_counted_over_usable_blocks():
+    flagged = [False, True, False]
+    one = replace(blocks(np.full((3, 10), 5), flagged), misses=np.array([1, 9, 0]))
+    two = replace(blocks(np.full((3, 10), 5)), misses=np.array([0, 0, 2]))
+    measured = paced([one, two]).measurement("a")
+    assert measured.deadline_misses == (3, 50)
+    assert measured.miss_ratio == pytest.approx(0.06)
+
+
+def test_misses_start_times_and_the_period_come_back_from_their_text():
+    part = replace(blocks(np.full((2, 3), 5)), misses=np.array([2, 0]), started_ns=np.array([10, 20]))
+    again = Session.from_json(paced([part]).to_json()).measurement("a")
+    assert again.paced_ms == 33.0 and again.deadline_misses == (2, 6)
+    assert again.processes[0].started_ns.tolist() == [10, 20]
+
+
+def test_sessions_taken_in_different_ways_are_not_joined():
+    plain = session(a=[blocks(np.full((2, 3), 5))])
+    with pytest.raises(UndecidedError) as error:
+        plain.joined(paced([blocks(np.full((2, 3), 5))]))
+    assert error.value.message == (
+        "two sessions were measured differently: 'protocol rank back-to-back' and 'protocol rank paced=33ms'."
+    )
+    with pytest.raises(UndecidedError, match="'protocol rank paced=33ms' and 'protocol rank paced=20ms'"):
+        paced([blocks([[5]])]).joined(paced([blocks([[5]])], 20.0))
+
+
+def test_sessions_that_differ_in_their_counts_alone_are_joined_one_after_the_other():
+    first = replace(blocks(np.full((2, 3), 5)), started_ns=np.array([100, 200]))
+    later = replace(blocks(np.full((2, 4), 5)), started_ns=np.array([50, 60]))
+    one, two = paced([first], protocol="ort 2x2 of 3"), paced([later], protocol="ort 2x2 of 4")
+    both = one.joined(two).measurement("a")
+    assert [part.started_ns.tolist() for part in both.processes] == [[100, 200], [265, 275]]
+    assert both.deadline_misses == (0, 14)
+
+
+def heating(last, seconds=90.0):
+    """One process of 0.1 s blocks that takes 1 ms until half time and `last` ms from then on."""
+    starts = np.arange(0, int(seconds * 10)) * 100_000_000
+    ms = np.where(starts < starts[-1] / 2, 1.0, last)
+    return replace(blocks(np.repeat(ms[:, None] * 1e6, 5, axis=1)), started_ns=starts)
+
+
+def test_drift_is_the_last_half_minute_over_the_first():
+    assert Measurement("a", "", "", (heating(1.25),)).drift == pytest.approx(1.25)
+    assert Measurement("a", "", "", (heating(1.0),)).drift == pytest.approx(1.0)
+    assert Measurement("a", "", "", (heating(1.21), heating(1.0))).drift == pytest.approx(1.1)
+
+
+def test_a_short_process_has_no_drift():
+    assert Measurement("a", "", "", (heating(1.25, 59.0),)).drift is None
+    assert Measurement("a", "", "", (heating(1.25, 59.0), heating(1.25))).drift == pytest.approx(1.25)
+
+
+def test_start_times_that_do_not_fit_the_rounds_are_refused():
+    table = json.loads(session(a=[blocks(np.full((3, 2), 5))]).to_json())
+    table["measurements"][0]["processes"][0]["started_ns"] = [0]
+    with pytest.raises(DeployError, match="3 rounds, but 3 counts of misses and 1 start times"):
+        Session.from_json(json.dumps(table))
 
 
 def test_samples_that_do_not_fit_their_flags_are_refused():

@@ -72,6 +72,38 @@ def test_everything_says_that_it_is_simulated(target, conv):
     assert session.lease_owner == "nobody, simulated"
 
 
+def test_layers_are_the_roofline_of_every_node(target, conv):
+    net = conv("net", layers=3)
+    (layers,) = target.layers({"net": net}, target.profile.measure).values()
+    assert [layer.op for layer in layers] == ["Conv", "Relu"] * 3 + ["GlobalAveragePool", "Flatten"]
+    assert sum(layer.ms for layer in layers) == pytest.approx(target.true_ms(net) - target.truth.call_us * 1e-3)
+    assert layers[2].ms > layers[0].ms
+
+
+def test_a_paced_session_misses_what_is_slower_than_the_period(target, conv):
+    cut, dense = conv("cut", layers=1), conv("dense", layers=8)
+    period = 0.5 * (target.true_ms(cut) + target.true_ms(dense))
+    spec = target.profile.measure.model_copy(update={"paced_ms": period})
+    session = target.measure({"cut": cut, "dense": dense}, spec, "accept")
+    assert session.measurement("cut").miss_ratio == pytest.approx(0.0, abs=0.02)
+    assert session.measurement("dense").miss_ratio == pytest.approx(1.0, abs=0.02)
+    assert f"paced={period:g}ms" in session.protocol
+
+
+def test_a_sustained_session_lasts_its_time_in_the_first_process(target, conv):
+    spec = target.profile.measure.model_copy(update={"sustained_s": 70.0, "paced_ms": 33.0})
+    process, *short = target.measure({"a": conv("net")}, spec, "accept").measurement("a").processes
+    assert {len(each.ns) for each in short} == {spec.accept_rounds}
+    assert (process.started_ns[-1] - process.started_ns[0]) * 1e-9 == pytest.approx(70.0, abs=1.0)
+    assert len(process.ns) == pytest.approx(70.0 / (0.033 * (4 + process.ns.shape[1])), abs=1.0)
+
+
+def test_a_sustained_session_of_a_device_that_keeps_cool_shows_little_drift(simulated, conv, tmp_path):
+    calm = Simulated(simulated, tmp_path, Truth(drift=0.0001))
+    spec = calm.profile.measure.model_copy(update={"sustained_s": 90.0, "paced_ms": 10.0})
+    assert calm.measure({"a": conv("net")}, spec, "accept").measurement("a").drift == pytest.approx(1.0, abs=0.01)
+
+
 def test_another_truth_is_another_device(simulated, tmp_path):
     one, two = Simulated(simulated, tmp_path), Simulated(simulated, tmp_path, Truth(grid=16))
     assert one.fingerprint().digest() != two.fingerprint().digest()

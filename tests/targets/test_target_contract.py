@@ -10,7 +10,7 @@ import pytest
 from profiles import plugins
 from profiles.errors import UsageError
 from profiles.schema import load_profile, profile_names
-from targets.base import Target, load_target
+from targets.base import LayerTime, Target, load_target
 from targets.harness import lease as leases
 from targets.harness.measurement import Session
 from targets.runtimes.base import Runtime, load_runtime
@@ -45,6 +45,14 @@ def test_every_target_times_rows_and_infers(target, conv):
     assert times.ms.shape == (2, 4) and (times.ms > 0).all() and (times.reference_ms > 0).all()
     (out,) = target.infer(conv("net", size=8), [np.zeros((3, 3, 8, 8), np.float32)])
     assert out.shape == (3, 16)
+
+
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+def test_every_target_names_layers_with_their_times(target, conv, quick):
+    found = target.layers({"a": conv("net"), "b": conv("net")}, quick)
+    assert list(found) == ["a", "b"]
+    assert [(x.name, x.op) for x in found["a"]] == [(x.name, x.op) for x in found["b"]]
+    assert found["a"] and all(isinstance(layer, LayerTime) and layer.ms >= 0 for layer in found["a"])
 
 
 @pytest.mark.parametrize("target", TARGETS, indirect=True)

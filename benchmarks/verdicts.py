@@ -1,0 +1,302 @@
+"""How often the nightly check is right: false alarms on equal networks, and what it says of true slowdowns.
+
+    python -m benchmarks.verdicts                      goes on until every experiment has its checks (hours)
+    python -m benchmarks.verdicts --minutes 30         for at most that long
+    python -m benchmarks.verdicts --table              what there is so far
+
+Every check is one line of benchmarks/results/verdicts.jsonl, so that a stopped run goes on where it was. Experiments
+take turns. Subject: the GTSRB ResNet-20, one thread. Slowdowns are made by adding Abs nodes; how large each one truly
+is, is measured first, in one long session, and kept beside the checks. While a check of `equal, loaded` runs, another
+process loads the machine in bursts. Peers' rules see the same samples: the first night's are what they store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import helper
+from scipy import stats
+
+from benchmarks import nets, rules
+from benchmarks.data import EDGE_DATA
+from pipeline.check import Measuring
+from pipeline.graph.export import export
+from pipeline.graph.optimize import optimize
+from pipeline.prune.capture import capture
+from profiles.schema import GraphSpec, InputSpec, Profile, load_profile
+from targets.base import Target, load_target
+from targets.harness.compare import AGAIN, BASELINE, CANDIDATE, control_arms, judge_control
+from targets.harness.measurement import Session
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "verdicts.jsonl"
+STATE = ROOT / "runs" / "verdicts"
+SHAPE = (1, 3, 32, 32)
+ASKED = {
+    "equal": 134, "equal, loaded": 66, "slower 1.5 %": 30, "slower 3 %": 30, "slower 5 %": 30,
+    "quota on the candidate": 5, "quota on all": 5, "33 channels": 3,
+}  # fmt: skip
+TRUTHS = {"slower 1.5 %": (0.014, 0.020), "slower 3 %": (0.029, 0.040), "slower 5 %": (0.046, 0.065)}
+"""Range of the true slowdown that stands for each name."""
+QUOTA = Path("/sys/fs/cgroup/cpu/edge-deploy-verdicts")
+QUOTA_SHARE = 0.4
+
+
+# --- the networks --------------------------------------------------------------------------------------------------
+
+
+def dense(folder: Path) -> Path:
+    """The trained ResNet-20, exported and optimised as a build does it."""
+    path = folder / "dense.onnx"
+    if not path.is_file():
+        model = nets.resnet20()
+        weights = EDGE_DATA / "gtsrb32" / "gtsrb_resnet20.pt"
+        if weights.is_file():
+            model.load_state_dict(torch.load(weights, weights_only=True))
+        captured = capture(model.eval(), (torch.randn(SHAPE),))
+        export(captured.graph, [InputSpec(shape=SHAPE)], folder / "raw.onnx")
+        optimize(folder / "raw.onnx", GraphSpec().passes, path)
+    return path
+
+
+def with_abs(source: Path, size: int, count: int, out: Path) -> Path:
+    """The network with `count` Abs nodes behind as many Relus whose maps are size x size, one each, then a second."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(source))
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    relus = [n for n in model.graph.node if n.op_type == "Relu" and shapes.get(n.output[0], [0])[-1] == size]
+    for index in range(count):
+        node = relus[index % len(relus)]
+        name = node.output[0]
+        inner = f"{name}.before_abs_{index}"
+        node.output[0] = inner
+        place = list(model.graph.node).index(node) + 1
+        added = helper.make_node("Abs", [inner], [name], name=f"{node.name}.abs{index}")
+        model.graph.node.insert(place, added)
+        relus[index % len(relus)] = added
+    onnx.save(model, str(out))
+    return out
+
+
+def chain(width: int, out: Path) -> Path:
+    """Four 3x3 convolutions of one width at 16x16."""
+    from pipeline.latency.reference import chain as small
+
+    out.write_bytes(small("3x3", width, 16, 4))
+    return out
+
+
+def truths(target: Target, profile: Profile, source: Path, folder: Path) -> dict[str, Any]:
+    """Slowdown of each variant, measured with twice the accepting protocol: size and count of its Abs nodes, ratio."""
+    variants = [(8, 4), (8, 8), (16, 1), (16, 2), (16, 3), (16, 4), (32, 1), (32, 2)]
+    found = []
+    for part in (variants[:4], variants[4:]):
+        arms = {BASELINE: source, AGAIN: source}
+        for size, count in part:
+            arms[f"{size}/{count}"] = with_abs(source, size, count, folder / f"abs-{size}-{count}.onnx")
+        spec = profile.measure.model_copy(update={"accept_processes": 12, "warmup_s": 0.2})
+        session = target.measure(arms, spec, "accept")
+        for size, count in part:
+            one, two = (session.ratio(f"{size}/{count}", name) for name in (BASELINE, AGAIN))
+            found.append({"size": size, "count": count, "slower": float(np.sqrt(one.center * two.center)) - 1.0})
+    chosen = {}
+    for name, (low, high) in TRUTHS.items():
+        inside = [v for v in found if low <= v["slower"] <= high]
+        aim = float(re.findall(r"[\d.]+", name)[0]) / 100
+        chosen[name] = min(inside or found, key=lambda v: abs(v["slower"] - aim))
+    return {"variants": found, "chosen": chosen}
+
+
+# --- what disturbs -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def load() -> Iterator[None]:
+    """Another process that computes in bursts of 0.2 to 2 s."""
+    code = (
+        "import numpy as np,time,random\n"
+        "a=np.random.rand(700,700)\n"
+        "while True:\n"
+        "    end=time.time()+random.uniform(.2,2)\n"
+        "    while time.time()<end: a@a\n"
+        "    time.sleep(random.uniform(.2,2))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ, OPENBLAS_NUM_THREADS="2"))
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def quota(name: str | None) -> Iterator[None]:
+    """A processor quota on the workers of one arm, or (None) on every one, for as long as they live."""
+    QUOTA.mkdir(exist_ok=True)
+    (QUOTA / "cpu.cfs_period_us").write_text("100000")
+    (QUOTA / "cpu.cfs_quota_us").write_text(str(int(QUOTA_SHARE * 100000)))
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(0.02):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    words = path.read_bytes().decode(errors="replace").split("\0")
+                    if any(w.endswith("agent.py") for w in words) and "worker" in words and (not name or name in words):
+                        (QUOTA / "cgroup.procs").write_text(path.parent.name)
+                except OSError:
+                    continue
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+def check(target: Target, profile: Profile, name: str, arms: dict[str, Path], seed: int) -> tuple[dict, list[Session]]:
+    """One check: its verdict and numbers as plain data, and its sessions."""
+    disturbance = load() if name == "equal, loaded" else nullcontext()
+    if name.startswith("quota"):
+        disturbance = quota(CANDIDATE if name == "quota on the candidate" else None)
+    with disturbance:
+        measuring = Measuring(target, profile, profile.check, arms, seed)
+        verdict = measuring.verdict()
+    stages = verdict.stages
+    last = stages[-1]
+    row = {
+        "experiment": name, "outcome": verdict.outcome, "reason": verdict.reason, "stages": len(stages),
+        "sessions": len(measuring.sessions), "seconds": round(measuring.seconds, 1),
+        "ratio": [last.ratio.center, last.ratio.low, last.ratio.high], "control": last.control.center,
+        "control_sd": last.control.sd, "detectable": last.detectable, "load": os.getloadavg()[0],
+        "warm_s": float(np.mean([b.warmup.seconds for m in measuring.sessions[0].measurements.values()
+                                 for b in m.processes])),
+        "control_outcome": judge_control(stages[0], stages[1] if len(stages) > 1 else None, profile.check),
+        "controls": [c.to_table() for c in control_arms(*measuring.stages)],
+        "seed": seed,
+    }  # fmt: skip
+    return row, measuring.sessions
+
+
+def peers(session: Session, stored: Path) -> dict[str, bool]:
+    """What peers' rules say of tonight's baseline against the first night's; that night itself is stored."""
+    tonight = session.measurement(BASELINE).pooled_ns
+    if not stored.is_file():
+        np.save(stored, tonight)
+        return {}
+    return {name: bool(rule(np.load(stored), tonight)) for name, rule in rules.RULES.items()}
+
+
+def run(minutes: float, asked: Sequence[str]) -> None:
+    """Checks, the experiments in turn, until all are done or the time is up."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    end, profile = time.monotonic() + 60 * minutes, load_profile("local")
+    target = load_target(profile, STATE)
+    source = dense(STATE)
+    rows = read()
+    head = next((row for row in rows if row["experiment"] == "truth"), None)
+    if head is None:
+        head = {"experiment": "truth", **truths(target, profile, source, STATE), "machine": machine(target)}
+        append(head)
+    done = {name: sum(row["experiment"] == name for row in rows) for name in ASKED}
+    while time.monotonic() < end and (open_ := [n for n in asked if done[n] < ASKED[n]]):
+        name = min(open_, key=lambda n: done[n] / ASKED[n])
+        arms = {BASELINE: source, AGAIN: source, CANDIDATE: source}
+        if name in TRUTHS:
+            variant = head["chosen"][name]
+            arms[CANDIDATE] = with_abs(source, variant["size"], variant["count"], STATE / f"{name}.onnx")
+        if name == "33 channels":
+            wide = chain(48, STATE / "48.onnx")
+            arms = {BASELINE: wide, AGAIN: wide, CANDIDATE: chain(33, STATE / "33.onnx")}
+        row, sessions = check(target, profile, name, arms, 1000 * sum(done.values()) + 7)
+        if name.startswith("equal"):
+            row["peers"] = peers(sessions[0], STATE / "first-night.npy")
+        done[name] += 1
+        append(row)
+        print(f"{name:24s} {done[name]:4d}  {row['outcome']:12s} {row['seconds']:6.1f} s  {row['reason']}", flush=True)
+
+
+def read() -> list[dict[str, Any]]:
+    """What there is so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def append(row: dict[str, Any]) -> None:
+    """Keep one line."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def machine(target: Target) -> dict[str, Any]:
+    """What the figures are taken on."""
+    versions = {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
+    return {**target.fingerprint().to_table(), "versions": versions}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Outcomes and times of each experiment, false alarms of the control arm and of the peers' rules."""
+    lines = []
+    for head in (row for row in rows if row["experiment"] == "truth"):
+        lines.append(f"{head['machine']['cpu']}, {head['machine']['cores']} cores, {head['machine']['versions']}")
+        lines += [f"  {name}: Abs at {v['size']}x{v['size']} x {v['count']}, truly {v['slower']:+.2%}"
+                  for name, v in head["chosen"].items()]  # fmt: skip
+    outcomes = ("pass", "warn", "fail", "improved", "undecided", "inconclusive")
+    names = " ".join(f"{o[:9]:>9s}" for o in outcomes)
+    lines.append(f"{'experiment':24s} {'n':>4s} {names}   median s   worst s")
+    for name in ASKED:
+        own = [row for row in rows if row["experiment"] == name]
+        if own:
+            counts = [sum(row["outcome"] == o for row in own) for o in outcomes]
+            seconds = [row["seconds"] for row in own]
+            lines.append(f"{name:24s} {len(own):4d} " + " ".join(f"{c:9d}" for c in counts)
+                         + f"   {np.median(seconds):8.1f} {max(seconds):9.1f}")  # fmt: skip
+    equal = [row for row in rows if row["experiment"].startswith("equal") and row.get("peers")]
+    if equal:
+        ours = sum(row["outcome"] == "fail" for row in rows if row["experiment"].startswith("equal"))
+        n = sum(row["experiment"].startswith("equal") for row in rows)
+        upper = float(stats.beta.ppf(0.95, ours + 1, n - ours)) if n > ours else 1.0
+        lines.append(f"false alarms on equal networks: ours {ours} of {n} (at most {upper:.1%} with 95 % confidence)")
+        for rule in equal[0]["peers"]:
+            alarms = sum(row["peers"][rule] for row in equal)
+            lines.append(f"  {rule:40s} {alarms} of {len(equal)} ({alarms / len(equal):.0%})")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--minutes", type=float, default=1e6)
+    parser.add_argument("--only", help="names of experiments, divided by semicolons")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if not asked.table:
+        run(asked.minutes, asked.only.split(";") if asked.only else list(ASKED))
+    print(table(read()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""`python -m pipeline.cli`: the same as `deploy`."""
+
+from pipeline.cli import main
+
+main()

@@ -1,0 +1,228 @@
+"""The frame of the command line: one group of commands, how errors and results are told, options that many share.
+
+Results go to stdout, everything else to stderr. With `--json` stdout holds exactly one JSON object, errors included.
+Everything heavy is imported inside the command that needs it, so that `deploy --help` starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from profiles import plugins
+from profiles.errors import DeployError, UsageError, near_miss
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PLUGINS = {
+    "criteria": "pipeline.prune.criteria",
+    "encoders": "pipeline.release.encoders",
+    "hooks": "pipeline.recover.hooks",
+    "passes": "pipeline.graph.passes",
+    "rules": "pipeline.prune.rules",
+    "runtimes": "targets.runtimes",
+    "solvers": "pipeline.latency.solvers",
+    "targets": "targets",
+}
+STATE = Path(".deploy")
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "onnx", "onnx-graphsurgeon")
+
+
+# --- the frame --------------------------------------------------------------------------------------------------------
+
+
+class Commands(click.Group):
+    """A group that answers an unknown command with the nearest one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown one is a UsageError of ours."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            near = near_miss(args[0], self.list_commands(ctx))
+            raise UsageError(f"no command named '{args[0]}'. {near}", "deploy --help")
+        return super().resolve_command(ctx, args)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and leave with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_run(given))
+
+
+def _run(given: list[str]) -> int:
+    try:
+        return int(app.main(given, "deploy", standalone_mode=False) or 0)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.Abort:
+        return _fail(given, "interrupted.", "", 130)
+    except click.UsageError as error:
+        return _fail(given, *_usage(error, given), 2)
+    except DeployError as error:
+        return _fail(given, error.message, error.hint, error.exit_code)
+    except OSError as error:
+        from pipeline.cache import disk_full
+
+        full = disk_full(error, Path(str(error.filename or ".")))
+        if full is None:
+            raise
+        return _fail(given, full.message, full.hint, full.exit_code)
+
+
+def _usage(error: click.UsageError, given: Sequence[str]) -> tuple[str, str]:
+    """Message and hint of what click complains about, in the manner of our own errors."""
+    hint = f"deploy {given[0]} --help" if given and given[0] in app.commands else "deploy --help"
+    if isinstance(error, click.NoSuchOption) and error.ctx:
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts if name.startswith("--")]
+        return f"no option named '{error.option_name}'. {near_miss(error.option_name, known)}", hint
+    message = error.format_message().strip()
+    return f"{message[:1].lower()}{message[1:].rstrip('.')}.", hint
+
+
+def _fail(given: Sequence[str], message: str, hint: str, code: int) -> int:
+    if "--traceback" in given:
+        traceback.print_exc()
+    if "--json" in given:
+        print_json({"error": message, "hint": hint, "exit_code": code})
+        return code
+    from rich.text import Text
+
+    console = terminal()
+    console.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True, highlight=False)
+    if hint:
+        say(console, hint)
+    return code
+
+
+def print_json(table: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(table, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def terminal(*, stdout: bool = False) -> Console:
+    """rich's console; off a terminal wide enough that no line of a table is cut."""
+    from rich.console import Console
+
+    stream = sys.stdout if stdout else sys.stderr
+    return Console(stderr=not stdout, width=None if stream.isatty() else 200)
+
+
+def say(console: Console, text: str) -> None:
+    """One line as it is: no markup, no wrapping, no colours of its own."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Said(logging.Handler):
+    """Warnings of the pipeline, one line each on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(terminal(), f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def _say_warnings() -> None:
+    for name in ("pipeline", "targets"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(there, _Said) for there in logger.handlers):
+            logger.addHandler(_Said(logging.WARNING))
+
+
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from pipeline.stage import tool_versions
+
+        versions = tool_versions("edge-deploy", *RUNTIMES)
+        own = versions.pop("edge-deploy", "(not installed)")
+        click.echo("\n".join([f"edge-deploy {own}", *(f"{name} {version}" for name, version in versions.items())]))
+        ctx.exit()
+
+
+Command = Callable[..., int]
+
+
+def everywhere(command: Command) -> Command:
+    """Options of every command."""
+    command = click.option("--traceback", is_flag=True, expose_value=False, help="Show an error's stack.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, and nothing else.")(command)
+
+
+def with_settings(command: Command) -> Command:
+    """The option `--set KEY=VALUE`."""
+    text = "Lay a key over the profile, e.g. --set prune.min_width=4. May be repeated."
+    return click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=text)(command)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
+              help="Version of the tool and of every runtime.")  # fmt: skip
+def app() -> None:
+    """Prune a trained network under a latency budget that is measured on the device that ships it."""
+    _say_warnings()
+
+
+
+# --- what several commands share ---
+
+
+def target_name(name: str | None) -> str:
+    """The profile asked for. Raises UsageError where none was."""
+    if name is None:
+        from profiles.schema import profile_names
+
+        raise UsageError("--target is missing.", f"--target {'|'.join(profile_names())}, or a TOML file of your own.")
+    return name
+
+
+def exists(kind: str, name: str) -> None:
+    """Raise UsageError with the near miss where no plug-in has this name; nothing is imported."""
+    if name not in plugins.names(PLUGINS[kind]):
+        plugins.load(PLUGINS[kind], name)
+
+
+def overrides_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Nested tables from `prune.min_width=4`; a value that is no TOML is taken as a string."""
+    import tomllib
+
+    tables: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not all(part.isidentifier() for part in key.split(".")):
+            raise UsageError(f"--set {setting} is not KEY=VALUE.", "--set prune.min_width=4")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *path, last = key.split(".")
+        table = tables
+        for part in path:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                message = f"--set {setting} goes below '{part}', which another --set made a value."
+                raise UsageError(message, "set one of them.")
+        table[last] = value
+    return tables
+
+
+def bar(text: str, wanted: bool) -> Any:
+    """A progress bar on stderr that takes the done share of the work, 0 to 1."""
+    from contextlib import contextmanager
+
+    from rich.progress import Progress
+
+    @contextmanager
+    def shown() -> Any:
+        console = terminal()
+        with Progress(console=console, transient=True, disable=not (wanted and console.is_terminal)) as bar:
+            task = bar.add_task(text, total=1.0)
+            yield lambda share: bar.update(task, completed=share)
+
+    return shown()

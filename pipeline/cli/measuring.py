@@ -1,0 +1,137 @@
+"""`deploy measure` and `deploy verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.frame import (
+    STATE,
+    app,
+    bar,
+    everywhere,
+    overrides_of,
+    print_json,
+    say,
+    target_name,
+    terminal,
+    with_settings,
+)
+from profiles.errors import UsageError
+
+
+@app.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL.onnx...")
+@click.option("--target", metavar="T", help="A profile's name or a TOML file of your own.")
+@click.option("--paced", metavar="33ms", help="Infer once a control period, and count missed deadlines.")
+@click.option("--sustained", metavar="600s", help="Go on for so long, to see what heat does to it.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every raw sample there, as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with pictures there.")
+@with_settings
+@everywhere
+def measure(
+    models: tuple[Path, ...],
+    target: str | None,
+    paced: str | None,
+    sustained: str | None,
+    out: Path | None,
+    html: Path | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Measure ONNX files on a target, interleaved in one session; ratios are to the first one."""
+    import tempfile
+
+    from pipeline.cache import write_atomic
+    from pipeline.report import session as shown
+    from profiles.schema import load_profile
+    from targets.base import load_target
+
+    for model in models:
+        if not model.is_file():
+            raise UsageError(f"there is no file '{model}'.", "deploy measure MODEL.onnx")
+    overrides = overrides_of(settings)
+    for key, given, unit, option in (
+        ("paced_ms", paced, "ms", "--paced 33ms"), ("sustained_s", sustained, "s", "--sustained 600s")
+    ):  # fmt: skip
+        if given is not None:
+            overrides.setdefault("measure", {})[key] = _quantity(given, unit, option)
+    profile = load_profile(target_name(target), overrides)
+    device = load_target(profile, STATE)
+    names = _names(models)
+    with tempfile.TemporaryDirectory() as work, bar("measure", not as_json) as progress:
+        built = {name: device.build(model, Path(work) / f"{name}.artifact") for name, model in names.items()}
+        session = device.measure(built, profile.measure, "accept", progress)
+    if out is not None:
+        write_atomic(out, session.to_json().encode() + b"\n")
+    if html is not None:
+        from pipeline.report.measure_html import measure_page
+
+        write_atomic(html, measure_page(session).encode())
+    for condition in session.preflight.spoilt:
+        say(terminal(), f"note: {condition.name} is {condition.value}; {condition.why}.")
+    if as_json:
+        print_json(shown.session_json(session))
+    else:
+        terminal(stdout=True).print(shown.session_table(session), highlight=False)
+    if session.contaminated:
+        say(terminal(), "note: the session is contaminated: more than 20 % of a network's blocks were disturbed.")
+    return 4 if session.contaminated else 0
+
+
+def _quantity(text: str, unit: str, example: str) -> float:
+    """A number with its unit, which may be left out."""
+    try:
+        return float(text.strip().lower().removesuffix(unit))
+    except ValueError:
+        raise UsageError(f"'{text}' is not a time in {unit}.", example) from None
+
+
+def _names(models: Sequence[Path]) -> dict[str, Path]:
+    """A short name for every file: its stem, with a number where two are alike."""
+    names: dict[str, Path] = {}
+    for model in models:
+        name, count = model.stem, 2
+        while name in names:
+            name, count = f"{model.stem}-{count}", count + 1
+        names[name] = model
+    return names
+
+
+@app.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--target", metavar="T", help="Measure both networks again there, and judge the budget anew.")
+@with_settings
+@everywhere
+def verify(bundle: Path, target: str | None, settings: tuple[str, ...], as_json: bool) -> int:
+    """Check a bundle: checksums, schema, graphs, the sample's output, and with --target its latency."""
+    import tempfile
+
+    from pipeline.release import verify as check
+    from profiles.schema import load_profile
+    from targets.base import load_target
+
+    problems = check.verify(bundle, load_target(load_profile("local"), STATE).infer)
+    told: dict[str, Any] = {"bundle": str(bundle), "problems": problems}
+    code = 1 if problems else 0
+    if target is not None and not problems:
+        device = load_target(load_profile(target, overrides_of(settings)), STATE)
+        with tempfile.TemporaryDirectory() as work:
+            judged, _ = check.measure_again(bundle, device, Path(work))
+        told |= {"verdict": judged.verdict, "reason": judged.reason}
+        code = {"met": 0, "missed": 3, "undecided": 4}[judged.verdict]
+    told["exit_code"] = code
+    if as_json:
+        print_json(told)
+        return code
+    console = terminal(stdout=True)
+    for problem in problems:
+        say(console, problem)
+    if not problems:
+        say(console, f"{bundle} is whole: checksums, schema, graphs and the sample's output agree.")
+    if "verdict" in told:
+        say(console, f"{told['verdict']}: {told['reason']}")
+    return code

@@ -1,0 +1,195 @@
+"""Every check of every night in one SQLite file, `.deploy/nights.sqlite`: records, raw samples, controls, times.
+
+Nights are in the order in which they were added, by number: a clock that jumps cannot reorder them, `at` is for
+people. A check is kept whole or not at all. The file is apart from `latency.sqlite`, which is a cache: this one is the
+only record of what was said, of every raw sample it was said from, and of how often equal networks were said to differ.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.database import Database, Layout
+from pipeline.nightly.changes import Series
+from pipeline.nightly.records import control_from_table, control_to_table, from_table, to_table
+from pipeline.nouns import CheckRecord, Ledger
+from profiles.errors import DeployError
+from profiles.schema import CheckSpec
+from targets.harness.compare import CANDIDATE, Control, widen
+from targets.harness.measurement import Session
+
+NIGHTS = """
+CREATE TABLE night (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, profile TEXT NOT NULL, device TEXT NOT NULL, at TEXT NOT NULL,
+    outcome TEXT NOT NULL, record TEXT NOT NULL);
+CREATE INDEX night_of_profile ON night (profile, id);
+CREATE TABLE session (
+    night INTEGER NOT NULL REFERENCES night(id), position INTEGER NOT NULL, zlib BLOB NOT NULL,
+    PRIMARY KEY (night, position));
+CREATE TABLE control (
+    profile TEXT NOT NULL, device TEXT NOT NULL, night INTEGER NOT NULL REFERENCES night(id),
+    position INTEGER NOT NULL, control TEXT NOT NULL, PRIMARY KEY (profile, device, night, position)) WITHOUT ROWID;
+CREATE TABLE time (
+    profile TEXT NOT NULL, sha256 TEXT NOT NULL, statistic TEXT NOT NULL, night INTEGER NOT NULL REFERENCES night(id),
+    arm TEXT NOT NULL, device TEXT NOT NULL, protocol TEXT NOT NULL, at TEXT NOT NULL, ms REAL NOT NULL,
+    PRIMARY KEY (profile, sha256, statistic, night, arm)) WITHOUT ROWID;
+"""
+LAYOUT = Layout((NIGHTS,), lost="nights from now on are kept in a new file", durable=True)
+
+
+class Nights:
+    """The file `nights.sqlite` of a `.deploy` folder. Close it, or use it in a `with`.
+
+    moved: where a damaged file was put, or None. Raises DeployError when the file cannot be written or is of a newer
+    version of this program.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = Database(path, LAYOUT)
+
+    @property
+    def moved(self) -> Path | None:
+        """Where a damaged file was put, or None."""
+        return self._file.moved
+
+    def __enter__(self) -> Nights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    # --- keeping --------------------------------------------------------------------------------------------------
+
+    def add(self, record: CheckRecord, sessions: Sequence[Session], controls: Sequence[Control] = ()) -> int:
+        """Keep a check with all its raw samples and its control arms, one a stage (`compare.control_arms`).
+
+        The series get a value for each arm and statistic of `record.absolute` that has one. Returns the check's number.
+        """
+        table = _text(to_table(record))
+        packed = [zlib.compress(session.to_json().encode(), 9) for session in sessions]
+        told = [_text(control_to_table(control)) for control in controls]
+
+        def write(base: sqlite3.Connection) -> int:
+            row = (record.profile, record.device, record.started, record.verdict.outcome, table)
+            night = base.execute(
+                "INSERT INTO night (profile, device, at, outcome, record) VALUES (?,?,?,?,?)", row
+            ).lastrowid
+            assert night is not None
+            place = (record.profile, record.device, night)
+            base.executemany("INSERT INTO session VALUES (?,?,?)", [(night, *each) for each in enumerate(packed)])
+            base.executemany("INSERT INTO control VALUES (?,?,?,?,?)", [(*place, *each) for each in enumerate(told)])
+            base.executemany("INSERT INTO time VALUES (?,?,?,?,?,?,?,?,?)", list(_times(record, night)))
+            return night
+
+        return self._file.write(write)
+
+    # --- looking --------------------------------------------------------------------------------------------------
+
+    def records(self, profile: str | None = None, limit: int | None = None) -> list[CheckRecord]:
+        """The newest `limit` checks of a profile, or of all of them, oldest first."""
+        return list(self.numbered(profile, limit).values())
+
+    def numbered(self, profile: str | None = None, limit: int | None = None) -> dict[int, CheckRecord]:
+        """As `records`, by number."""
+
+        def read(base: sqlite3.Connection) -> list[tuple[int, str]]:
+            where, values = _where(profile=profile)
+            query = f"SELECT id, record FROM night {where} ORDER BY id DESC LIMIT ?"
+            return base.execute(query, (*values, -1 if limit is None else limit)).fetchall()
+
+        return {number: from_table(json.loads(text)) for number, text in reversed(self._file.read(read))}
+
+    def sessions(self, number: int) -> list[Session]:
+        """The sessions of a check, raw samples included, in the order they were measured."""
+
+        def read(base: sqlite3.Connection) -> list[bytes]:
+            query = "SELECT zlib FROM session WHERE night=? ORDER BY position"
+            return [data for (data,) in base.execute(query, (number,))]
+
+        with _readable(f"the samples of night {number} in {self.path}"):
+            return [Session.from_json(zlib.decompress(data).decode()) for data in self._file.read(read)]
+
+    def controls(self, profile: str, device: str | None) -> list[tuple[Control, ...]]:
+        """The control arms of every check of a profile, oldest first: one entry a check, its stages in order.
+
+        device: digest of a fingerprint, None for every one. Checks without a control arm are left out.
+        """
+
+        def read(base: sqlite3.Connection) -> list[tuple[int, str]]:
+            where, values = _where(profile=profile, device=device)
+            query = f"SELECT night, control FROM control {where} ORDER BY night, position"
+            return base.execute(query, values).fetchall()
+
+        found: dict[int, tuple[Control, ...]] = {}
+        for night, text in self._file.read(read):
+            found[night] = (*found.get(night, ()), control_from_table(json.loads(text)))
+        return list(found.values())
+
+    def ledger(self, profile: str, device: str | None, spec: CheckSpec) -> tuple[CheckSpec, Ledger]:
+        """The tolerances that these control arms bear out (`compare.widen`), and the count. spec: the profile's own."""
+        past = self.controls(profile, device)
+        widened, alarms, factor = widen(past, spec)
+        return widened, Ledger(len(past), alarms, factor)
+
+    def series(self, profile: str, device: str | None, sha: str, statistic: str) -> Series:
+        """Absolute times of a network, one a night: the mean of the arms that were this network, oldest first.
+
+        Only nights of the newest night's protocol, since others are not comparable. device: digest of a fingerprint;
+        None takes the nights of every one, to see what a new kernel, driver or clock did to the same network.
+        """
+
+        def read(base: sqlite3.Connection) -> list[tuple[str, float, str]]:
+            where, values = _where(profile=profile, sha256=sha, statistic=statistic, device=device)
+            newest = f"SELECT protocol FROM time {where} ORDER BY night DESC LIMIT 1"
+            query = (
+                f"SELECT at, avg(ms), device FROM time {where} AND protocol=({newest}) GROUP BY night ORDER BY night"
+            )
+            return base.execute(query, (*values, *values)).fetchall()
+
+        found = self._file.read(read)
+        name = f"{statistic} of {sha[:12]} on {profile}"
+        return Series(
+            name,
+            tuple(at for at, _, _ in found),
+            tuple(ms for _, ms, _ in found),
+            tuple(digest for _, _, digest in found),
+        )
+
+
+def _where(**wanted: str | None) -> tuple[str, list[str]]:
+    """A WHERE clause for the columns that are wanted, and its values; "" where none is."""
+    asked = {column: value for column, value in wanted.items() if value is not None}
+    return f"WHERE {' AND '.join(f'{column}=?' for column in asked)}" if asked else "", list(asked.values())
+
+
+def _times(record: CheckRecord, night: int) -> Iterator[tuple[Any, ...]]:
+    """Rows of the table `time`: the arms of a check, each with the hash of the network it was."""
+    for arm, statistics in record.absolute.items():
+        sha256 = (record.candidate if arm == CANDIDATE else record.baseline).sha256
+        for statistic, ms in statistics.items():
+            if ms is not None:
+                place = (record.profile, sha256, statistic, night, arm, record.device, record.protocol)
+                yield (*place, record.started, float(ms))
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (zlib.error, UnicodeDecodeError) as error:
+        raise DeployError(f"{what} are damaged: {error}.", "its record is whole: deploy history --target T") from None

@@ -71,12 +71,10 @@ def measure(
         from pipeline.report.measure_html import measure_page
 
         write_atomic(html, measure_page(session).encode())
-    for condition in session.preflight.spoilt:
-        say(terminal(), f"note: {condition.name} is {condition.value}; {condition.why}.")
     if as_json:
         print_json(shown.session_json(session))
     else:
-        terminal(stdout=True).print(shown.session_table(session), highlight=False)
+        shown.show_session(session, terminal(stdout=True))
     if session.contaminated:
         say(terminal(), "note: the session is contaminated: more than 20 % of a network's blocks were disturbed.")
     return 4 if session.contaminated else 0

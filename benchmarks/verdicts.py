@@ -80,16 +80,18 @@ def with_abs(source: Path, size: int, count: int, out: Path) -> Path:
     """The network with `count` Abs nodes behind as many Relus whose maps are size x size, one each, then a second."""
     model = onnx.shape_inference.infer_shapes(onnx.load(source))
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
-    relus = [n for n in model.graph.node if n.op_type == "Relu" and shapes.get(n.output[0], [0])[-1] == size]
+    nodes = list(model.graph.node)
+    relus = [n.output[0] for n in nodes if n.op_type == "Relu" and shapes.get(n.output[0], [0])[-1] == size]
     for index in range(count):
-        node = relus[index % len(relus)]
-        name = node.output[0]
+        name = relus[index % len(relus)]
+        place = next(i for i, node in enumerate(nodes) if name in node.output)
         inner = f"{name}.before_abs_{index}"
-        node.output[0] = inner
-        place = list(model.graph.node).index(node) + 1
-        added = helper.make_node("Abs", [inner], [name], name=f"{node.name}.abs{index}")
-        model.graph.node.insert(place, added)
-        relus[index % len(relus)] = added
+        maker = onnx.NodeProto()
+        maker.CopyFrom(nodes[place])
+        maker.output[list(maker.output).index(name)] = inner
+        nodes[place : place + 1] = [maker, helper.make_node("Abs", [inner], [name], name=f"{name}.abs_{index}")]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     onnx.save(model, str(out))
     return out
 

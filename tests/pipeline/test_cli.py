@@ -312,12 +312,30 @@ def test_measure_compares_networks_in_one_session(capsys: pytest.CaptureFixture[
     assert set(Session.from_json((here / "raw.json").read_text()).measurements) == {"wide", "slim"}
 
 
-def test_measure_prints_a_table_and_keeps_notes_off_stdout(capsys: pytest.CaptureFixture[str], models: list[str]):
+def test_measure_prints_every_statistic_with_its_bounds_and_the_conditions(capsys: pytest.CaptureFixture[str], models: list[str]):
     _, out, err = deploy(capsys, "measure", *models, "--target", "local", *SHORT)
     lines = out.splitlines()
     assert lines[0].startswith("model") and "ratio to wide" in lines[0]
-    assert [line.split()[0] for line in lines[1:]] == ["wide", "slim"] and "too few samples" in out
+    assert [line.split()[0] for line in lines[1:3]] == ["wide", "slim"]
+    assert "p99 needs 4096 inferences" in out and "back-to-back" in out
     assert all(line.startswith("note: ") for line in err.splitlines())
+
+
+def test_measure_at_a_control_period_counts_missed_deadlines_and_draws(
+    capsys: pytest.CaptureFixture[str], here: Path, models: list[str]
+):
+    words = ["measure", models[0], "--target", "local", "--paced", "4ms", "--html", "page.html", "--json", *SHORT]
+    _, out, _ = deploy(capsys, *words)
+    told = json.loads(out)
+    (model,) = told["models"].values()
+    assert model["deadline_misses"]["inferences"] > 0 and "paced" in told["protocol"]
+    page = (here / "page.html").read_text()
+    assert "<svg" in page and "deadline" in page and "https://" not in page
+
+
+def test_measure_refuses_a_period_that_is_no_time(capsys: pytest.CaptureFixture[str], models: list[str]):
+    code, _, err = deploy(capsys, "measure", models[0], "--target", "local", "--paced", "soon")
+    assert code == 2 and "'soon' is not a time in ms" in err and "--paced 33ms" in err
 
 
 def test_measure_refuses_what_is_no_network(capsys: pytest.CaptureFixture[str], here: Path):

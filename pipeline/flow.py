@@ -37,6 +37,7 @@ from pipeline.project import Project, load_project, predict_torch
 from pipeline.prune.capture import capture
 from pipeline.prune.evidence import Evidence, Samples, divergence
 from pipeline.prune.groups import find_groups
+from pipeline.prune.neutral import macs
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank
 from pipeline.prune.repair import MODES, repair
@@ -58,6 +59,8 @@ from targets.harness.measurement import Judgement, Session, judge
 
 TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
 RANK_SAMPLES, VALUE_SAMPLES = 512, 256
+EFFORT_MACS = 256 * 126e6
+"""Multiply-accumulates of trying one plan, ResNet-56's, up to which a search may try as many as it likes."""
 ATTEMPTS, STEP_BACK = 3, 0.985
 """Where the accepting measurement does not find the budget kept, the loop goes on with a tighter one, so often."""
 
@@ -323,6 +326,7 @@ def _search(
         loss=lambda plan: _loss(work, probe, plan),
         measure=lambda name, plans: _measure_plans(work, dense, name, plans),
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
+        effort=EFFORT_MACS / max(1, macs(work.network) * _probed(work)),
     )
     found = Search(loop, table, values, ratio).run()
     work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")

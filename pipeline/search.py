@@ -19,8 +19,9 @@ from pipeline.prune.sensitivity import around
 from profiles.schema import PruneSpec
 
 EVALUATIONS = (240, 60)
-"""How many plans may be tried to measure values around chosen ones, in the first round and in each later one: eight
-turns for ResNet-20, two for ResNet-56. A count and not a time, so that a resumed run searches the same."""
+"""How many plans may be tried to measure values around chosen ones, in the first round and in each later one, for a
+network of ResNet-20's or -56's size: eight turns or two. A count and not a time, so that a resumed run searches the
+same; large networks get fewer (`Loop.effort`), down to a quarter."""
 
 MEASURED = 3
 AIM = 0.975
@@ -85,7 +86,7 @@ class Loop:
     """What a search needs of the other parts.
 
     plan_for: widths and removed blocks -> plan. loss: of a plan after repair. measure: plans -> their latencies,
-    taken together.
+    taken together. effort: share of EVALUATIONS that a network of this size is worth.
     """
 
     topology: Topology
@@ -96,6 +97,7 @@ class Loop:
     loss: Callable[[PruningPlan], float]
     measure: Callable[[str, Sequence[PruningPlan]], Sequence[Measured]]
     progress: Callable[[str], None]
+    effort: float = 1.0
 
 
 class Search:
@@ -114,7 +116,8 @@ class Search:
     def run(self) -> Found:
         """Search. Raises MissedError when no network that the table allows fits."""
         for number in range(1, self.loop.spec.rounds + 1):
-            self._explore(number, EVALUATIONS[0] if number == 1 else EVALUATIONS[1])
+            most = EVALUATIONS[0] if number == 1 else EVALUATIONS[1]
+            self._explore(number, round(most * min(1.0, max(0.25, self.loop.effort))))
             now = self._measure(number)
             before = self.table
             pairs = [(c.widths, c.dropped, c.measured.ratio * before.dense_ms) for c in now if c.measured]

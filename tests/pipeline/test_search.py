@@ -97,7 +97,7 @@ class Device:
         ratios = [self.true_ratio(plan) for plan in plans]
         return [Measured(r, 0.998 * r, 1.002 * r, 2.0) for r in ratios]
 
-    def search(self, ratio: float, rounds: int = 6) -> Found:
+    def search(self, ratio: float, rounds: int = 6, effort: float = 1.0) -> Found:
         loop = Loop(
             topology=TOPOLOGY,
             rankings=RANKINGS,
@@ -107,6 +107,7 @@ class Device:
             loss=lambda plan: true_loss(plan.widths(TOPOLOGY.groups), plan.dropped),
             measure=self.measure,
             progress=self.told.append,
+            effort=effort,
         )
         return Search(loop, TABLE, single_cuts(), ratio).run()
 
@@ -138,6 +139,14 @@ def test_a_search_ends_inside_the_budget_with_little_of_it_unused(ratio: float, 
     rounds = [name for name, _ in device.asked if name.startswith("round ")]
     assert rounds == [f"round {number}" for number in range(1, len(rounds) + 1)]
     assert 0 <= len(found.rounds) - len(rounds) <= 1, "only a round that found nothing new measures nothing"
+
+
+def test_a_network_that_is_worth_less_effort_is_tried_in_fewer_plans(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Search, "_explore", lambda self, number, evaluations: asked.append(evaluations))
+    for effort in (2.0, 0.5, 0.0):
+        Device().search(0.5, effort=effort)
+    assert asked == [240, 120, 60]
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])

@@ -2,6 +2,7 @@
 
     python -m benchmarks.builds                        all cells that have no result yet
     python -m benchmarks.builds resnet20_gtsrb@0.5x    one of them, again
+    python -m benchmarks.builds --verify               only measures the bundles that are there afresh
 
 A cell is a project of benchmarks/projects at a budget. Its result: the build's summary, accuracy and loss after each
 way of repairing, predicted against measured in every round, seconds of each stage, and the ratio of a fresh
@@ -38,6 +39,12 @@ DEPLOY = [sys.executable, "-m", "pipeline.cli"]
 def main(asked: list[str]) -> None:
     """Build the cells asked for, or those without a result."""
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if asked[:1] == ["--verify"]:
+        for cell, row in results.items():
+            if not asked[1:] or cell in asked:
+                verify(row)
+                RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        asked = ["--verify"]
     for project, budget in CELLS:
         cell = f"{project}@{budget}"
         if cell in asked or (not asked and cell not in results):
@@ -69,11 +76,17 @@ def build(project: str, budget: str) -> dict[str, Any]:
     row["widths"] = {
         f"{g['name']} ({i})": [g["dense"], g["kept"]] for i, g in enumerate(report["groups"]) if not g["frozen"]
     }
-    if summary.get("bundle"):
-        again = [*DEPLOY, "verify", summary["bundle"], "--target", "local", "--json"]
+    verify(row)
+    return row
+
+
+def verify(row: dict[str, Any]) -> None:
+    """Measure a cell's bundle afresh, where it has one that is still there."""
+    bundle = row["summary"].get("bundle")
+    if bundle and (WORK / bundle).is_dir():
+        again = [*DEPLOY, "verify", bundle, "--target", "local", "--json"]
         fresh = subprocess.run(again, cwd=WORK, stdout=subprocess.PIPE, text=True, check=False)
         row["fresh"] = json.loads(fresh.stdout.splitlines()[-1])
-    return row
 
 
 def machine() -> dict[str, Any]:

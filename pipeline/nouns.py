@@ -435,12 +435,18 @@ Evaluate = Callable[[Solution], tuple[float, float]]
 # --- the nightly check ---------------------------------------------------------------------------------------------
 
 
+Ports = tuple[tuple[str, tuple[int | str, ...]], ...]
+"""Inputs or outputs of a network in order: name and shape, batch axis first; a size that varies is its name or "?"."""
+
+
 @dataclass(frozen=True)
 class Pin:
     """An artifact that a check compares, by content. name: for people; source: the run, bundle or file it came from.
 
-    budget: what it was built for, as in a profile ("0.5x", "8ms p99"), or None. accepted: UTC, ISO 8601, when it was
+    budget: what it was built for, as in a profile ("0.5x", "8ms@p99"), or None. accepted: UTC, ISO 8601, when it was
     made the baseline, or None. fingerprint: plain table of the device it was accepted on, empty for a candidate.
+    inputs, outputs: what the network takes and gives, empty where not known; project: folder of the project that it was
+    built from, "" where not known; profile: the TOML file it was accepted with, "" for a profile that ships.
     """
 
     name: str
@@ -449,6 +455,10 @@ class Pin:
     budget: str | None = None
     accepted: str | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Ports = ()
+    outputs: Ports = ()
+    project: str = ""
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -495,8 +505,11 @@ class CheckRecord:
     """One finished check, whole: what a report shows and the store keeps. started: UTC, ISO 8601.
 
     device: digest of the fingerprint; changed: field -> (when the baseline was accepted, now); absolute: arm ->
-    statistic -> ms, None with too few samples; conditions: what was not in order before it, as sentences; spec: the
-    tolerances used, after widening; changes: change points of the series so far, advisory.
+    statistic -> ms, None with too few samples; conditions: what was not in order, as sentences; spec: the tolerances
+    used, after widening; changes: change points of the series up to this night, advisory. machine: digest of what makes
+    the device the same one whatever software it runs; simulated: whether the numbers are a simulated device's.
+
+    A check that broke off is a record too: inconclusive, its reason is the error, with the stages measured before it.
     """
 
     started: str
@@ -514,6 +527,8 @@ class CheckRecord:
     spec: CheckSpec
     protocol: str
     seconds: float
+    machine: str = ""
+    simulated: bool = False
 
     @property
     def same(self) -> bool:

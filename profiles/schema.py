@@ -6,12 +6,13 @@ milliseconds; a latency ratio is measured / dense, taken interleaved in one sess
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from profiles.errors import UsageError, near_miss
 
@@ -22,9 +23,9 @@ _BUDGET = re.compile(
 
 
 class Spec(BaseModel):
-    """Base of all profile tables: frozen, and an unknown key is refused."""
+    """Base of all profile tables: frozen; an unknown key is refused, and so is a number that is not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
 
 class Budget(Spec):
@@ -42,7 +43,7 @@ class Budget(Spec):
     def parse(cls, text: str) -> Budget:
         """Read `8ms`, `0.5x` or `0.5x@p90`; anything else, zero included, is a UsageError."""
         match = _BUDGET.match(text)
-        if not match:
+        if not match or math.isinf(float(match["value"])):
             raise UsageError(f"budget '{text}' is not a latency.", "write it like 8ms, 0.5x or 0.5x@p90.")
         value = float(match["value"])
         if value <= 0:
@@ -107,6 +108,9 @@ class MeasureSpec(Spec):
     paced_ms: float | None = Field(
         default=None, ge=0.1, description="control period: one inference at each of its ticks; left out, back to back"
     )
+    start_below_c: float | None = Field(
+        default=None, gt=0, description="a hotter device is not measured; left out, its temperature is only recorded"
+    )
     sustained_s: float = Field(
         default=0.0, ge=0, description="accepting goes on so long in each network's first process, to show heat; 0: off"
     )
@@ -128,17 +132,30 @@ class CheckSpec(Spec):
     confirm_processes: int = Field(default=16, ge=3)
     rounds: int = Field(default=60, ge=3)
     warmup_s: float = Field(default=0.2, ge=0, description="shortest warm-up of a process; two equal halves end it")
-    max_seconds: float = Field(default=150.0, gt=0, description="cap of a stage; fewer inferences a block to keep it")
+    max_seconds: float = Field(
+        default=150.0, gt=0, description="cap of screen_processes, more for more; fewer inferences a block to keep it"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CheckSpec:
+        for name in ("warn", "fail_low"):
+            value = getattr(self, name)
+            if value > self.fail:
+                raise ValueError(f"{name} is {value:g}, above fail, which is {self.fail:g}; lower it or raise fail")
+        return self
 
     def session(self, measure: MeasureSpec, processes: int, seed: int) -> MeasureSpec:
-        """How one stage is measured: the profile's conditions with the check's own counts."""
+        """How one stage is measured: the profile's conditions with the check's own counts.
+
+        The cap grows with the processes, so that every process has as long in stage 2 as in stage 1.
+        """
         return measure.model_copy(
             update={
                 "accept_processes": processes,
                 "accept_rounds": self.rounds,
                 "warmup_s": self.warmup_s,
                 "sustained_s": 0.0,
-                "max_seconds": self.max_seconds,
+                "max_seconds": self.max_seconds * processes / self.screen_processes,
                 "seed": seed,
             }
         )
@@ -211,6 +228,8 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Usage
         return UsageError(f"{where}: no key named '{key}'. {near_miss(path[-1], known)}")
     if first["type"] == "missing":
         return UsageError(f"{where}: the key '{key}' is missing.", f"add '{path[-1]} = …' to {where}.")
+    if first["type"] == "value_error":
+        return UsageError(f"{where}: {'.'.join([*path, str(first['ctx']['error'])])}.")
     value = first.get("input")
     kind = "a string" if isinstance(value, str) else "a table" if isinstance(value, dict) else "a value"
     return UsageError(f"{where}: {key} is {value!r}, {kind}; {first['msg'][0].lower()}{first['msg'][1:]}.")

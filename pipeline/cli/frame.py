@@ -169,7 +169,6 @@ def app() -> None:
     _say_warnings()
 
 
-
 # --- what several commands share ---
 
 
@@ -210,6 +209,79 @@ def overrides_of(settings: Sequence[str]) -> dict[str, Any]:
                 raise UsageError(message, "set one of them.")
         table[last] = value
     return tables
+
+
+# --- files that are written at the end ---
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+"""Type of an option that names a file to write."""
+Content = Callable[[], str]
+
+
+def writable(*paths: Path | None, parents: bool = True) -> None:
+    """Make sure of places for files before any work is done for them; parents: folders that are missing are made.
+
+    Raises UsageError for a place that cannot be used.
+    """
+    import tempfile
+
+    for path in paths:
+        if path is None:
+            continue
+        hint = "name a file in a folder that can be written."
+        if path.exists() and not path.is_file():
+            raise UsageError(f"'{path}' is there and is not a plain file.", hint)
+        try:
+            if parents:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise UsageError(f"cannot write '{path}': {error.strerror}.", hint) from None
+
+
+def write(files: Sequence[tuple[Path | None, Content]], *, append: bool = False) -> list[DeployError]:
+    """Write each file that has a path; what could not be written comes back, so that it hides no result."""
+    problems = []
+    for path, text in files:
+        if path is None:
+            continue
+        try:
+            _put(path, text(), append)
+        except DeployError as error:
+            problems.append(error)
+        except OSError as error:
+            problems.append(DeployError(f"cannot write '{path}': {error.strerror}.", "make its folder writable."))
+    return problems
+
+
+def _put(path: Path, text: str, append: bool) -> None:
+    from pipeline.cache import write_atomic
+
+    if append:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        write_atomic(path, text.encode())
+
+
+def finished(code: int, problems: Sequence[DeployError], told: dict[str, Any] | None = None) -> int:
+    """The exit code of a result that was shown: its own, or that of the first problem in keeping it, which is told.
+
+    told: the result where it has to be the one JSON object; the problem is then a part of it.
+    """
+    first = problems[0] if problems else None
+    if told is None:
+        if first is not None:
+            for more in problems[1:]:
+                say(terminal(), f"warning: {more.message}")
+            raise first
+        return code
+    if first is not None:
+        code = first.exit_code
+        told = {**told, "exit_code": code, "error": " ".join(p.message for p in problems), "hint": first.hint}
+    print_json(told)
+    return code
 
 
 def bar(text: str, wanted: bool) -> Any:

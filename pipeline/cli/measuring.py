@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.cli.frame import (
+    FILE,
     STATE,
     app,
     bar,
     everywhere,
+    finished,
     overrides_of,
     print_json,
     say,
     target_name,
     terminal,
     with_settings,
+    writable,
+    write,
 )
 from profiles.errors import UsageError
+
+if TYPE_CHECKING:
+    from targets.harness.measurement import Session
 
 
 @app.command()
@@ -28,8 +35,8 @@ from profiles.errors import UsageError
 @click.option("--target", metavar="T", help="A profile's name or a TOML file of your own.")
 @click.option("--paced", metavar="33ms", help="Infer once a control period, and count missed deadlines.")
 @click.option("--sustained", metavar="600s", help="Go on for so long, to see what heat does to it.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write every raw sample there, as JSON.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with pictures there.")
+@click.option("--out", type=FILE, metavar="FILE", help="Write every raw sample there, as JSON.")
+@click.option("--html", type=FILE, metavar="FILE", help="Write a page with pictures there.")
 @with_settings
 @everywhere
 def measure(
@@ -45,7 +52,6 @@ def measure(
     """Measure ONNX files on a target, interleaved in one session; ratios are to the first one."""
     import tempfile
 
-    from pipeline.cache import write_atomic
     from pipeline.report import session as shown
     from profiles.schema import load_profile
     from targets.base import load_target
@@ -60,24 +66,25 @@ def measure(
         if given is not None:
             overrides.setdefault("measure", {})[key] = _quantity(given, unit, option)
     profile = load_profile(target_name(target), overrides)
+    writable(out, html)
     device = load_target(profile, STATE)
     names = _names(models)
     with tempfile.TemporaryDirectory() as work, bar("measure", not as_json) as progress:
         built = {name: device.build(model, Path(work) / f"{name}.artifact") for name, model in names.items()}
         session = device.measure(built, profile.measure, "accept", progress)
-    if out is not None:
-        write_atomic(out, session.to_json().encode() + b"\n")
-    if html is not None:
-        from pipeline.report.measure_html import measure_page
-
-        write_atomic(html, measure_page(session).encode())
-    if as_json:
-        print_json(shown.session_json(session))
-    else:
+    if not as_json:
         shown.show_session(session, terminal(stdout=True))
     if session.contaminated:
         say(terminal(), "note: the session is contaminated: more than 20 % of a network's blocks were disturbed.")
-    return 4 if session.contaminated else 0
+    problems = write([(out, lambda: session.to_json() + "\n"), (html, lambda: _page(session))])
+    code = 4 if session.contaminated else 0
+    return finished(code, problems, shown.session_json(session) if as_json else None)
+
+
+def _page(session: Session) -> str:
+    from pipeline.report.measure_html import measure_page
+
+    return measure_page(session)
 
 
 def _quantity(text: str, unit: str, example: str) -> float:

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli.frame import (
+    FILE,
     STATE,
     Commands,
     app,
     bar,
     everywhere,
+    finished,
     overrides_of,
     print_json,
     say,
     target_name,
     terminal,
     with_settings,
+    writable,
+    write,
 )
 from profiles.errors import DeployError, UsageError
 
@@ -33,7 +37,10 @@ PROFILE = "A profile's name or a TOML file of your own."
 
 @app.group(cls=Commands)
 def baseline() -> None:
-    """Pin the network that the nightly check compares with, and show what is pinned."""
+    """Pin the network that the nightly check compares with, and show what is pinned.
+
+    Each target has one baseline, by the name of its profile. deploy gc never removes one.
+    """
 
 
 @baseline.command()
@@ -42,7 +49,11 @@ def baseline() -> None:
 @with_settings
 @everywhere
 def accept(run: Path, target: str | None, settings: tuple[str, ...], as_json: bool) -> int:
-    """Make a network the baseline of a target: the file is pinned by its contents, its numbers are not."""
+    """Make a network the baseline of a target.
+
+    The file is pinned by its contents, its numbers are not; earlier baselines are kept. RUN or BUNDLE must have met its
+    budget and be whole; a MODEL.onnx is taken as it is. The device is recorded, and deploy check refuses another one.
+    """
     from dataclasses import replace
 
     from pipeline.nightly import baseline as pinned
@@ -50,10 +61,14 @@ def accept(run: Path, target: str | None, settings: tuple[str, ...], as_json: bo
     from profiles.schema import load_profile
     from targets.base import load_target
 
-    profile = load_profile(target_name(target), overrides_of(settings))
+    name = target_name(target)
+    profile = load_profile(name, overrides_of(settings))
     pin, path = pinned.from_run(run)
     device = load_target(profile, STATE)
-    pin = replace(pin, fingerprint=device.fingerprint().to_table())
+    pin = replace(pin, fingerprint=device.fingerprint().to_table(), profile=pinned.profile_file(name))
+    earlier = pinned.baseline_of(STATE, profile.name)
+    if earlier is not None and earlier.profile and pin.profile and earlier.profile != pin.profile:
+        say(terminal(), f"note: it takes the place of one accepted with another file, '{earlier.profile}'.")
     pinned.accept(STATE, profile.name, pin, path)
     if as_json:
         print_json({"profile": profile.name, "baseline": pin_to_table(pin)})
@@ -85,20 +100,18 @@ def show_baselines(target: str | None, as_json: bool) -> int:
     for name, pin in rows:
         say(terminal(stdout=True), f"{name}  {pin.name}  {pin.sha256[:12]}  accepted {pin.accepted}  {pin.source}")
     if not rows:
-        say(terminal(), "no baseline yet: deploy baseline accept RUN --target T")
+        say(terminal(), f"no baseline yet: deploy baseline accept RUN --target {target or 'T'}")
     return 0
-
-
-File = click.Path(path_type=Path, dir_okay=False)
 
 
 @app.command()
 @click.option("--target", metavar="T", help=PROFILE)
 @click.option("--candidate", type=click.Path(path_type=Path), metavar="RUN|BUNDLE|MODEL.onnx",
-              help="What to compare with the baseline.  [the newest run that met its budget]")  # fmt: skip
-@click.option("--junit", type=File, help="Write a JUnit XML report there.")
-@click.option("--markdown", type=File, help="Write Markdown there; GITHUB_STEP_SUMMARY gets it in any case.")
-@click.option("--html", type=File, help="Write one self-contained page there.")
+              help="What to compare with the baseline.  [the newest run in runs/ that met its budget, of its project, "
+              "that ended after it was accepted; else the baseline itself]")  # fmt: skip
+@click.option("--junit", type=FILE, help="Write a JUnit XML report there.")
+@click.option("--markdown", type=FILE, help="Write Markdown there; GITHUB_STEP_SUMMARY gets it in any case.")
+@click.option("--html", type=FILE, help="Write one self-contained page there.")
 @with_settings
 @everywhere
 def check(
@@ -112,40 +125,44 @@ def check(
 ) -> int:
     """Judge whether a network became slower than its baseline: the nightly check.
 
-    Exit code 0 for pass, warn and improved, 3 for fail, 4 where nothing can be said.
+    The baseline, the same file again and the candidate are measured in turn, in one stage or two; an absolute budget of
+    the profile, else of the candidate, else of the baseline is judged too. Without a newer run the baseline is compared
+    with itself, a check of the environment, and the verdict says so. Every check is kept, what broke off included:
+    deploy history.
+
+    Exit code 0 for pass, warn and improved; 3 for fail; 4 for undecided and inconclusive, and where nothing could be
+    measured: no baseline, another device, a network of other shapes; 1 where a step failed, or where the verdict stands
+    but could not be kept or a report not written; 2 for a mistake in what was asked; 130 for an interruption.
     """
-    from pipeline.report import check as shown
     from profiles.schema import load_profile
 
-    profile = load_profile(target_name(target), overrides_of(settings))
+    name = target_name(target)
+    profile = load_profile(name, overrides_of(settings))
+    summary = _summary()
+    writable(junit, markdown, html)
+    writable(summary, parents=False)
     try:
-        result = _checked(profile, candidate, as_json)
+        result = _checked(profile, name, candidate, as_json)
     except DeployError as error:
-        if junit is not None:
-            _write(junit, shown.junit_error(profile.name, f"{error.message} {error.hint}".strip()))
-        _summary(markdown, shown.markdown_error(profile.name, f"{error.message} {error.hint}".strip()))
+        for problem in _not_measured(profile.name, f"{error.message} {error.hint}".strip(), junit, markdown, summary):
+            say(terminal(), f"warning: {problem.message}")
         raise
-    record = result.record
-    if junit is not None:
-        _write(junit, shown.to_junit([record]))
-    _summary(markdown, shown.to_markdown(record))
-    if html is not None:
-        from pipeline.report import check_html
+    from pipeline.report import check as shown
 
-        _write(html, check_html.check_page(record, result.sessions))
-    if as_json:
-        print_json({"number": result.number, "exit_code": record.verdict.exit_code, **shown.to_json(record)})
-    else:
-        shown.show(record, terminal(stdout=True))
-    return record.verdict.exit_code
+    if not as_json:
+        shown.show(result.record, terminal(stdout=True))
+    problems = [*([result.error] if result.error else []), *_reports(result, junit, markdown, html, summary)]
+    code = result.exit_code
+    told = {"number": result.number, **shown.to_json(result.record), "exit_code": code}
+    return finished(code, problems, told if as_json else None)
 
 
-def _checked(profile: Any, candidate: Path | None, quiet: bool) -> CheckResult:
+def _checked(profile: Any, target: str, candidate: Path | None, quiet: bool) -> CheckResult:
     from pipeline.check import CheckRequest
     from pipeline.check import check as run
     from targets.base import load_target
 
-    request = CheckRequest(profile, candidate, STATE, RUNS)
+    request = CheckRequest(profile, candidate, STATE, RUNS, target=target)
     with ExitStack() as bars:
 
         def progress(text: str) -> Callable[[float], None]:
@@ -156,33 +173,52 @@ def _checked(profile: Any, candidate: Path | None, quiet: bool) -> CheckResult:
         return run(request, load_target(profile, STATE), progress)
 
 
-def _summary(path: Path | None, text: str) -> None:
-    """Markdown to the file asked for, and to the summary of a GitHub Actions job where there is one."""
+def _summary() -> Path | None:
+    """The summary of a GitHub Actions job, where there is one."""
     import os
 
-    if path is not None:
-        _write(path, text)
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        try:
-            with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            raise DeployError(f"cannot write '{summary}': {error.strerror}.", "unset GITHUB_STEP_SUMMARY.") from None
+    named = os.environ.get("GITHUB_STEP_SUMMARY")
+    return Path(named) if named else None
 
 
-def _write(path: Path, text: str) -> None:
-    from pipeline.cache import write_atomic
+def _reports(
+    result: CheckResult, junit: Path | None, markdown: Path | None, html: Path | None, summary: Path | None
+) -> list[DeployError]:
+    """Write every report that was asked for; what could not be written comes back."""
+    from pipeline.report import check as shown
 
-    write_atomic(path, text.encode())
+    def page() -> str:
+        from pipeline.report.check_html import check_page
+
+        return check_page(result.record, result.sessions)
+
+    told = shown.to_markdown(result.record)
+    problems = write([(junit, lambda: shown.to_junit([result.record])), (markdown, lambda: told)])
+    return [*problems, *write([(summary, lambda: f"{told}\n")], append=True), *write([(html, page)])]
+
+
+def _not_measured(
+    profile: str, message: str, junit: Path | None, markdown: Path | None, summary: Path | None
+) -> list[DeployError]:
+    """Write the reports of a check that ended with an error; what could not be written comes back."""
+    from pipeline.report import check as shown
+
+    told = shown.markdown_error(profile, message)
+    problems = write([(junit, lambda: shown.junit_error(profile, message)), (markdown, lambda: told)])
+    return [*problems, *write([(summary, lambda: f"{told}\n")], append=True)]
 
 
 @app.command()
 @click.option("--target", metavar="T", help=f"{PROFILE}  [all]")
 @click.option("--last", type=click.IntRange(min=1), default=30, show_default=True, help="How many checks.")
-@click.option("--html", type=File, help="Write a page with plots there.")
+@click.option("--html", type=FILE, help="Write a page with plots there.")
 @everywhere
 def history(target: str | None, last: int, html: Path | None, as_json: bool) -> int:
-    """Show the checks of past nights: ratios, verdicts, and where the baseline's own times moved."""
+    """Show the checks of past nights: ratios, verdicts, and where the baseline's own times moved.
+
+    Checks that broke off are inconclusive. Change points are looked for in all nights of each baseline that is shown,
+    and are advice only.
+    """
     from pipeline.nightly.history import Nights
     from pipeline.report import history as shown
     from profiles.schema import load_profile
@@ -190,14 +226,13 @@ def history(target: str | None, last: int, html: Path | None, as_json: bool) -> 
     name = load_profile(target).name if target else None
     place = STATE / "nights.sqlite"
     if not place.is_file():
-        raise UsageError("no check was ever made here.", "deploy check --target T")
+        raise UsageError("no check was ever made here.", f"deploy check --target {target or 'T'}")
+    writable(html)
     with Nights(place) as nights:
         records = nights.numbered(name, last)
-    changes = [change for record in list(records.values())[-1:] for change in record.changes]
-    if html is not None:
-        _write(html, shown.history_page(list(records.values()), changes))
-    if as_json:
-        print_json(shown.history_json(list(records.values())))
-    else:
-        shown.show_history(list(records.values()), terminal(stdout=True))
-    return 0
+        pins = dict.fromkeys((record.profile, record.baseline.sha256) for record in records.values())
+        changes = [change for pin in pins for change in nights.changes(*pin)]
+    if not as_json:
+        shown.show_history(records, terminal(stdout=True), changes)
+    problems = write([(html, lambda: shown.history_page(records, changes))])
+    return finished(0, problems, shown.history_json(records, changes) if as_json else None)

@@ -204,7 +204,7 @@ def _scale(
                 widths = part.clamp(tuple(dim.size(net.sample.widths) for dim in part.site.dims))
                 row[column[name]] += found.times[widths]
     if rows[0].sum() <= 0:
-        raise DeployError("every site of the network was measured as taking no time.", "deploy doctor")
+        raise DeployError("every site of the network was measured as taking no time.", "deploy doctor --target T")
     dense = float(np.median(times[:DENSE_COPIES]))
     scale = adjust(rows, [dense, *times[DENSE_COPIES:]], fixed)
     low, high = float(scale.factors.min()), float(scale.factors.max())

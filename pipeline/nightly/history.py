@@ -8,6 +8,7 @@ only record of what was said, of every raw sample it was said from, and of how o
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.database import Database, Layout
-from pipeline.nightly.changes import Series
+from pipeline.nightly.changes import Series, changes
 from pipeline.nightly.records import control_from_table, control_to_table, from_table, to_table
-from pipeline.nouns import CheckRecord, Ledger
+from pipeline.nouns import Change, CheckRecord, Ledger
 from profiles.errors import DeployError
 from profiles.schema import CheckSpec
 from targets.harness.compare import CANDIDATE, Control, widen
-from targets.harness.measurement import Session
+from targets.harness.measurement import Session, Statistic
 
 NIGHTS = """
 CREATE TABLE night (
@@ -40,7 +41,12 @@ CREATE TABLE time (
     arm TEXT NOT NULL, device TEXT NOT NULL, protocol TEXT NOT NULL, at TEXT NOT NULL, ms REAL NOT NULL,
     PRIMARY KEY (profile, sha256, statistic, night, arm)) WITHOUT ROWID;
 """
-LAYOUT = Layout((NIGHTS,), lost="nights from now on are kept in a new file", durable=True)
+MACHINES = "ALTER TABLE night ADD COLUMN machine TEXT NOT NULL DEFAULT '';"
+"""Digest of the device whatever software it runs (`baseline.machine_of`), by which the ledger counts."""
+LAYOUT = Layout((NIGHTS, MACHINES), lost="nights from now on are kept in a new file", durable=True)
+WATCHED: tuple[Statistic, ...] = ("p50", "p99")
+"""Statistics of the baseline whose nights are searched for change points."""
+log = logging.getLogger(__name__)
 
 
 class Nights:
@@ -81,9 +87,9 @@ class Nights:
         told = [_text(control_to_table(control)) for control in controls]
 
         def write(base: sqlite3.Connection) -> int:
-            row = (record.profile, record.device, record.started, record.verdict.outcome, table)
+            row = (record.profile, record.device, record.started, record.verdict.outcome, table, record.machine)
             night = base.execute(
-                "INSERT INTO night (profile, device, at, outcome, record) VALUES (?,?,?,?,?)", row
+                "INSERT INTO night (profile, device, at, outcome, record, machine) VALUES (?,?,?,?,?,?)", row
             ).lastrowid
             assert night is not None
             place = (record.profile, record.device, night)
@@ -94,21 +100,37 @@ class Nights:
 
         return self._file.write(write)
 
+    def amend(self, number: int, record: CheckRecord) -> None:
+        """Write a check's record anew, for what is known only once it is kept; samples, controls and times stay."""
+        table = _text(to_table(record))
+        self._file.write(lambda base: base.execute("UPDATE night SET record=? WHERE id=?", (table, number)))
+
     # --- looking --------------------------------------------------------------------------------------------------
 
     def records(self, profile: str | None = None, limit: int | None = None) -> list[CheckRecord]:
         """The newest `limit` checks of a profile, or of all of them, oldest first."""
         return list(self.numbered(profile, limit).values())
 
+    def newest(self) -> int:
+        """The number of the newest check of any profile, 0 before the first."""
+        return int(self._file.read(lambda base: base.execute("SELECT max(id) FROM night").fetchone()[0] or 0))
+
     def numbered(self, profile: str | None = None, limit: int | None = None) -> dict[int, CheckRecord]:
-        """As `records`, by number."""
+        """As `records`, by number. A record that cannot be read is left out, with a warning that names its number."""
 
         def read(base: sqlite3.Connection) -> list[tuple[int, str]]:
             where, values = _where(profile=profile)
             query = f"SELECT id, record FROM night {where} ORDER BY id DESC LIMIT ?"
             return base.execute(query, (*values, -1 if limit is None else limit)).fetchall()
 
-        return {number: from_table(json.loads(text)) for number, text in reversed(self._file.read(read))}
+        found: dict[int, CheckRecord] = {}
+        for number, text in reversed(self._file.read(read)):
+            try:
+                found[number] = from_table(json.loads(text))
+            except (DeployError, ValueError) as error:
+                told = error.message if isinstance(error, DeployError) else f"{error}."
+                log.warning("check %d of %s cannot be read and is left out: %s", number, self.path, told)
+        return found
 
     def sessions(self, number: int) -> list[Session]:
         """The sessions of a check, raw samples included, in the order they were measured."""
@@ -120,25 +142,29 @@ class Nights:
         with _readable(f"the samples of night {number} in {self.path}"):
             return [Session.from_json(zlib.decompress(data).decode()) for data in self._file.read(read)]
 
-    def controls(self, profile: str, device: str | None) -> list[tuple[Control, ...]]:
+    def controls(self, profile: str, machine: str | None) -> list[tuple[Control, ...]]:
         """The control arms of every check of a profile, oldest first: one entry a check, its stages in order.
 
-        device: digest of a fingerprint, None for every one. Checks without a control arm are left out.
+        machine: digest of a device whatever software it runs, None for every one. Checks without a control arm are left
+        out.
         """
 
         def read(base: sqlite3.Connection) -> list[tuple[int, str]]:
-            where, values = _where(profile=profile, device=device)
-            query = f"SELECT night, control FROM control {where} ORDER BY night, position"
-            return base.execute(query, values).fetchall()
+            there = "" if machine is None else "AND night.machine=?"
+            query = (
+                "SELECT control.night, control.control FROM control CROSS JOIN night ON night.id=control.night "
+                f"WHERE control.profile=? {there} ORDER BY control.night, control.position"
+            )
+            return base.execute(query, (profile,) if machine is None else (profile, machine)).fetchall()
 
         found: dict[int, tuple[Control, ...]] = {}
         for night, text in self._file.read(read):
             found[night] = (*found.get(night, ()), control_from_table(json.loads(text)))
         return list(found.values())
 
-    def ledger(self, profile: str, device: str | None, spec: CheckSpec) -> tuple[CheckSpec, Ledger]:
+    def ledger(self, profile: str, machine: str | None, spec: CheckSpec) -> tuple[CheckSpec, Ledger]:
         """The tolerances that these control arms bear out (`compare.widen`), and the count. spec: the profile's own."""
-        past = self.controls(profile, device)
+        past = self.controls(profile, machine)
         widened, alarms, factor = widen(past, spec)
         return widened, Ledger(len(past), alarms, factor)
 
@@ -166,6 +192,10 @@ class Nights:
             tuple(digest for _, _, digest in found),
         )
 
+    def changes(self, profile: str, sha: str) -> tuple[Change, ...]:
+        """Change points of a network's own times over all its nights, whatever else changed meanwhile; advisory."""
+        return tuple(c for statistic in WATCHED for c in changes(self.series(profile, None, sha, statistic)))
+
 
 def _where(**wanted: str | None) -> tuple[str, list[str]]:
     """A WHERE clause for the columns that are wanted, and its values; "" where none is."""
@@ -192,4 +222,4 @@ def _readable(what: str) -> Iterator[None]:
     try:
         yield
     except (zlib.error, UnicodeDecodeError) as error:
-        raise DeployError(f"{what} are damaged: {error}.", "its record is whole: deploy history --target T") from None
+        raise DeployError(f"{what} are damaged: {error}.", "its record is whole: deploy history") from None

@@ -42,6 +42,8 @@ def to_table(record: CheckRecord) -> dict[str, Any]:
             "spec": record.spec.model_dump(mode="json"),
             "protocol": record.protocol,
             "seconds": record.seconds,
+            "machine": record.machine,
+            "simulated": record.simulated,
         }
     )
     return table
@@ -71,6 +73,8 @@ def from_table(table: Table) -> CheckRecord:
             spec=CheckSpec.model_validate(table["spec"]),
             protocol=table["protocol"],
             seconds=float(table["seconds"]),
+            machine=table.get("machine", ""),
+            simulated=table.get("simulated", False),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DeployError(f"not a check record: {type(error).__name__} {error}.") from None
@@ -84,7 +88,8 @@ def pin_to_table(pin: Pin) -> dict[str, Any]:
 
 def pin_from_table(table: Table) -> Pin:
     """Inverse of `pin_to_table`. Raises TypeError for other fields."""
-    return Pin(**table)
+    ports = {name: tuple((port, tuple(shape)) for port, shape in table.get(name, ())) for name in ("inputs", "outputs")}
+    return Pin(**{**table, **ports})
 
 
 def control_to_table(control: Control) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def _verdict(table: Table) -> Verdict:
 
 def _stage(table: Table) -> Stage:
     intervals = {name: _interval(table[name]) for name in ("ratio", "low", "control")}
-    tails = tuple(Tail(row["name"], _interval(row["interval"]), row["risen"]) for row in table["tails"])
+    tails = tuple(Tail(**{"shared": False, **row, "interval": _interval(row["interval"])}) for row in table["tails"])
     again = None if table["again"] is None else control_from_table(table["again"])
     return Stage(**{**_numbers(table, "detectable", "seconds"), **intervals, "tails": tails, "again": again})
 

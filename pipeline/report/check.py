@@ -14,14 +14,14 @@ from pipeline.nouns import CheckRecord, LayerMove, Pin
 from pipeline.report import check_rows, numbers
 from pipeline.report.check_rows import MARKS
 from pipeline.report.escape import markdown, printable
-from targets.harness.compare import Outcome, Stage, Tail
+from targets.harness.compare import MISSES, Outcome, Stage, Tail
 from targets.harness.measurement import Interval
 
 COLOURS: dict[Outcome, str] = {
     "pass": "green", "improved": "green", "warn": "yellow", "fail": "red", "undecided": "yellow",
     "inconclusive": "yellow",
 }  # fmt: skip
-NOTHING_SEEN = "Nothing was measured, so no slowdown of any size could have been seen."
+NOTHING_SEEN = "There is no verdict, so no slowdown of any size could have been seen."
 NOT_MEASURED: tuple[Outcome, ...] = ("undecided", "inconclusive")
 
 
@@ -29,7 +29,7 @@ def show(record: CheckRecord, console: Console) -> None:
     """Print the verdict in the first line, then what it rests on."""
     outcome = record.verdict.outcome
     verdict = Text(outcome, style=f"bold {COLOURS[outcome]}")
-    verdict.append(f": {printable(record.verdict.reason)}", style="not bold default")
+    verdict.append(f": {printable(check_rows.reason(record))}", style="not bold default")
     console.print(verdict, soft_wrap=True)
     _say(console, check_rows.what(record))
     for grid in check_rows.grids(record):
@@ -57,12 +57,14 @@ def to_json(record: CheckRecord) -> dict[str, Any]:
         "version": 1,
         "outcome": verdict.outcome,
         "exit_code": verdict.exit_code,
-        "reason": verdict.reason,
+        "reason": check_rows.reason(record),
+        "simulated": record.simulated,
         "detectable": check_rows.detectable(record),
         "started": record.started,
         "seconds": record.seconds,
         "profile": record.profile,
         "device": record.device,
+        "machine": record.machine,
         "baseline": _pin(record.baseline),
         "candidate": _pin(record.candidate),
         "same": record.same,
@@ -87,6 +89,10 @@ def _pin(pin: Pin) -> dict[str, Any]:
         "budget": pin.budget,
         "accepted": pin.accepted,
         "fingerprint": dict(pin.fingerprint),
+        "inputs": [{"name": name, "shape": shape} for name, shape in pin.inputs],
+        "outputs": [{"name": name, "shape": shape} for name, shape in pin.outputs],
+        "project": pin.project or None,
+        "profile": pin.profile or None,
     }
 
 
@@ -105,10 +111,10 @@ def _stage(stage: Stage) -> dict[str, Any]:
 
 def _tail(tail: Tail) -> dict[str, Any]:
     own = tail.interval
-    if tail.name == "deadline misses":
+    if tail.name == MISSES:
         numbers_of = {"candidate": own.center, "baseline_again": own.low, "p_value": own.high}
         return {"name": tail.name, "risen": tail.risen, **numbers_of}
-    return {"name": tail.name, "risen": tail.risen, **_interval(own)}
+    return {"name": tail.name, "risen": tail.risen, "shared": tail.shared, **_interval(own)}
 
 
 def _interval(interval: Interval) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def _case(suite: ET.Element, record: CheckRecord) -> None:
     told = plain(record)
     if outcome == "fail" or outcome in NOT_MEASURED:
         tag = "failure" if outcome == "fail" else "error"
-        message = printable(f"{check_rows.headline(record).rstrip('.')}. {check_rows.resolution(record)}")
+        message = printable(f"{check_rows.headline(record).rstrip('.')}. {check_rows.resolution(record)}".strip())
         ET.SubElement(case, tag, type=outcome, message=message).text = told
     else:
         ET.SubElement(case, "system-out").text = told

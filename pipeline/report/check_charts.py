@@ -244,8 +244,8 @@ def _at(record: CheckRecord, name: str) -> float | None:
 
 def _break(axes: Axes, records: Sequence[CheckRecord], change: Change) -> None:
     at = next((index for index, record in enumerate(records) if record.started >= change.at), None)
-    if at is None:
-        return
+    if at is None or change.at < records[0].started:
+        return  # after the last night that is shown, or before the first
     axes.axvline(at - 0.5, color=LIMIT, linewidth=1.2, linestyle=(0, (5, 3)))
     label = numbers.change(change.before_ms, change.after_ms)
     axes.annotate(label, (at - 0.5, 1.0), xycoords=axes.get_xaxis_transform(), xytext=(3, -2), va="top",

@@ -7,16 +7,23 @@ import math
 from pipeline.nouns import Change, CheckRecord, LayerMove
 from pipeline.report import numbers
 from pipeline.report.grid import Grid
-from targets.harness.compare import AGAIN, BASELINE, CANDIDATE, Stage, Tail
+from targets.harness.compare import AGAIN, BASELINE, CANDIDATE, MISSES, Stage, Tail, noticed
 
 MARKS = {"pass": "✓", "improved": "✓", "warn": "!", "fail": "✗", "undecided": "?", "inconclusive": "?"}
 LAYERS = 8
 ARMS = (BASELINE, AGAIN, CANDIDATE)
+SAME = "the same file: a check of the environment"
+SIMULATED = "The numbers come from a simulated device and are no user's."
 
 
 def headline(record: CheckRecord) -> str:
     """Outcome and reason in one line."""
-    return f"{record.verdict.outcome}: {record.verdict.reason}"
+    return f"{record.verdict.outcome}: {reason(record)}"
+
+
+def reason(record: CheckRecord) -> str:
+    """Why the outcome is what it is; first of all, where it is so, that nothing new was compared."""
+    return f"({SAME}) {record.verdict.reason}" if record.same else record.verdict.reason
 
 
 def what(record: CheckRecord) -> str:
@@ -27,20 +34,25 @@ def what(record: CheckRecord) -> str:
 
 
 def detectable(record: CheckRecord) -> float | None:
-    """Smallest slowdown that the last stage would have found, as a share; None where it says nothing."""
+    """Smallest slowdown that the last stage would have found, as a share; None where the check says nothing."""
     stages = record.verdict.stages
-    if not stages or stages[-1].spoilt or not math.isfinite(stages[-1].detectable):
+    if record.verdict.outcome == "inconclusive" or not stages or stages[-1].spoilt:
+        return None
+    if not math.isfinite(stages[-1].detectable):
         return None
     return stages[-1].detectable
 
 
 def resolution(record: CheckRecord) -> str:
-    """The sentence on the smallest slowdown that could have been seen."""
+    """The sentence on the smallest slowdown that could have been seen; "" where the reason has it already."""
     seen = detectable(record)
+    if seen is not None and noticed(seen) in record.verdict.reason:
+        return ""
     if seen is not None:
         return f"The smallest slowdown this run could have seen is {numbers.share(seen)}."
     spoilt = next((stage.spoilt for stage in reversed(record.verdict.stages) if stage.spoilt), "")
-    why = spoilt or ("it was not measured" if not record.verdict.stages else "it was too coarse")
+    broken = "it broke off" if record.verdict.outcome == "inconclusive" else "it was too coarse"
+    why = spoilt or ("it was not measured" if not record.verdict.stages else broken)
     return f"This run could not have seen a slowdown of any size: {why.rstrip('.')}."
 
 
@@ -76,10 +88,11 @@ def _label(field: str) -> str:
 
 def sentences(record: CheckRecord) -> list[str]:
     """What has to be said beside the tables, in order."""
-    same = ["Both are the same artifact, so this is a check of the environment."] if record.same else []
+    simulated = [SIMULATED] if record.simulated else []
+    seen = [resolution(record)] if resolution(record) else []
     advisory = [f"Advisory: {change(found)}." for found in record.changes]
     spoilt = [f"Not in order: {condition.rstrip('.')}." for condition in record.conditions]
-    return [*same, resolution(record), environment(record), ledger(record), *advisory, *spoilt]
+    return [*simulated, *seen, environment(record), ledger(record), *advisory, *spoilt]
 
 
 def grids(record: CheckRecord) -> list[Grid]:
@@ -117,11 +130,13 @@ def _tail(stage: Stage, name: str) -> str:
 
 
 def tail_cell(tail: Tail) -> str:
-    """A tail's ratio with bounds, or both miss ratios with the p-value; and whether it rose beyond its tolerance."""
+    """A tail's ratio with bounds, or both miss ratios with the p-value; and whether it rose, or is over its limit."""
     own = tail.interval
     told = numbers.interval(own)
-    if tail.name == "deadline misses":
+    if tail.name == MISSES:
         told = f"{numbers.share(own.low)} → {numbers.share(own.center)}, p = {own.high:.1g}"
+    if tail.shared:
+        return f"{told} over, as is the baseline"
     return f"{told} risen" if tail.risen else told
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from pipeline.nouns import Change, CheckRecord
 from pipeline.report import check_charts, check_rows, numbers
 from pipeline.report.check import COLOURS, to_json
 from pipeline.report.check_charts import last
+from pipeline.report.escape import printable
 from pipeline.report.grid import Grid
 from pipeline.report.pages import fill
 from targets.harness.compare import BASELINE
@@ -26,13 +28,16 @@ def _numbered(records: Records) -> dict[int, CheckRecord]:
     return dict(records) if isinstance(records, Mapping) else dict(enumerate(records, start=1))
 
 
-def show_history(records: Records, console: Console) -> None:
-    """Print one line a check, in the order given."""
+def show_history(records: Records, console: Console, changes: Sequence[Change] = ()) -> None:
+    """Print one line a check, in the order given, and a sentence a change point."""
     if not records:
         console.print(Text("no check has been made yet."), soft_wrap=True)
         return
     several = len({record.profile for record in _numbered(records).values()}) > 1
-    console.print(nights(records, several=several).table(style=_style), highlight=False)
+    grid = nights(records, several=several)
+    console.print(grid.table(style=_style), highlight=False)
+    for sentence in [*([grid.note] if grid.note else []), *(f"Advisory: {check_rows.change(c)}." for c in changes)]:
+        console.print(Text(printable(sentence)), soft_wrap=True)
 
 
 def _style(column: int, cell: str) -> str:
@@ -49,19 +54,22 @@ def nights(records: Records, *, several: bool = False) -> Grid:
         stage, seen = last(record), check_rows.detectable(record)
         ratios = ["–", "–"] if stage is None else [numbers.interval(stage.ratio), numbers.interval(stage.control)]
         began = numbers.utc(record.started).removesuffix(" UTC")
-        cells = (str(number), began, record.candidate.name, record.verdict.outcome, *ratios)
+        name = f"{record.candidate.name} (the same file)" if record.same else record.candidate.name
+        cells = (str(number), began, name, record.verdict.outcome, *ratios)
         rows.append((*cells, "–" if seen is None else numbers.share(seen), *([record.profile] if several else [])))
     head = ("", "UTC", "candidate", "outcome", "ratio", "control", "detectable", *(["target"] if several else []))
-    return Grid("Checks", head, tuple(rows), text=(1, 2, 3, 7))
+    same = any(record.same for record in _numbered(records).values())
+    return Grid("Checks", head, tuple(rows), f"({check_rows.SAME})" if same else "", text=(1, 2, 3, 7))
 
 
-def history_json(records: Records) -> dict[str, Any]:
-    """Every check as `deploy check --json` gives it, numbered as in the text, and how many had each outcome."""
+def history_json(records: Records, changes: Sequence[Change] = ()) -> dict[str, Any]:
+    """Every check as `deploy check --json` gives it, numbered as in the text; outcomes counted; change points."""
     counts: dict[str, int] = {}
     for record in _numbered(records).values():
         counts[record.verdict.outcome] = counts.get(record.verdict.outcome, 0) + 1
     checks = [{"number": number, **to_json(record)} for number, record in _numbered(records).items()]
-    return {"version": 1, "outcomes": counts, "checks": checks}
+    told = [dict(numbers.strict(asdict(change))) for change in changes]
+    return {"version": 1, "outcomes": counts, "checks": checks, "changes": told}
 
 
 def history_page(records: Records, changes: Sequence[Change]) -> str:

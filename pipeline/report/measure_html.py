@@ -26,6 +26,7 @@ def measure_page(measured: Session) -> str:
         overview=session.overview(measured),
         statistics=session.statistics(measured),
         samples=_samples(measured),
+        unstable=session.unstable(measured),
         protocol=session.protocol(measured),
         device=[(name.replace("_", " "), numbers.fact(value)) for name, value in told.items()],
     )

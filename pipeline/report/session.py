@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +24,9 @@ def show_session(session: Session, console: Console) -> None:
     console.print(session_table(session), highlight=False)
     console.print()
     console.print(statistics_table(session), highlight=False)
+    for sentence in unstable(session):
+        console.print()
+        console.print(Text(printable(sentence), style="yellow"), soft_wrap=True)
     if session.preflight.spoilt:
         console.print()
         console.print(conditions_table(session.preflight.spoilt), highlight=False)
@@ -89,6 +91,16 @@ def misses(measured: Measurement) -> str:
     return f"{counted[0]} of {counted[1]} ({numbers.share(counted[0] / counted[1]) if counted[1] else '–'})"
 
 
+def unstable(session: Session) -> list[str]:
+    """A sentence for every network of which a process never became steady: its times are those of warming up."""
+    told = []
+    for name, measured in session.measurements.items():
+        if not measured.steady:
+            shaky = f"{measured.unsteady} of {len(measured.processes)} processes of '{name}'"
+            told.append(f"UNSTABLE: {shaky} never became steady.")
+    return told
+
+
 def protocol(session: Session) -> str:
     """How it was measured, in one line."""
     processes = max(len(m.processes) for m in session.measurements.values())
@@ -103,11 +115,9 @@ def protocol(session: Session) -> str:
 
 
 def _lasted(session: Session) -> str:
-    try:
-        spent = datetime.fromisoformat(session.ended) - datetime.fromisoformat(session.started)
-    except (ValueError, TypeError):
-        return ""
-    return f", {numbers.seconds(spent.total_seconds())}"
+    """How long it took by the device's monotonic clock; times of day may jump and are never subtracted."""
+    spent = session.telemetry.get("seconds")
+    return "" if spent is None else f", {numbers.seconds(spent)}"
 
 
 def session_json(session: Session) -> dict[str, Any]:

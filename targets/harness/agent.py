@@ -41,6 +41,10 @@ SUSTAINED_SAMPLES = 300_000
 """Timed inferences of a model that a sustained process keeps, about; the others load the device untimed."""
 BUSY_CORES = 0.2
 WATCH_S = 0.3
+WARM_INFERENCES = 3
+"""Fewest inferences of a window of the warm-up, unless they take too long: a median of two hides no outlier."""
+WARM_WINDOWS = 6
+"""Windows before a slow network is given up as not steady."""
 
 Table = Dict[str, Any]
 
@@ -499,21 +503,35 @@ class Model(object):
                 raise AgentError("model", text)
 
     def warm(self, rule: Table) -> Table:
-        """Infer until min_s and min_inferences are reached and two windows' medians differ by less than `steady`."""
+        """Infer until min_s and min_inferences are reached and two windows' medians differ by less than `steady`.
+
+        max_s ends it, steady or not. For a slow network half of max_s stands for min_inferences, and it goes on beyond
+        max_s, to longest_s at most, until there were WARM_WINDOWS windows to compare.
+        """
         begin, count, steady = CLOCK(), 0, False
+        longest_s = max(rule["max_s"], rule.get("longest_s", 0.0))
         medians: List[int] = []
         while True:
-            samples: List[int] = []
-            window = CLOCK()
-            while CLOCK() - window < rule["window_s"] * 1e9:
-                samples.extend(self.block(0, 1))
+            samples = self.window(rule["window_s"], 0.25 * longest_s)
             medians.append(median(samples))
             count += len(samples)
             seconds = (CLOCK() - begin) * 1e-9
-            if len(medians) > 1 and seconds >= rule["min_s"] and count >= rule["min_inferences"]:
+            enough = count >= rule["min_inferences"] or seconds >= 0.5 * rule["max_s"]
+            if len(medians) > 1 and seconds >= rule["min_s"] and enough:
                 steady = abs(medians[-1] - medians[-2]) < rule["steady"] * medians[-2]
-            if steady or seconds >= rule["max_s"]:
+            tried = len(medians) >= WARM_WINDOWS or (len(medians) > 1 and seconds >= longest_s)
+            if steady or (tried and seconds >= rule["max_s"]):
                 return {"inferences": count, "seconds": seconds, "windows_ns": medians[-8:], "steady": steady}
+
+    def window(self, least_s: float, most_s: float) -> List[int]:
+        """Nanoseconds of the inferences of least_s, and of WARM_INFERENCES at least, begun before most_s are over."""
+        samples: List[int] = []
+        begin = CLOCK()
+        while True:
+            samples.extend(self.block(0, 1))
+            seconds = (CLOCK() - begin) * 1e-9
+            if seconds >= most_s or (seconds >= least_s and len(samples) >= WARM_INFERENCES):
+                return samples
 
 
 def aligned(array: Any, kind: Any) -> Any:
@@ -716,8 +734,10 @@ def plan_blocks(job: Table, medians: Dict[str, int], spent_s: float) -> Plan:
     """Rounds, dropped and timed inferences a block, so that the session keeps to max_seconds.
 
     medians: ns of one inference of each model; spent_s: seconds that one process took to start and warm up. Blocks grow
-    until they take block_min_ns. Where the cap is near, blocks shrink first, then the rounds, down to 3. In a paced
-    session an inference takes the whole periods that it needs, and every block may wait one tick for its first.
+    until they take block_min_ns. Where the cap is near, blocks shrink first, then the rounds, down to 3. A network that
+    alone takes block_min_ns finds its caches within its own time, and goes without untimed inferences rather than
+    without rounds. In a paced session an inference takes the whole periods that it needs, and every block may wait one
+    tick for its first.
     """
     repeats, rounds, dropped = job["processes"], job["rounds"], job["dropped"]
     period = int(job.get("period_ns") or 0)
@@ -731,6 +751,8 @@ def plan_blocks(job: Table, medians: Dict[str, int], spent_s: float) -> Plan:
         return rounds, dropped, timed
     if dropped * turn_s >= 0.5 * room_s:
         dropped = min(dropped, 1)
+    if (dropped + 1) * turn_s > room_s and not period and min(costs.values()) >= job["block_min_ns"]:
+        dropped = 0
     share = max(0.0, (room_s - dropped * turn_s) / work_s)
     timed = {n: max(1, int(timed[n] * share)) for n in timed}
     least_s = sum((dropped + timed[n]) * costs[n] for n in costs) * 1e-9 + idle_s
@@ -892,17 +914,24 @@ def flag(repeats: List[Table], names: Sequence[str]) -> None:
 
     A block is flagged when its involuntary switches exceed the model's median by more than 5 (by more than four times
     the square root of the median where that is larger: the natural scatter of the count in long blocks), when a
-    hardware throttle counter moved, or when a locked clock differs by more than 1 % from the session's.
+    hardware throttle counter moved, or when a locked clock differs by more than 1 % from the session's median of the
+    same core: cores of one processor may be locked at different clocks.
     """
-    rates = sorted(khz for r in repeats for n in names for b in r["blocks"][n] for side in b["khz"] for khz in side)
-    usual = rates[len(rates) // 2] if rates else 0
+    usual = usual_clocks([side for r in repeats for n in names for block in r["blocks"][n] for side in block["khz"]])
     for name in names:
         middle = median([block["switches"] for repeat in repeats for block in repeat["blocks"][name]])
         limit = middle + max(FLAG_SWITCHES, 4.0 * middle**0.5)
         for repeat in repeats:
             for block in repeat["blocks"][name]:
-                off = any(abs(khz - usual) > CLOCK_CHANGE * usual for side in block["khz"] for khz in side)
+                pairs = [pair for side in block["khz"] for pair in zip(side, usual)]
+                off = any(abs(khz - own) > CLOCK_CHANGE * own for khz, own in pairs)
                 block["flagged"] = bool(block["switches"] > limit or block["throttle"] != 0 or off)
+
+
+def usual_clocks(readings: Sequence[Sequence[int]]) -> List[int]:
+    """Median clock of every core in kHz; readings: one clock a core, in the order of `clock_folders`."""
+    cores = max([len(reading) for reading in readings] or [0])
+    return [median([reading[core] for reading in readings if core < len(reading)]) for core in range(cores)]
 
 
 # --- rows: many small models in one process ------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The host's side of a measurement: writes the agent's job, runs the agent, reads what it wrote into a `Session`.
 
 The agent runs in a process group of its own, so that Ctrl-C reaches only the host, which then ends the whole group;
-should the host be killed outright, the system ends agent and workers with it.
+should the host be killed outright, the system ends agent and workers with it. On this machine that tie is meant
+(PR_SET_PDEATHSIG): no link can be lost between host and agent, so there would be nobody to come back for a result.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ RANK_WINDOW_S = 0.1
 RANK_WARMUP_MAX_S = 2.0
 WARMUP_MAX = 10.0
 """A process that is not steady after this many times the shortest warm-up is measured as it is, and said to be so."""
+DOCTOR = "deploy doctor --target T"
 PATIENCE_S = 120.0
 REFERENCE_SESSIONS = 5
 ROW_BLOCK_NS = 400_000
@@ -69,7 +71,7 @@ def _options(spec: MeasureSpec, providers: Sequence[str]) -> Table:
 
 def warmup_rule(spec: MeasureSpec, mode: Mode) -> Table:
     """When a process is warm. Ranking takes shorter windows: the first rounds are interleaved all the same."""
-    rule = {"min_inferences": spec.warmup_inferences, "steady": spec.steady}
+    rule = {"min_inferences": spec.warmup_inferences, "steady": spec.steady, "longest_s": spec.warmup_max_s}
     if mode == "accept":
         return {
             **rule,
@@ -288,7 +290,7 @@ def _follow(process: subprocess.Popen[bytes], limit_s: float, progress: Callable
         if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
             raise DeployError(
                 f"the measuring agent did not end within {limit_s:.0f} s.",
-                "lower measure.max_seconds, or deploy doctor.",
+                f"lower measure.max_seconds (check.max_seconds in a check), or {DOCTOR}.",
             )
         part = os.read(pipe, 1 << 16)
         if not part:
@@ -322,7 +324,7 @@ def _read_result(out: Path, expected: str) -> Table:
 def _died(code: int, said: str) -> DeployError:
     lines = said.strip().splitlines()
     how = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
-    return DeployError(f"the measuring agent {how}{': ' + lines[-1] if lines else ''}.", "deploy doctor")
+    return DeployError(f"the measuring agent {how}{': ' + lines[-1] if lines else ''}.", DOCTOR)
 
 
 def _mendable(event: Mapping[str, Any], job: Mapping[str, Any]) -> DeployError:
@@ -339,7 +341,8 @@ def _mendable(event: Mapping[str, Any], job: Mapping[str, Any]) -> DeployError:
             f"not enough memory to measure {about}: {message}.", "free memory, or measure fewer networks at once."
         )
     if kind == "long":
-        return UndecidedError(f"measuring takes too long: {message}.", "raise measure.max_seconds.")
+        hint = "raise measure.max_seconds; in a check, raise check.max_seconds."
+        return UndecidedError(f"measuring takes too long: {message}.", hint)
     if kind == "disk":
         return DeployError(f"{message}.", "free space or choose another folder.")
     if kind == "killed":
@@ -349,7 +352,7 @@ def _mendable(event: Mapping[str, Any], job: Mapping[str, Any]) -> DeployError:
         hint = "measure it alone; if it crashes again, export the network again or use another runtime version."
         return DeployError(f"the measuring process of '{name}' {message}.", hint)
     if kind in ("lost", "late"):
-        return DeployError(f"the measuring process of '{name}' {message}.", "deploy doctor")
+        return DeployError(f"the measuring process of '{name}' {message}.", DOCTOR)
     return DeployError(f"the measuring agent refused its job: {message}.")
 
 

@@ -9,6 +9,10 @@ section 4). e_i is the median over rounds of log(block of B / block of A) in pro
 - Stage 2, twice the processes and none of stage 1's data: fail where L > 1 + fail at the median and L > 1 + fail_low at
   the 10th percentile, or where the same tail rose in both stages; else warn where L > 1 + warn; else improved where
   U < 1 / (1 + warn); else pass where U < 1 + fail; else undecided.
+- An absolute budget adds two rules, since what was not measured or does not hold is no pass. Where its percentile has
+  too few inferences for a bound, stage 1 does not pass, and what does not fail is undecided after stage 2. Where the
+  candidate is above the limit and the baseline too, a pass or an improvement is a warning that says so.
+- The device must be the same throughout: a stage on a device whose fingerprint is not the check's first says nothing.
 
 A bound that excludes no change is not enough: in replays that alone gave 5.7 % false alarms, a smallest effect beside
 it gave none. The smallest slowdown that a stage warns of in four of five nights is
@@ -29,6 +33,7 @@ from typing import Any, Literal
 from scipy import stats
 
 from profiles.schema import Budget, CheckSpec
+from targets.harness.device import Fingerprint
 from targets.harness.measurement import CONFIDENCE, CONTAMINATED, STOPPED, Interval, Measurement, Session, Statistic
 
 BASELINE, AGAIN, CANDIDATE = "baseline", "baseline again", "candidate"
@@ -36,9 +41,12 @@ BASELINE, AGAIN, CANDIDATE = "baseline", "baseline again", "candidate"
 Outcome = Literal["pass", "warn", "fail", "improved", "undecided", "inconclusive"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "warn": 0, "fail": 3, "improved": 0, "undecided": 4, "inconclusive": 4}
 
+HASH = 64
+"""Letters of a SHA-256; values of a fingerprint as long as that are only named."""
 PROCESSES = 3
 """Fewer give bounds that say nothing: t(.99, 1) is 32."""
 POWER = 0.80
+MISSES = "deadline misses"
 MISS_P = 1e-3
 """Largest p-value of Fisher's exact test for a rise of the deadline misses."""
 FALSE_ALARMS = 0.01
@@ -54,12 +62,19 @@ class Tail:
     """One statistic of the tail, candidate over A'. name: mean, p99, deadline misses or budget; risen: see `_tails`.
 
     For deadline misses the interval holds the two ratios: center of B, low of A', high the p-value of the rise. For a
-    budget ("budget 8ms@p90") it is the candidate's declared percentile with its bounds over the limit.
+    budget ("budget 8ms@p90") it is the candidate's declared percentile with its bounds over the limit; shared: whether
+    candidate and baseline are both above the limit.
     """
 
     name: str
     interval: Interval
     risen: bool
+    shared: bool = False
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether there were too few inferences to bound a budget's percentile."""
+        return self.name.startswith("budget") and math.isinf(self.interval.high)
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,8 @@ class Control:
     """What the ledger keeps of one stage's control arm: bounds of log(A' / A), n processes, number of the stage.
 
     center, low, high: at the median; p10_*: of the blocks' 10th percentiles; mean_low, p99_low: lower bounds of the
-    tails, None where there were too few samples.
+    tails, None where there were too few samples. missed of timed: deadline misses of A' and all its inferences;
+    baseline_*: those of A; None back to back, and where they were not kept yet.
     """
 
     center: float
@@ -80,6 +96,10 @@ class Control:
     p99_low: float | None
     n: int
     stage: int = 1
+    missed: int | None = None
+    timed: int | None = None
+    baseline_missed: int | None = None
+    baseline_timed: int | None = None
 
     @property
     def ratio(self) -> Interval:
@@ -138,13 +158,21 @@ class Verdict:
 # --- one stage -----------------------------------------------------------------------------------------------------
 
 
-def stage(session: Session, number: int, spec: CheckSpec, budget: Budget | None, seconds: float) -> Stage:
+def stage(
+    session: Session,
+    number: int,
+    spec: CheckSpec,
+    budget: Budget | None,
+    seconds: float,
+    first: Fingerprint | None = None,
+) -> Stage:
     """What a session of the three arms shows. budget: the device's, judged where it is absolute.
 
-    Raises UsageError where an arm is missing.
+    first: the fingerprint of the check's first session; under another one the stage says nothing. Raises UsageError
+    where an arm is missing.
     """
     ratio, control = session.ratio(CANDIDATE, BASELINE), session.ratio(AGAIN, BASELINE)
-    disturbed = _disturbed(session)
+    disturbed = _moved(first, session.fingerprint) or _disturbed(session)
     return Stage(
         number=number,
         ratio=ratio,
@@ -166,6 +194,11 @@ def detectable(ratio: Interval, control: Interval, spec: CheckSpec) -> float:
     return math.expm1(math.log1p(spec.warn) + _reach(ratio.n) * sd / math.sqrt(ratio.n))
 
 
+def noticed(slowdown: float) -> str:
+    """What `detectable` means, in words: four nights of five, and a warning rather than a fail."""
+    return f"a slowdown of {_percent(slowdown, 1)} would have been noticed in four nights of five"
+
+
 @cache
 def _reach(processes: int) -> float:
     return float(stats.t.ppf(CONFIDENCE, processes - 1) + stats.t.ppf(POWER, processes - 1))
@@ -180,6 +213,19 @@ def unlike(control: Interval, spec: CheckSpec) -> str:
     return ""
 
 
+def _moved(first: Fingerprint | None, now: Fingerprint) -> str:
+    """Which fields of the fingerprint changed since the check began, "" where none did."""
+    fields = {} if first is None else first.differs(now)
+    told = [name.replace("_", " ") + _then_now(*values) for name, values in fields.items()]
+    return f"the device changed during the check: {', '.join(told)}" if told else ""
+
+
+def _then_now(then: Any, now: Any) -> str:
+    """Both values of a field; hashes say nothing to people."""
+    shown = [str(value) or "not shown" for value in (then, now)]
+    return "" if max(map(len, shown)) >= HASH else f" was {shown[0]}, is {shown[1]}"
+
+
 def _disturbed(session: Session) -> str:
     """Why the session says nothing, whatever its ratios are, "" where it does.
 
@@ -190,6 +236,7 @@ def _disturbed(session: Session) -> str:
     fewest = min(len(arm.processes) for arm in arms.values())
     if fewest < PROCESSES:
         return f"{fewest} processes of an arm were measured, bounds need {PROCESSES}"
+    # a guard: no target mixes runtimes in a session, and the check gives A and A' one file
     if arms[BASELINE].sha256 != arms[AGAIN].sha256 or len({arm.runtime for arm in arms.values()}) > 1:
         return "the arms were not measured under the same runtime, or the baseline's two are not the same file"
     for name in (BASELINE, AGAIN):
@@ -199,7 +246,7 @@ def _disturbed(session: Session) -> str:
         share = max(m.flagged_share for m in session.measurements.values())
         return f"{_percent(share)} of the blocks of an arm were disturbed, beyond {_percent(CONTAMINATED)}"
     for name in (BASELINE, AGAIN):
-        unsteady = sum(not block.warmup.steady for block in arms[name].processes)
+        unsteady = arms[name].unsteady
         if unsteady > CONTAMINATED * len(arms[name].processes):
             return f"{unsteady} of {len(arms[name].processes)} processes of the {name} never became steady"
     return ""
@@ -208,6 +255,7 @@ def _disturbed(session: Session) -> str:
 def _control(session: Session, control: Interval, number: int) -> Control:
     low = session.low_ratio(AGAIN, BASELINE)
     mean, p99 = session.ratio(AGAIN, BASELINE, "mean").low, session.ratio(AGAIN, BASELINE, "p99").low
+    misses, before = (session.measurement(arm).deadline_misses or (None, None) for arm in (AGAIN, BASELINE))
     return Control(
         center=math.log(control.center),
         low=math.log(control.low),
@@ -219,6 +267,10 @@ def _control(session: Session, control: Interval, number: int) -> Control:
         p99_low=math.log(p99) if p99 > 0 else None,
         n=control.n,
         stage=number,
+        missed=misses[0],
+        timed=misses[1],
+        baseline_missed=before[0],
+        baseline_timed=before[1],
     )
 
 
@@ -242,40 +294,46 @@ def _tails(session: Session, spec: CheckSpec, budget: Budget | None) -> tuple[Ta
 def _miss_tail(misses: tuple[int, int], before: tuple[int, int], spec: CheckSpec, processes: int) -> Tail:
     """Deadline misses, (missed, inferences): risen where the rise is large enough and Fisher's exact test sees it."""
     share, old = misses[0] / misses[1], before[0] / before[1]
-    table = [[misses[0], misses[1] - misses[0]], [before[0], before[1] - before[0]]]
-    p = float(stats.fisher_exact(table, alternative="greater").pvalue)
-    return Tail(
-        "deadline misses", Interval(share, old, p, 0.0, processes), p < MISS_P and share - old >= spec.miss_points
-    )
+    p = _fisher(*misses, *before)
+    return Tail(MISSES, Interval(share, old, p, 0.0, processes), p < MISS_P and share - old >= spec.miss_points)
+
+
+@cache
+def _fisher(missed: int, timed: int, old_missed: int, old_timed: int) -> float:
+    """Probability that of all misses so many, or more, fall on the first network where both miss alike."""
+    table = [[missed, timed - missed], [old_missed, old_timed - old_missed]]
+    return float(stats.fisher_exact(table, alternative="greater").pvalue)
 
 
 def _budget_tail(session: Session, b: Measurement, again: Measurement, budget: Budget, limit_ms: float) -> Tail:
     """The declared percentile against an absolute budget.
 
     Risen where the candidate's upper bound is above the limit, the baseline's is not, and the paired ratio shows the
-    candidate slower: a limit that the baseline misses too tonight, or that two equal networks straddle, is no fault of
-    the candidate's.
+    candidate slower: a limit that two equal networks straddle is no fault of the candidate's. One that the baseline
+    misses too tonight is none either, and is shared. Where one of both has no bound it is unmeasured: infinite.
     """
     own, old = b.statistic(budget.percentile), again.statistic(budget.percentile)
-    crossed = own.high_ms > limit_ms >= old.high_ms
-    risen = crossed and session.ratio(CANDIDATE, AGAIN, budget.percentile).low > 1.0
+    high = own.high_ms if math.isfinite(old.high_ms) else math.inf
+    over = limit_ms < high < math.inf
+    risen = over and old.high_ms <= limit_ms and session.ratio(CANDIDATE, AGAIN, budget.percentile).low > 1.0
     center = own.value_ms if own.value_ms is not None else own.low_ms
-    interval = Interval(center / limit_ms, own.low_ms / limit_ms, own.high_ms / limit_ms, 0.0, len(b.processes))
-    return Tail(f"budget {budget}", interval, risen)
+    interval = Interval(center / limit_ms, own.low_ms / limit_ms, high / limit_ms, 0.0, len(b.processes))
+    return Tail(f"budget {budget}", interval, risen, over and old.high_ms > limit_ms)
 
 
 # --- the verdict ---------------------------------------------------------------------------------------------------
 
 
 def screen(stage1: Stage, spec: CheckSpec) -> Verdict | None:
-    """Pass or inconclusive after stage 1, None where stage 2 has to decide.
+    """Pass, a warning of a budget that the baseline misses too, or inconclusive; None where stage 2 has to decide.
 
     Inconclusive is worth one immediate retry with another seed: measure stage 1 again and screen that.
     """
     if stage1.spoilt:
         return _inconclusive(stage1, (stage1,))
-    if _clear(stage1.ratio, spec) and not any(tail.risen for tail in stage1.tails):
-        return Verdict("pass", _reason("pass", stage1, spec), (stage1,))
+    if _clear(stage1.ratio, spec) and not any(tail.risen or tail.unmeasured for tail in stage1.tails):
+        outcome = _with_budget("pass", stage1.tails)
+        return Verdict(outcome, _reason("pass", stage1, spec), (stage1,))
     return None
 
 
@@ -290,7 +348,7 @@ def confirm(stage1: Stage, stage2: Stage, spec: CheckSpec) -> Verdict:
             return _inconclusive(each, stages)
     risen = _reproduced(stage1, stage2)
     outcome = _decide(stage2.ratio, stage2.low, bool(risen), spec)
-    return Verdict(outcome, _reason(outcome, stage2, spec, risen), stages)
+    return Verdict(_with_budget(outcome, stage2.tails), _reason(outcome, stage2, spec, risen), stages)
 
 
 def _clear(ratio: Interval, spec: CheckSpec) -> bool:
@@ -308,6 +366,13 @@ def _decide(ratio: Interval, low: Interval, tail: bool, spec: CheckSpec) -> Outc
     return "pass" if ratio.high < 1.0 + spec.fail else "undecided"
 
 
+def _with_budget(outcome: Outcome, tails: Sequence[Tail]) -> Outcome:
+    """The outcome beside a budget: what was not measured decides nothing but a fail, what does not hold warns."""
+    if outcome != "fail" and any(tail.unmeasured for tail in tails):
+        return "undecided"
+    return "warn" if outcome in ("pass", "improved") and any(tail.shared for tail in tails) else outcome
+
+
 def _reproduced(stage1: Stage, stage2: Stage) -> tuple[Tail, ...]:
     """Tails of stage 2 that rose in both stages."""
     before = {tail.name for tail in stage1.tails if tail.risen}
@@ -322,6 +387,7 @@ def _inconclusive(spoilt: Stage, stages: tuple[Stage, ...]) -> Verdict:
 
 
 def _reason(outcome: Outcome, last: Stage, spec: CheckSpec, risen: Sequence[Tail] = ()) -> str:
+    budget = "" if outcome == "fail" else _budget_says(last.tails)
     says = {
         "pass": f"no slowdown beyond {_percent(spec.fail)}: {_shift(last.ratio)}",
         "warn": f"slower, though not shown to fail: {_shift(last.ratio)}, beyond {_percent(spec.warn)}",
@@ -334,7 +400,17 @@ def _reason(outcome: Outcome, last: Stage, spec: CheckSpec, risen: Sequence[Tail
     alone = [tail.name for tail in last.tails if tail.risen and tail not in risen]
     once = f"; {' and '.join(alone)} rose in stage {last.number} alone" if alone else ""
     few = "" if any(tail.name == "p99" for tail in last.tails) else "; too few inferences to judge p99"
-    return f"{says}{once}{few}; a slowdown of {_percent(last.detectable, 1)} would have been seen."
+    return f"{budget}{says}{once}{few}; {noticed(last.detectable)}."
+
+
+def _budget_says(tails: Sequence[Tail]) -> str:
+    """What a budget adds to a verdict that is no fail, "" where nothing."""
+    for tail in tails:
+        if tail.unmeasured:
+            return f"not decided: too few inferences to bound the {tail.name}; "
+        if tail.shared:
+            return f"over its {tail.name} (upper bound at {tail.interval.high:.3f} of it), as is the baseline; "
+    return ""
 
 
 def _percent(share: float, digits: int = 2) -> str:
@@ -348,7 +424,7 @@ def _shift(ratio: Interval, what: str = "latency") -> str:
 
 def _tail_says(tail: Tail) -> str:
     center, low, high = tail.interval.center, tail.interval.low, tail.interval.high
-    if tail.name == "deadline misses":
+    if tail.name == MISSES:
         return f"deadline misses {_percent(low)} to {_percent(center)} (p = {high:.1g})"
     if tail.name.startswith("budget"):
         return f"upper bound at {high:.3f} of the {tail.name}, which the baseline keeps"
@@ -384,9 +460,9 @@ def widen(controls: Iterable[tuple[Control, ...]], spec: CheckSpec) -> tuple[Che
     controls: `control_arms` of each past check; empty ones do not count, and a check with an alarm in any of its
     attempts counts as one. Nothing is widened before there are `CONTROLS`
     of them and so many alarms that a true rate of `FALSE_ALARMS` would give them in fewer than 5 of 100 ledgers. Then
-    fail, fail_low and warn, and apart from them both tail tolerances, grow by the smallest factor, in hundredths, that
-    brings the recorded rate to `FALSE_ALARMS`; the larger of the two is returned. Always start from the profile's own
-    spec: what was widened narrows again as better nights are recorded.
+    miss_points, both tail tolerances, and fail, fail_low and warn grow, each of the three by the smallest factor of its
+    own, in hundredths, that brings the recorded rate to `FALSE_ALARMS`; the largest is returned. Always start from the
+    profile's own spec: what was widened narrows again as better nights are recorded.
     """
     past = [arms for arms in controls if arms]
     alarms, allowed = sum(_alarm(arms, spec) for arms in past), int(FALSE_ALARMS * len(past))
@@ -396,15 +472,16 @@ def widen(controls: Iterable[tuple[Control, ...]], spec: CheckSpec) -> tuple[Che
     def kept(wider: CheckSpec, alarm: Callable[[tuple[Control, ...], CheckSpec], bool]) -> bool:
         return sum(alarm(arms, wider) for arms in past) <= allowed
 
-    tail = _smallest(lambda factor: kept(_scaled(spec, 1.0, factor), _tail_alarm))
-    body = _smallest(lambda factor: kept(_scaled(spec, factor, tail), _alarm))
-    return _scaled(spec, body, tail), alarms, max(body, tail)
+    misses = _smallest(lambda factor: kept(_scaled(spec, 1.0, 1.0, factor), _miss_alarm))
+    tail = _smallest(lambda factor: kept(_scaled(spec, 1.0, factor, misses), _tail_alarm))
+    body = _smallest(lambda factor: kept(_scaled(spec, factor, tail, misses), _alarm))
+    return _scaled(spec, body, tail, misses), alarms, max(body, tail, misses)
 
 
 def _judge_arms(arms: tuple[Control, ...], spec: CheckSpec) -> Outcome:
     if _clear(arms[0].ratio, spec) and not _risen(arms[0], spec):
         return "pass"
-    outcome = _decide(arms[-1].ratio, arms[-1].low_ratio, _both_rose(arms, spec), spec)
+    outcome = _decide(arms[-1].ratio, arms[-1].low_ratio, bool(_rose(arms, spec)), spec)
     return "undecided" if outcome == "pass" and len(arms) == 1 else outcome
 
 
@@ -425,23 +502,32 @@ def _alarm(arms: tuple[Control, ...], spec: CheckSpec) -> bool:
     return any(_judge_arms(attempt, spec) in ("warn", "fail", "improved") for attempt in _attempts(arms))
 
 
+def _miss_alarm(arms: tuple[Control, ...], spec: CheckSpec) -> bool:
+    return any(MISSES in _rose(attempt, spec) for attempt in _attempts(arms))
+
+
 def _tail_alarm(arms: tuple[Control, ...], spec: CheckSpec) -> bool:
-    return any(_both_rose(attempt, spec) for attempt in _attempts(arms))
+    return any(_rose(attempt, spec) for attempt in _attempts(arms))
 
 
-def _both_rose(arms: tuple[Control, ...], spec: CheckSpec) -> bool:
-    """Whether a tail rose in both stages; one stage alone reproduces nothing."""
-    return len(arms) > 1 and bool(_risen(arms[0], spec) & _risen(arms[1], spec))
+def _rose(arms: tuple[Control, ...], spec: CheckSpec) -> frozenset[str]:
+    """Tails that rose in both stages; one stage alone reproduces nothing."""
+    return _risen(arms[0], spec) & _risen(arms[1], spec) if len(arms) > 1 else frozenset()
 
 
 def _risen(arm: Control, spec: CheckSpec) -> frozenset[str]:
     bounds = {"mean": (arm.mean_low, spec.tail_mean), "p99": (arm.p99_low, spec.tail_p99)}
-    return frozenset(name for name, (low, limit) in bounds.items() if low is not None and low > math.log1p(limit))
+    found = {name for name, (low, limit) in bounds.items() if low is not None and low > math.log1p(limit)}
+    if arm.missed is not None and arm.timed and arm.baseline_missed is not None and arm.baseline_timed:
+        misses, before = (arm.missed, arm.timed), (arm.baseline_missed, arm.baseline_timed)
+        found |= {MISSES} if _miss_tail(misses, before, spec, arm.n).risen else set()
+    return frozenset(found)
 
 
-def _scaled(spec: CheckSpec, body: float, tail: float) -> CheckSpec:
+def _scaled(spec: CheckSpec, body: float, tail: float, misses: float) -> CheckSpec:
     wider = {name: body * float(getattr(spec, name)) for name in ("fail", "fail_low", "warn")}
     wider |= {name: tail * float(getattr(spec, name)) for name in ("tail_mean", "tail_p99")}
+    wider["miss_points"] = misses * spec.miss_points
     return spec.model_copy(update=wider)
 
 

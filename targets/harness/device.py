@@ -128,6 +128,8 @@ def preflight(spec: MeasureSpec, state: Mapping[str, Any] | None = None, folder:
     """Look at the device before a session; nothing is changed on it and nothing is refused here (`Preflight.require`).
 
     state: what `agent.state` read on the device, the machine at hand if left out; folder: where results are written.
+    Fatal are threads that spin against others, too few cores, too little memory or disk, a throttle counter that moves
+    now, and a temperature above the one that the profile declares; the rest is advice and stays with the numbers.
     """
     seen = dict(agent.state(str(folder or Path.cwd()))) if state is None else dict(state)
     makers = (
@@ -217,17 +219,19 @@ def _clocks(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
 
 
 def _heat(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
-    zones = dict(seen["temperatures"])
-    if not zones:
+    zones, declared = dict(seen["temperatures"]), spec.start_below_c
+    if not zones and declared is None:
         return None
-    name, hottest = max(zones.items(), key=lambda item: float(item[1]))
     why = "a hot chip lowers its clock during the run"
+    if declared is not None:
+        why = f"a measurement starts below {declared:g} C (measure.start_below_c)"
+    if not zones:
+        mend = "leave measure.start_below_c out on this device."
+        return Condition("temperature", "not shown by this system", False, why, mend, fatal=True)
+    name, hottest = max(((zone, float(degrees)) for zone, degrees in zones.items()), key=lambda item: item[1])
+    ok, value = hottest < (HOT_C if declared is None else declared), f"{hottest:.0f} C at {name}"
     return Condition(
-        "temperature",
-        f"{float(hottest):.0f} C at {name}",
-        float(hottest) < HOT_C,
-        why,
-        "let the device cool, or cool it better.",
+        "temperature", value, ok, why, "let the device cool, or cool it better.", fatal=declared is not None
     )
 
 
@@ -239,20 +243,23 @@ def _throttle(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
     moved = int(seen.get("throttle_moved", 0))
     value = f"{total}, of them {moved} just now" if moved else str(total)
     why = "the device has lowered its clock since it was started; a block in which a counter moves is rejected"
-    return Condition("throttle events", value, total == 0, why, "check cooling and power supply.")
+    if moved:
+        why = "the device lowers its clock now, which voids a measurement"
+    mend = "check cooling and power supply."
+    return Condition("throttle events", value, total == 0 and not moved, why, mend, fatal=moved > 0)
 
 
 def _memory(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
     if seen.get("memory_free_mib") is None:
         return None
     free = int(seen["memory_free_mib"])
-    why = "a network may not fit, or the system may swap during the run"
-    return Condition(
-        "free memory", f"{free} MiB", free >= FREE_MEMORY_MIB, why, "stop what holds memory on the device."
-    )
+    why = f"{FREE_MEMORY_MIB} MiB are needed: a network may not fit, or the system may swap during the run"
+    mend = "stop what holds memory on the device."
+    return Condition("free memory", f"{free} MiB", free >= FREE_MEMORY_MIB, why, mend, fatal=True)
 
 
 def _disk(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
     free = int(seen["disk_free_mib"])
-    why = f"raw samples need room; {FREE_DISK_MIB} MiB should be free"
-    return Condition("free disk", f"{free} MiB", free >= FREE_DISK_MIB, why, f"free space where {seen['folder']} lies.")
+    why = f"{FREE_DISK_MIB} MiB are needed: raw samples that do not fit are lost"
+    mend = f"free space where {seen['folder']} lies."
+    return Condition("free disk", f"{free} MiB", free >= FREE_DISK_MIB, why, mend, fatal=True)

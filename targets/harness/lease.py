@@ -3,6 +3,9 @@
 The lock file stands in /run/lock (the temporary folder where there is none) and names its holder, so that who waits
 knows for whom. The lock itself is `flock`: a killed holder leaves none behind. A measuring agent that outlived its
 holder is ended by its process id and start time when the next holder takes the lease.
+
+Everybody may write the file, so nothing in it is trusted: entries that make no sense are as good as missing, and only
+a process that is the user's own and runs the measuring agent is ended.
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ from __future__ import annotations
 import fcntl
 import getpass
 import json
+import logging
 import os
 import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +30,13 @@ from profiles.errors import DeployError, UndecidedError
 
 WAIT_S = 900.0
 POLL_S = 0.2
+AGENT = "agent.py"
+PATIENT_S = 2.0
+"""Waits that are longer are told."""
+LATEST_S = 253402300799.0
+"""End of the year 9999 in seconds since the epoch, the last day that has a name."""
+OWNER_LETTERS = 128
+log = logging.getLogger(__name__)
 
 
 def lease_folder() -> Path:
@@ -81,7 +92,8 @@ def lease(device: str, holds_s: float, wait_s: float = WAIT_S, folder: Path | No
 def holder(device: str, folder: Path | None = None) -> str | None:
     """Who holds the device's lease and until when, in words, or None while it is free. Waits for nobody."""
     try:
-        file = os.open((folder or lease_folder()) / f"edge-deploy-{device}.lock", os.O_RDONLY | os.O_CLOEXEC)
+        path = (folder or lease_folder()) / f"edge-deploy-{device}.lock"
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
@@ -94,25 +106,23 @@ def holder(device: str, folder: Path | None = None) -> str | None:
 
 
 def _open(path: Path) -> int:
+    """The lock file, never through a link that somebody else may have put there."""
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        pass
-    except PermissionError:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if path.is_file():  # another user's file may be open for reading only; it can be locked all the same
+            return os.open(path, (os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY) | flags)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
         with suppress(PermissionError):
             os.fchmod(file, 0o666)
         return file
     except OSError as error:
-        raise DeployError(
-            f"cannot make the lease file '{path}': {error.strerror}.", "make its folder writable."
-        ) from None
+        hint = f"remove it, or make {path.parent} writable."
+        raise DeployError(f"cannot open the lease file '{path}': {error.strerror}.", hint) from None
 
 
 def _wait(file: int, path: Path, device: str, wait_s: float) -> None:
-    end = time.monotonic() + wait_s
+    begin, told = time.monotonic(), False
+    end = begin + wait_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,22 +133,53 @@ def _wait(file: int, path: Path, device: str, wait_s: float) -> None:
                     f"the device '{device}' is in use by {_describe(_holder(file))}; waited {wait_s:.0f} s.",
                     f"wait until it is free, or end that process; the lease is {path}.",
                 ) from None
+            if not told and time.monotonic() - begin >= PATIENT_S:
+                told = True
+                log.warning("waiting for the device '%s', in use by %s.", device, _describe(_holder(file)))
             time.sleep(POLL_S)
 
 
 def _holder(file: int) -> dict[str, Any]:
+    """What the file says of its holder: the entries that make sense."""
     try:
         table = json.loads(os.pread(file, 4096, 0).decode() or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return table if isinstance(table, dict) else {}
+    known = table if isinstance(table, dict) else {}
+    return {name: known[name] for name, sound in SOUND.items() if name in known and sound(known[name])}
+
+
+def _is_process(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_moment(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LATEST_S
+
+
+def _is_owner(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= OWNER_LETTERS and value.isprintable()
+
+
+def _is_ticks(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+SOUND: Mapping[str, Callable[[Any], bool]] = {
+    "owner": _is_owner,
+    "pid": _is_process,
+    "since": _is_moment,
+    "expires": _is_moment,
+    "agent": _is_process,
+    "agent_start": _is_ticks,
+}
 
 
 def _describe(holder: dict[str, Any]) -> str:
-    if "owner" not in holder:
-        return "another process"
-    until = datetime.fromtimestamp(float(holder["expires"]), UTC).strftime("%H:%M:%S UTC")
-    return f"{holder['owner']} (process {holder['pid']}, expected until {until})"
+    known = [f"process {holder['pid']}"] if "pid" in holder else []
+    if "expires" in holder:
+        known.append(f"expected until {datetime.fromtimestamp(holder['expires'], UTC):%H:%M:%S UTC}")
+    return str(holder.get("owner", "another process")) + (f" ({', '.join(known)})" if known else "")
 
 
 def _write(file: int, table: dict[str, Any]) -> None:
@@ -158,7 +199,19 @@ def _start_ticks(pid: int) -> int:
 
 
 def _end_orphan(holder: dict[str, Any]) -> None:
-    pid, start = int(holder.get("agent", 0)), int(holder.get("agent_start", 0))
-    if pid > 1 and start and _start_ticks(pid) == start and os.getpgid(pid) == pid:
-        with suppress(ProcessLookupError, PermissionError):
+    pid, start = holder.get("agent"), holder.get("agent_start")
+    if pid is None or start is None or _start_ticks(pid) != start:
+        return
+    with suppress(ProcessLookupError, PermissionError):
+        if os.getpgid(pid) == pid and _is_own_agent(pid):
             os.killpg(pid, signal.SIGKILL)
+
+
+def _is_own_agent(pid: int) -> bool:
+    """Whether a process is this user's and runs the measuring agent."""
+    place = Path(f"/proc/{pid}")
+    try:
+        words = place.joinpath("cmdline").read_bytes().decode("utf-8", "replace").split("\x00")
+        return place.stat().st_uid == os.geteuid() and any(Path(word).name == AGENT for word in words[1:2])
+    except OSError:
+        return False

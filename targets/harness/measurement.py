@@ -268,7 +268,12 @@ class Measurement:
     @property
     def steady(self) -> bool:
         """Whether every process was steady at the end of its warm-up."""
-        return all(block.warmup.steady for block in self.processes)
+        return not self.unsteady
+
+    @property
+    def unsteady(self) -> int:
+        """How many processes never became steady in their warm-up."""
+        return sum(not block.warmup.steady for block in self.processes)
 
     def statistic(self, name: Statistic) -> Percentile:
         """The pooled statistic by name."""
@@ -335,6 +340,11 @@ class Session:
         """
         flagged = any(m.flagged_share > CONTAMINATED for m in self.measurements.values())
         return flagged or all(m.stopped_share > STOPPED for m in self.measurements.values())
+
+    @property
+    def unstable(self) -> Mapping[str, tuple[int, int]]:
+        """Networks of which processes never became steady (rule 4's UNSTABLE): name -> (how many, of how many)."""
+        return {name: (m.unsteady, len(m.processes)) for name, m in self.measurements.items() if m.unsteady}
 
     @property
     def simulated(self) -> bool:

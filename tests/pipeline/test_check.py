@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sqlite3
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,14 @@ from pipeline import check as nightly
 from pipeline.cli.frame import main
 from pipeline.nightly import baseline
 from pipeline.nightly.history import Nights
-from profiles.errors import DeployError, UndecidedError
+from pipeline.nouns import CheckRecord
+from pipeline.run import Interrupted
+from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import load_profile
 from targets.base import load_target
 from targets.harness.compare import AGAIN, BASELINE, CANDIDATE
+from targets.harness.measurement import Session
+from targets.simulated import Simulated
 
 
 def network(path: Path, layers: int = 4, size: int = 32) -> Path:
@@ -105,7 +111,7 @@ def test_every_check_is_kept_with_its_samples_and_its_control_arms(place):
         first, second = (nights.sessions(number) for number in numbers)
         arms = [BASELINE, AGAIN, CANDIDATE]
         assert list(first[0].measurements) == arms and first[0].seed != second[0].seed
-        assert len(nights.controls("simulated", kept[numbers[0]].device)) == 2
+        assert len(nights.controls("simulated", kept[numbers[0]].machine)) == 2
 
 
 def test_a_profile_without_a_baseline_cannot_be_checked(place):
@@ -120,7 +126,9 @@ def test_a_baseline_of_another_machine_is_refused(place):
     baseline.accept(place / ".deploy", "simulated", replace(pinned, fingerprint={**table, "cores": 64}), path)
     with pytest.raises(UndecidedError, match="cores was 64"):
         checked(place, None)
-    assert not (place / ".deploy" / "nights.sqlite").exists()
+    (gap,) = stored(place)
+    assert gap.verdict.outcome == "inconclusive" and "cores was 64" in gap.verdict.reason and not gap.verdict.stages
+    assert gap.changed["cores"][0] == 64 and gap.absolute == {}
 
 
 def test_a_new_kernel_is_recorded_and_does_not_stop_the_check(place):
@@ -181,4 +189,322 @@ def test_a_check_that_could_not_be_measured_leaves_a_report_that_does_not_pass(p
 
 def test_history_before_the_first_check_says_how_to_make_one(place, capsys):
     code, _, err = run(capsys, "history", "--target", "simulated")
-    assert code == 2 and "no check was ever made here" in err and "deploy check --target T" in err
+    assert code == 2 and "no check was ever made here" in err and "deploy check --target simulated" in err
+
+
+def test_a_baseline_compared_with_itself_says_so_in_every_form(place, capsys):
+    pin(place, network(place / "a.onnx"))
+    said = "(the same file: a check of the environment)"
+    _, out, _ = run(capsys, "check", "--target", "simulated", "--junit", "j.xml", "--markdown", "m.md")
+    assert out.startswith(f"pass: {said} no slowdown")
+    assert out.count("would have been noticed") == 1 and "could have seen" not in out
+    assert "simulated device" in out and "simulated device" in (place / "m.md").read_text()
+    assert said in (place / "j.xml").read_text() and said in (place / "m.md").read_text()
+    told = json.loads(run(capsys, "check", "--target", "simulated", "--json")[1])
+    assert told["reason"].startswith(said) and told["simulated"] is True
+    assert "a (the same file)" in run(capsys, "history")[1]
+
+
+# --- places that cannot be written ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--junit", "--markdown", "--html"])
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(place, capsys, option):
+    pin(place, network(place / "a.onnx"))
+    (place / "file").write_text("")
+    for path in ("/proc/report", "file/report", "/dev/null"):
+        code, out, err = run(capsys, "check", "--target", "simulated", option, path)
+        assert code == 2 and out == "" and path in err and "Traceback" not in err
+    assert stored(place) == []
+
+
+def test_a_summary_that_cannot_be_written_is_refused_before_anything_is_measured(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(place / "nowhere" / "s.md"))
+    code, _, err = run(capsys, "check", "--target", "simulated")
+    assert code == 2 and f"cannot write '{place / 'nowhere' / 's.md'}'" in err and stored(place) == []
+    assert not (place / "nowhere").exists()
+
+
+def unwritable(monkeypatch) -> None:
+    """From now on no report can be written: the disk went away meanwhile."""
+
+    def refused(path: Path, data: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("pipeline.cache.write_atomic", refused)
+
+
+def test_a_report_that_cannot_be_written_in_the_end_hides_no_verdict(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+    slow = network(place / "b.onnx", layers=5)
+    unwritable(monkeypatch)
+    words = ["check", "--target", "simulated", "--candidate", str(slow), "--junit", "j.xml", "--html", "p.html"]
+    code, out, err = run(capsys, *words)
+    assert code == 1 and out.startswith("fail: slower") and "Error: cannot write 'j.xml': Read-only" in err
+    assert "warning: cannot write 'p.html'" in err
+    code, out, _ = run(capsys, *words, "--json")
+    told = json.loads(out)
+    assert code == 1 == told["exit_code"] and told["outcome"] == "fail" and "cannot write 'j.xml'" in told["error"]
+    assert [record.verdict.outcome for record in stored(place)] == ["fail", "fail"]
+
+
+def test_a_report_of_an_error_that_cannot_be_written_does_not_hide_the_error(place, capsys, monkeypatch):
+    unwritable(monkeypatch)
+    code, _, err = run(capsys, "check", "--target", "simulated", "--junit", "j.xml")
+    assert code == 4 and "has no baseline" in err and "warning: cannot write 'j.xml'" in err
+
+
+def test_measure_looks_at_its_places_first_and_shows_what_it_measured(place, capsys, monkeypatch):
+    words = ["measure", str(network(place / "a.onnx")), "--target", "simulated"]
+    for option in ("--out", "--html"):
+        code, out, err = run(capsys, *words, option, str(place))
+        assert code == 2 and out == "" and "is a directory" in err
+        assert run(capsys, *words, option, "/proc/x")[0] == 2
+    unwritable(monkeypatch)
+    code, out, err = run(capsys, *words, "--out", "s.json")
+    assert code == 1 and "protocol:" in out and "cannot write 's.json'" in err
+    code, out, _ = run(capsys, *words, "--out", "s.json", "--json")
+    assert code == 1 and "a" in json.loads(out)["models"] and "cannot write" in json.loads(out)["error"]
+
+
+# --- what a check keeps when something goes wrong ------------------------------------------------------------------
+
+
+def stored(place: Path) -> list[CheckRecord]:
+    with Nights(place / ".deploy" / "nights.sqlite") as nights:
+        return nights.records()
+
+
+class Breaking(Simulated):
+    """A simulated device whose session number `at` ends with `error`, or whose profiler does (at = 0)."""
+
+    at, error = 1, DeployError("the agent was killed.")
+    asked = 0
+
+    def measure(self, *args, **kwargs) -> Session:
+        self.asked += 1
+        if self.asked == self.at:
+            raise self.error
+        return super().measure(*args, **kwargs)
+
+    def layers(self, *args, **kwargs):
+        if self.at == 0:
+            raise self.error
+        return super().layers(*args, **kwargs)
+
+
+def broken(place: Path, at: int, error: BaseException, candidate: Path | None = None) -> nightly.CheckResult:
+    profile = load_profile("simulated")
+    device = Breaking(profile, place / ".deploy")
+    device.at, device.error = at, error
+    return nightly.check(nightly.CheckRequest(profile, candidate, place / ".deploy", place / "runs"), device)
+
+
+def test_a_fail_stands_though_its_layers_could_not_be_looked_at(place):
+    pin(place, network(place / "a.onnx"))
+    slow = network(place / "b.onnx", layers=5)
+    result = broken(place, 0, DeployError("the lease is held by process 7."), slow)
+    assert result.exit_code == 3 and result.record.verdict.outcome == "fail" and result.record.layers == ()
+    assert "the layers were not looked at: the lease is held by process 7." in result.record.conditions
+    assert stored(place) == [result.record]
+    again = broken(place, 0, KeyboardInterrupt(), slow)
+    assert again.exit_code == 130 and again.record.verdict.outcome == "fail" and len(stored(place)) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (DeployError("the agent was killed."), DeployError, "the agent was killed."),
+        (KeyboardInterrupt(), Interrupted, "interrupted."),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), DeployError, "No space left"),
+        (RuntimeError("a bug"), RuntimeError, "RuntimeError: a bug."),
+    ],
+    ids=["killed", "interrupted", "full", "bug"],
+)
+def test_what_was_measured_before_a_check_broke_off_is_kept(place, error, raised, said):
+    pin(place, network(place / "a.onnx"))
+    with pytest.raises(raised):
+        broken(place, 2, error, network(place / "b.onnx", layers=5))
+    (record,) = stored(place)
+    assert record.verdict.outcome == "inconclusive" and said in record.verdict.reason
+    assert [stage.number for stage in record.verdict.stages] == [1] and record.absolute[CANDIDATE]["p50"] > 0
+    with Nights(place / ".deploy" / "nights.sqlite") as nights:
+        assert len(nights.sessions(1)) == 1 and len(nights.controls("simulated", record.machine)) == 1
+
+
+def test_a_night_that_could_not_be_measured_is_a_night_of_the_history(place, capsys):
+    pin(place, network(place / "a.onnx"))
+    with pytest.raises(UndecidedError):
+        broken(place, 1, UndecidedError("the device does not answer."))
+    code, out, _ = run(capsys, "history", "--target", "simulated", "--html", "h.html")
+    assert code == 0 and "inconclusive" in out and "1 inconclusive" in (place / "h.html").read_text()
+    (told,) = json.loads(run(capsys, "history", "--json")[1])["checks"]
+    assert told["reason"].endswith("the device does not answer.") and told["stages"] == []
+
+
+class Updated(Simulated):
+    """A simulated device whose kernel is another one from its second session on."""
+
+    asked = 0
+
+    def measure(self, *args, **kwargs) -> Session:
+        session = super().measure(*args, **kwargs)
+        self.asked += 1
+        kernel = "Linux 1" if self.asked == 1 else "Linux 2"
+        return replace(session, fingerprint=replace(session.fingerprint, kernel=kernel))
+
+
+def test_a_device_that_changes_between_the_stages_is_no_verdict(place):
+    pin(place, network(place / "a.onnx"))
+    profile = load_profile("simulated")
+    slow = network(place / "b.onnx", layers=5)
+    request = nightly.CheckRequest(profile, slow, place / ".deploy", place / "runs")
+    verdict = nightly.check(request, Updated(profile, place / ".deploy")).record.verdict
+    assert verdict.outcome == "inconclusive" and "kernel was Linux 1, is Linux 2" in verdict.reason
+
+
+def test_a_mistake_in_what_was_asked_is_no_night(place):
+    pin(place, network(place / "a.onnx"))
+    with pytest.raises(UsageError):
+        checked(place, place / "nothing.onnx")
+    assert stored(place) == []
+
+
+def test_a_store_that_cannot_be_written_hides_no_verdict(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+
+    def full(*_: object) -> int:
+        raise DeployError("nights.sqlite cannot be used: disk is full.", "free disk space.")
+
+    monkeypatch.setattr(Nights, "add", full)
+    slow = network(place / "b.onnx", layers=5)
+    words = ["check", "--target", "simulated", "--candidate", str(slow), "--junit", "j.xml"]
+    code, out, err = run(capsys, *words)
+    assert code == 1 and out.startswith("fail: slower") and "the verdict stands, but it could not be kept" in err
+    assert len(ET.parse(place / "j.xml").getroot().findall(".//failure")) == 1
+    told = json.loads(run(capsys, *words, "--json")[1])
+    assert (told["outcome"], told["number"], told["exit_code"]) == ("fail", None, 1)
+    with pytest.raises(DeployError, match="the agent was killed"):
+        broken(place, 1, DeployError("the agent was killed."))
+
+
+# --- what is compared, and by what it is judged --------------------------------------------------------------------
+
+
+def test_a_network_of_another_input_is_refused_with_both_shapes(place):
+    pin(place, network(place / "a.onnx", size=16))
+    with pytest.raises(UndecidedError, match=r"x 1x32x16x16 -> y 1x32x16x16, 'b' x 1x32x32x32") as refused:
+        checked(place, network(place / "b.onnx", size=32))
+    assert refused.value.exit_code == 4 and stored(place)[0].candidate.name == "b"
+
+
+@pytest.mark.parametrize(
+    ("own", "baselines", "candidates", "judged"),
+    [
+        (None, "8ms@p99", None, "8ms@p99"), (None, "8ms@p99", "7ms", "7ms"), ("6ms", "8ms@p99", "7ms", "6ms"),
+        (None, "8ms", "0.5x", "8ms"), ("0.5x", "8ms", None, "8ms"), ("0.5x", None, "0.4x", None), (None,) * 4,
+    ],
+)  # fmt: skip
+def test_the_profiles_budget_is_judged_else_that_of_the_build(own, baselines, candidates, judged):
+    profile = load_profile("simulated", {"budget": own} if own else None)
+    pins = (baseline.Pin("a", "1" * 64, "", baselines), baseline.Pin("b", "2" * 64, "", candidates))
+    found = nightly.budget_of(profile, *pins)
+    assert (None if found is None else str(found)) == judged
+
+
+def test_the_budget_that_the_baseline_was_built_for_is_judged_in_the_stages(place):
+    pinned, path = baseline.from_run(network(place / "a.onnx"))
+    baseline.accept(place / ".deploy", "simulated", replace(pinned, budget="900ms@p90"), path)
+    names = [tail.name for tail in checked(place, None).record.verdict.stages[0].tails]
+    assert "budget 900ms@p90" in names
+
+
+def test_the_instruction_set_of_a_new_kernel_is_told_and_does_not_stop_the_check(place):
+    pinned, path = baseline.from_run(network(place / "a.onnx"))
+    table = load_target(load_profile("simulated"), place / ".deploy").fingerprint().to_table()
+    flags = {**table, "cpu_flags": "0" * 64}
+    baseline.accept(place / ".deploy", "simulated", replace(pinned, fingerprint=flags), path)
+    record = checked(place, None).record
+    assert "cpu_flags" in record.changed and record.verdict.outcome == "pass"
+
+
+def test_an_unreadable_record_of_another_profile_does_not_stop_a_check(place):
+    pin(place, network(place / "a.onnx"))
+    with Nights(place / ".deploy" / "nights.sqlite") as nights:
+        nights.add(replace(checked(place, None).record, profile="another"), [])
+    base = sqlite3.connect(place / ".deploy" / "nights.sqlite")
+    base.execute("UPDATE night SET record='{' WHERE profile='another'")
+    base.commit()
+    base.close()
+    assert checked(place, None).number == 3
+
+
+def test_a_step_that_tonight_makes_certain_is_told_tonight_and_in_the_history(place, capsys):
+    pin(place, network(place / "a.onnx"))
+    first = checked(place, None).record
+    with Nights(place / ".deploy" / "nights.sqlite") as nights:
+        for night in range(18):
+            scale = (0.5 if night < 14 else 1.0) * (1.0 + 0.001 * (night % 3))
+            own = {arm: {"p50": scale * float(ms["p50"])} for arm, ms in first.absolute.items()}
+            nights.add(replace(first, started=f"2026-11-{night + 1:02d}T03:00:00+00:00", absolute=own), [])
+    base = sqlite3.connect(place / ".deploy" / "nights.sqlite")
+    base.execute("PRAGMA foreign_keys=ON")
+    for table, column in (("time", "night"), ("control", "night"), ("session", "night"), ("night", "id")):
+        base.execute(f"DELETE FROM {table} WHERE {column}=1")
+    base.commit()
+    base.close()
+    record = checked(place, None).record
+    assert [found.at[:10] for found in record.changes] == ["2026-11-15"], "five nights on the new level, with tonight"
+    assert stored(place)[-1].changes == record.changes
+    _, out, _ = run(capsys, "history", "--html", "h.html")
+    assert out.count("Advisory: p50 of") == 1 and "Advisory" not in run(capsys, "history", "--json")[1]
+    assert "Change points, advisory" in (place / "h.html").read_text()
+    assert len(json.loads(run(capsys, "history", "--json")[1])["changes"]) == 1
+
+
+class Shaky(Simulated):
+    """A simulated device on which one process of the candidate never becomes steady."""
+
+    def measure(self, *args, **kwargs) -> Session:
+        session = super().measure(*args, **kwargs)
+        last = list(session.measurements)[-1]
+        own = session.measurements[last]
+        first = replace(own.processes[0], warmup=replace(own.processes[0].warmup, steady=False))
+        shaky = replace(own, processes=(first, *own.processes[1:]))
+        return replace(session, measurements={**session.measurements, last: shaky})
+
+
+def test_a_network_that_never_became_steady_is_unstable_in_check_and_measure(place, capsys, monkeypatch):
+    monkeypatch.setattr("targets.simulated.target", Shaky)
+    model = network(place / "a.onnx")
+    pin(place, model)
+    _, out, _ = run(capsys, "check", "--target", "simulated")
+    assert "Not in order: UNSTABLE: 1 of 8 processes of the candidate never became steady" in out
+    _, out, _ = run(capsys, "measure", str(model), "--target", "simulated", "--html", "m.html")
+    assert "UNSTABLE: 1 of 8 processes of 'a' never became steady." in out
+    assert "UNSTABLE: 1 of 8" in (place / "m.html").read_text()
+
+
+def test_two_profiles_of_one_name_that_share_a_baseline_are_told(place, capsys):
+    model = str(network(place / "a.onnx"))
+    for folder in ("x", "y"):
+        (place / folder).mkdir()
+        (place / folder / "arm.toml").write_text('extends = "simulated"\n')
+    assert "takes the place" not in run(capsys, "baseline", "accept", model, "--target", "x/arm.toml")[2]
+    assert "takes the place" not in run(capsys, "baseline", "accept", model, "--target", "x/arm.toml")[2]
+    said = f"Not in order: the baseline was accepted with the profile '{place / 'x' / 'arm.toml'}'"
+    assert said in run(capsys, "check", "--target", "y/arm.toml")[1]
+    assert said not in run(capsys, "check", "--target", "x/arm.toml")[1]
+    told = run(capsys, "baseline", "accept", model, "--target", "y/arm.toml")[2]
+    assert f"takes the place of one accepted with another file, '{place / 'x' / 'arm.toml'}'" in told
+
+
+def test_hints_name_the_target_as_it_was_typed(place, capsys):
+    (place / "arm.toml").write_text('extends = "simulated"\n')
+    _, _, err = run(capsys, "check", "--target", "./arm.toml")
+    assert "deploy baseline accept RUN --target ./arm.toml" in err
+    pinned = pin(place, network(place / "a.onnx"))
+    baseline.artifact_of(place / ".deploy", pinned).unlink()
+    _, _, err = run(capsys, "check", "--target", "simulated")
+    assert "deploy baseline accept RUN --target simulated" in err

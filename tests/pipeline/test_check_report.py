@@ -22,7 +22,7 @@ from pipeline.report import check, check_rows, history, numbers
 from pipeline.report.check_html import check_page
 from pipeline.report.escape import markdown, printable
 from profiles.schema import CheckSpec
-from targets.harness.compare import BASELINE, EXIT_CODES, Tail
+from targets.harness.compare import BASELINE, EXIT_CODES, Tail, noticed
 from targets.harness.measurement import Interval, Session
 
 OUTCOMES = tuple(EXIT_CODES)
@@ -129,9 +129,52 @@ def test_deadline_misses_are_told_as_two_ratios_and_a_p_value():
     assert check_rows.tail_cell(tail) == "0.04 % → 0.42 %, p = 0.0003 risen"
 
 
+def test_a_budget_that_the_baseline_misses_too_is_told_beside_its_numbers(failed: CheckRecord):
+    tail = Tail("budget 8ms@p99", Interval(1.1, 1.05, 1.2, 0.0, 8), False, True)
+    assert check_rows.tail_cell(tail) == "1.1000 [1.0500, 1.2000] over, as is the baseline"
+    stage = replace(failed.verdict.stages[0], tails=(tail,))
+    (told,) = check.to_json(made.record("warn", [stage]))["stages"][0]["tails"]
+    assert told["shared"] is True and told["risen"] is False
+
+
 def test_one_artifact_on_both_sides_is_called_a_check_of_the_environment(failed: CheckRecord):
     same = replace(failed, candidate=replace(failed.candidate, sha256=failed.baseline.sha256))
-    assert "check of the environment" in shown(same) and "check of the environment" not in shown(failed)
+    said = f"fail: (the same file: a check of the environment) {failed.verdict.reason}"
+    assert shown(same, width=60).splitlines()[0] == said
+    assert check.to_json(same)["reason"] == said.removeprefix("fail: ")
+    assert said.removeprefix("fail: ") in check.to_markdown(same).splitlines()[0].replace("\\", "")
+    (case,) = junit([same]).iter("testcase")
+    assert str(case[0].get("message")).startswith(said.rstrip("."))
+    assert [row[2] for row in history.nights([same, failed]).rows] == [
+        "resnet20-tonight (the same file)", "resnet20-tonight",
+    ]  # fmt: skip
+    console = Console(file=io.StringIO(), width=140)
+    history.show_history([same], console)
+    assert "the same file: a check of the environment" in console.file.getvalue()
+    assert "the same file" not in shown(failed)
+
+
+def test_the_smallest_slowdown_is_said_once(failed: CheckRecord, sessions: list[Session]):
+    reason = f"slower: latency +3.02 %; {noticed(failed.verdict.stages[-1].detectable)}."
+    record = replace(failed, verdict=replace(failed.verdict, reason=reason))
+    (case,) = junit([record]).iter("testcase")
+    forms = (shown(record), check.to_markdown(record), str(case[0].get("message")), check_page(record, sessions))
+    for form in forms:
+        assert form.count("would have been noticed") == 1 and "could have seen" not in form
+
+
+def test_a_simulated_check_says_so_in_every_form(failed: CheckRecord):
+    simulated = replace(failed, simulated=True)
+    for record, says in ((simulated, True), (failed, False)):
+        forms = (shown(record), check.to_markdown(record), check.to_junit([record]), check_page(record, []))
+        assert [("simulated device" in form) for form in forms] == [says] * 4
+        assert check.to_json(record)["simulated"] is says
+
+
+def test_a_check_that_broke_off_after_a_stage_could_not_have_seen_anything(failed: CheckRecord):
+    broken = made.record("inconclusive", failed.verdict.stages[:1])
+    assert check_rows.detectable(broken) is None
+    assert "This run could not have seen a slowdown of any size: it broke off." in shown(broken)
 
 
 def test_what_the_device_was_when_the_baseline_was_accepted_is_compared_or_not_known(failed: CheckRecord):
@@ -251,7 +294,7 @@ def test_a_check_that_could_not_be_made_is_an_error_and_says_why():
     assert [child.tag for child in case] == ["error"] and case[0].get("type") == "not measured"
     assert str(case[0].get("message")) == (
         r"the device does not answer: <ssh>\x00 timed out. "
-        "Nothing was measured, so no slowdown of any size could have been seen."
+        "There is no verdict, so no slowdown of any size could have been seen."
     )
     told = check.markdown_error(BAD, message)
     assert told.startswith("### ? not measured: ") and "&lt;ssh&gt;" in told and "<script" not in told
@@ -414,12 +457,24 @@ def test_the_history_is_one_line_a_night():
     assert len(lines) == 6
 
 
+def test_the_history_says_its_change_points():
+    console = Console(file=io.StringIO(), width=160)
+    history.show_history(NIGHTS, console, [STEP])
+    assert console.file.getvalue().splitlines()[-1].startswith(
+        "Advisory: baseline p50 moved from 0.810 ms to 0.905 ms (+11.7 %) at 2026-11-04"
+    )
+    assert history.history_json(NIGHTS, [STEP])["changes"][0]["after_ms"] == 0.905
+    early = replace(STEP, at="2026-10-01T03:00:00+00:00")
+    html = history.history_page(NIGHTS, [early])
+    assert ">+11.7 %<" not in html and "moved from 0.810 ms" in html, "before the first night shown: told, not drawn"
+
+
 def test_an_empty_history_says_so():
     console = Console(file=io.StringIO(), width=120)
     history.show_history([], console)
     assert console.file.getvalue() == "no check has been made yet.\n"
     sealed(history.history_page([], []))
-    assert history.history_json([]) == {"version": 1, "outcomes": {}, "checks": []}
+    assert history.history_json([]) == {"version": 1, "outcomes": {}, "checks": [], "changes": []}
 
 
 def test_the_history_as_json_numbers_its_checks():

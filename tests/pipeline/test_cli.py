@@ -312,7 +312,9 @@ def test_measure_compares_networks_in_one_session(capsys: pytest.CaptureFixture[
     assert set(Session.from_json((here / "raw.json").read_text()).measurements) == {"wide", "slim"}
 
 
-def test_measure_prints_every_statistic_with_its_bounds_and_the_conditions(capsys: pytest.CaptureFixture[str], models: list[str]):
+def test_measure_prints_every_statistic_with_its_bounds_and_the_conditions(
+    capsys: pytest.CaptureFixture[str], models: list[str]
+):
     _, out, err = deploy(capsys, "measure", *models, "--target", "local", *SHORT)
     lines = out.splitlines()
     assert lines[0].startswith("model") and "ratio to wide" in lines[0]
@@ -330,7 +332,7 @@ def test_measure_at_a_control_period_counts_missed_deadlines_and_draws(
     (model,) = told["models"].values()
     assert model["deadline_misses"]["inferences"] > 0 and "paced" in told["protocol"]
     page = (here / "page.html").read_text()
-    assert "<svg" in page and "deadline" in page and "https://" not in page
+    assert "<svg" in page and "next tick of the control period" in page and "https://" not in page
 
 
 def test_measure_refuses_a_period_that_is_no_time(capsys: pytest.CaptureFixture[str], models: list[str]):

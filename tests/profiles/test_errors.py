@@ -7,9 +7,7 @@ import pytest
 from profiles.errors import DeployError, MissedError, UndecidedError, UsageError, near_miss
 
 
-@pytest.mark.parametrize(
-    ("kind", "code"), [(DeployError, 1), (UsageError, 2), (MissedError, 3), (UndecidedError, 4)]
-)
+@pytest.mark.parametrize(("kind", "code"), [(DeployError, 1), (UsageError, 2), (MissedError, 3), (UndecidedError, 4)])
 def test_every_error_knows_its_exit_code_and_is_a_deploy_error(kind, code):
     error = kind("budget 8 ms cannot be met: 9.4 ms.", "raise budget.limit_ms.")
     assert error.exit_code == code and isinstance(error, DeployError)

@@ -128,6 +128,31 @@ def test_a_value_out_of_range_is_named_with_the_value(tmp_path):
     assert refusal(path) == f"{path}: measure.threads is 0, a value; input should be greater than or equal to 1."
 
 
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [("measure", "paced_ms"), ("measure", "sustained_s"), ("check", "fail"), ("check", "max_seconds")],
+)
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_number_that_is_not_finite_is_refused(tmp_path, table, key, value):
+    path = write(tmp_path, f'extends = "local"\n[{table}]\n{key} = {value}\n')
+    assert refusal(path) == f"{path}: {table}.{key} is {value}, a value; input should be a finite number."
+    assert "input should be a finite number" in refusal("local", {table: {key: float(value)}})
+
+
+def test_a_budget_without_end_is_refused():
+    with pytest.raises(UsageError) as error:
+        Budget.parse("1e999ms")
+    assert str(error.value).startswith("budget '1e999ms' is not a latency.")
+
+
+@pytest.mark.parametrize("key", ["warn", "fail_low"])
+def test_a_check_that_would_fail_before_it_warns_is_refused(tmp_path, key):
+    path = write(tmp_path, f'extends = "local"\n[check]\nfail = 0.03\n{key} = 0.04\n')
+    assert refusal(path) == f"{path}: check.{key} is 0.04, above fail, which is 0.03; lower it or raise fail."
+    equal = {"warn": 0.02, "fail_low": 0.02, "fail": 0.02}
+    assert load_profile("local", {"check": equal}).check.warn == 0.02
+
+
 def test_a_text_where_a_number_belongs_is_called_a_string(tmp_path):
     path = write(tmp_path, 'extends = "local"\n[measure]\nthreads = "many"\n')
     assert refusal(path).startswith(f"{path}: measure.threads is 'many', a string; input should be a valid integer")

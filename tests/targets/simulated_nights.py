@@ -187,6 +187,15 @@ def changed(session: Session, arm: str, **fields: object) -> Session:
     return replace(session, measurements={**session.measurements, arm: replace(old, processes=parts)})
 
 
+def first_rounds(session: Session, count: int) -> Session:
+    """The session with the first rounds of every process alone."""
+    measured = {
+        name: replace(m, processes=tuple(_blocks(block.ns[:count]) for block in m.processes))
+        for name, m in session.measurements.items()
+    }
+    return replace(session, measurements=measured)
+
+
 def _blocks(ns: NDArray[np.int64]) -> Blocks:
     zeros = np.zeros(len(ns), np.int64)
     return Blocks(ns, zeros.astype(bool), zeros, zeros, Warmup(50, 0.25, (800_000, 801_000), True))

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulated_nights as nights
 
 from profiles.schema import CheckSpec, MeasureSpec
 from targets.harness import agent, bench
+from targets.harness.compare import AGAIN, BASELINE, CANDIDATE, confirm, screen, stage
+from targets.harness.device import Preflight
 
 JOB = {
     "processes": 3,
@@ -234,6 +237,167 @@ def test_a_locked_clock_that_leaves_its_rate_by_more_than_a_percent_flags_its_bl
     ]
 
 
+def test_cores_that_are_locked_at_different_clocks_are_each_held_to_their_own():
+    little_and_big = [block(khz=(1_500_000, 1_500_000, 2_200_000, 2_200_000)) for _ in range(5)]
+    assert flags(little_and_big) == [False] * 5
+    slowed = block(khz=(1_500_000, 1_500_000, 1_500_000, 2_200_000))
+    assert flags([*little_and_big, slowed]) == [False] * 5 + [True]
+    assert agent.usual_clocks([[1, 5], [2, 6], [9]]) == [2, 5]
+    assert agent.usual_clocks([]) == []
+
+
+class Slow(agent.Model):
+    """A network of `ms` milliseconds on a pretended clock: nothing is waited for. Its times scatter by `noise`."""
+
+    def __init__(self, clock, ms, noise=0.01, seed=0):
+        self.clock, self.ms, self.noise, self.rng = clock, ms, noise, np.random.default_rng(seed)
+
+    def block(self, dropped, timed):
+        own = [
+            int(self.ms * 1e6 * np.exp(self.noise * abs(self.rng.standard_normal()))) for _ in range(dropped + timed)
+        ]
+        self.clock.now += sum(own)
+        return own[dropped:]
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    clock = Pretended([])
+    monkeypatch.setattr(agent, "CLOCK", clock.clock)
+    return clock
+
+
+def check_rule():
+    return bench.warmup_rule(CheckSpec().session(MeasureSpec(), 8, 0), "accept")
+
+
+@pytest.mark.parametrize("ms", [0.8, 20, 45, 50, 100, 300, 1000])
+def test_a_network_of_any_speed_becomes_steady_in_the_warm_up_of_a_check(pretended, ms):
+    warmth = Slow(pretended, ms).warm(check_rule())
+    assert warmth["steady"]
+    assert warmth["seconds"] <= max(2.0, 9e-3 * ms)
+    assert warmth["inferences"] >= min(50, 6)
+
+
+@pytest.mark.parametrize("ms", [45, 300, 2000])
+def test_a_slow_network_becomes_steady_in_the_longer_warm_up_of_a_measurement_too(pretended, ms):
+    warmth = Slow(pretended, ms).warm(bench.warmup_rule(MeasureSpec(), "accept"))
+    assert warmth["steady"] and warmth["seconds"] <= 10.0
+
+
+def test_a_fast_network_still_does_its_fifty_inferences(pretended):
+    warmth = Slow(pretended, 10).warm(check_rule())
+    assert warmth["steady"] and 50 <= warmth["inferences"] <= 70
+
+
+@pytest.mark.parametrize("ms", [0.8, 45, 300])
+def test_a_network_that_slows_down_all_the_while_is_never_called_steady_and_the_warm_up_ends(pretended, ms):
+    model = Slow(pretended, ms, noise=0.0)
+    grow = model.block
+
+    def block(dropped, timed):
+        model.ms *= 1.0 + 5e-4 if ms < 1 else 1.05
+        return grow(dropped, timed)
+
+    model.block = block
+    model.ms, rule = ms, dict(check_rule(), steady=0.01)
+    warmth = model.warm(rule)
+    assert not warmth["steady"]
+    assert 2.0 <= warmth["seconds"] < 20.0
+
+
+def check_plan(clock, ms, processes):
+    """Plan of a stage of three equal networks of `ms`, which keeps its cap, warm-ups included."""
+    spec = CheckSpec().session(MeasureSpec(), processes, 0)
+    job = bench.drive_job({}, {}, spec, "accept", [])
+    warm = [Slow(clock, ms, seed=seed).warm(job["warmup"])["seconds"] for seed in range(3)]
+    rounds, dropped, timed = agent.plan_blocks(job, dict.fromkeys("ABC", int(ms * 1e6)), 1.0 + sum(warm))
+    assert set(timed.values()) == {timed["A"]}
+    taken = processes * (1.0 + sum(warm) + rounds * 3 * (dropped + timed["A"]) * ms * 1e-3)
+    assert taken <= job["max_seconds"]
+    return rounds, dropped, timed["A"]
+
+
+@pytest.mark.parametrize("processes", [8, 16])
+def test_a_stage_of_a_slow_network_keeps_its_sixty_rounds_by_shorter_blocks(pretended, processes):
+    assert check_plan(pretended, 0.8, processes) == (60, 4, 12)
+    assert check_plan(pretended, 10, processes)[0] == 60
+    assert check_plan(pretended, 40, processes) == (60, 1, 1)
+    assert check_plan(pretended, 50, processes) == (60, 0, 1)
+    rounds, dropped, timed = check_plan(pretended, 300, processes)
+    assert rounds >= 10 and (dropped, timed) == (0, 1)
+
+
+def test_the_cap_of_a_stage_grows_with_its_processes():
+    spec = CheckSpec()
+    assert spec.session(MeasureSpec(), 8, 0).max_seconds == 150.0
+    assert spec.session(MeasureSpec(), 16, 0).max_seconds == 300.0
+
+
+def test_untimed_inferences_are_given_up_only_by_networks_that_are_slow_by_themselves():
+    job = {**JOB, "max_seconds": 3.5}
+    assert agent.plan_blocks(job, {"fast": 1_000_000, "slow": 20_000_000}, 0.0)[1] == 1
+    assert agent.plan_blocks(job, {"one": 20_000_000, "two": 20_000_000}, 0.0)[1] == 0
+    assert agent.plan_blocks({**job, "period_ns": 20_000_000}, {"one": 15_000_000, "two": 15_000_000}, 0.0)[1] == 1
+
+
+class Pretender:
+    """Stands where a worker process stands: a `Slow` network whose warm-up and blocks cost no time."""
+
+    clock, ms = None, {}
+
+    def __init__(self, name, environment):
+        self.name = name
+        self.model = Slow(self.clock, self.ms[name], seed=int(self.clock.now % 1000) + len(name))
+
+    def send(self, request):
+        pass
+
+    def receive(self, patience_s):
+        return {}
+
+    def close(self):
+        pass
+
+    def ask(self, request, patience_s):
+        if request["do"] == "warm":
+            self.clock.now += 300_000_000
+            return self.model.warm(request["rule"])
+        ns = self.model.block(request["dropped"], request["timed"])
+        return {"ns": ns, "missed": 0, "switches": 0, "throttle": 0, "stops": 0, "khz": [[], []]}
+
+
+@pytest.mark.parametrize("ms", [50, 300])
+@pytest.mark.parametrize(("slower", "outcome"), [(0.0, "pass"), (0.05, "fail")])
+def test_a_check_of_a_slow_network_passes_it_and_fails_its_regression(
+    pretended, monkeypatch, tmp_path, ms, slower, outcome
+):
+    told = slow_check(pretended, monkeypatch, tmp_path, ms, slower)
+    assert told.outcome == outcome, told.reason
+
+
+def slow_check(clock, monkeypatch, folder, ms, slower):
+    """The verdict of a whole check on the pretended clock."""
+    Pretender.clock = clock
+    Pretender.ms = {BASELINE: ms, AGAIN: ms, CANDIDATE: ms * (1.0 + slower)}
+    monkeypatch.setattr(agent, "Worker", Pretender)
+    check, stages = CheckSpec(), []
+    paths = {name: folder / name for name in Pretender.ms}
+    for name, path in paths.items():
+        path.write_text("slow" if name == CANDIDATE else "same")
+    hashes = {name: agent.sha256(str(path)) for name, path in paths.items()}
+    for number, processes in ((1, check.screen_processes), (2, check.confirm_processes)):
+        spec, begun = check.session(MeasureSpec(), processes, number), clock.now
+        result = agent.drive(bench.drive_job(paths, hashes, spec, "accept", []))
+        setting = bench.Setting(nights.PRINT, Preflight(()), spec, "accept", "ada", bench.utc_now())
+        assert (clock.now - begun) * 1e-9 <= 1.1 * spec.max_seconds
+        stages.append(stage(bench.session_of(result, hashes, setting), number, check, None, 1.0))
+        early = screen(stages[0], check)
+        if early is not None:
+            return early
+    return confirm(*stages, check)
+
+
 def test_a_worker_answers_in_json_and_names_what_it_cannot_do(conv):
     path = conv("free", batch=None, size=8)
     options = {"threads": 1, "spin": False, "providers": ["CPUExecutionProvider"], "seed": 0}
@@ -243,7 +407,7 @@ def test_a_worker_answers_in_json_and_names_what_it_cannot_do(conv):
         {"do": "open", "name": "b", "path": str(path), "options": {**options, "providers": ["NoSuchProvider"]}},
         {"do": "sing", "name": "a"},
     ]
-    done = run_agent("worker", stdin="\n".join(json.dumps(r) for r in requests) + "\n")
+    done = run_agent("worker", "net", stdin="\n".join(json.dumps(r) for r in requests) + "\n")
     opened, timed, refused, unknown = map(json.loads, done.stdout.splitlines())
     assert opened == {"opened": "a"}
     assert len(timed["ns"]) == 5 and min(timed["ns"]) > 0 and timed["switches"] >= 0
@@ -280,7 +444,7 @@ def test_a_network_that_gives_no_finite_numbers_is_an_error_after_its_warm_up(tm
         {"do": "open", "name": "net", "path": str(path), "options": OPTIONS},
         {"do": "warm", "name": "net", "rule": RULE},
     ]
-    done = run_agent("worker", stdin="\n".join(json.dumps(r) for r in requests) + "\n")
+    done = run_agent("worker", "net", stdin="\n".join(json.dumps(r) for r in requests) + "\n")
     answer = json.loads(done.stdout.splitlines()[1])
     if text:
         assert (answer["kind"], answer["message"]) == ("model", text)
@@ -369,10 +533,10 @@ def test_a_profile_that_is_cut_off_is_an_error(conv, tmp_path, monkeypatch):
 def test_a_check_warms_up_over_fifty_inferences_and_two_windows_of_a_tenth_of_a_second():
     spec = CheckSpec().session(MeasureSpec(), 8, 0)
     assert bench.warmup_rule(spec, "accept") == {
-        "min_inferences": 50, "steady": 0.02, "min_s": 0.2, "window_s": 0.1, "max_s": 2.0,
+        "min_inferences": 50, "steady": 0.02, "min_s": 0.2, "window_s": 0.1, "max_s": 2.0, "longest_s": 10.0,
     }  # fmt: skip
     assert bench.warmup_rule(MeasureSpec(), "accept") == {
-        "min_inferences": 50, "steady": 0.02, "min_s": 1.0, "window_s": 0.5, "max_s": 10.0,
+        "min_inferences": 50, "steady": 0.02, "min_s": 1.0, "window_s": 0.5, "max_s": 10.0, "longest_s": 10.0,
     }  # fmt: skip
 
 

@@ -251,6 +251,17 @@ def test_arms_under_two_runtimes_say_nothing():
     assert "not measured under the same runtime" in judged(mixed).spoilt
 
 
+def test_a_device_that_changes_during_a_check_spoils_the_stage_that_sees_it():
+    session, first = drawn(), replace(nights.PRINT, power="performance")
+    moved = replace(session, fingerprint=replace(first, power="powersave", runtime_build="cc" * 32))
+    each = stage(moved, 2, SPEC, None, 20.0, first)
+    assert each.spoilt == ("the device changed during the check: power was performance, is powersave, runtime build")
+    assert each.again is None
+    assert confirm(shown(0.05), each, SPEC).outcome == "inconclusive"
+    assert stage(replace(session, fingerprint=first), 2, SPEC, None, 20.0, first).spoilt == ""
+    assert stage(moved, 2, SPEC, None, 20.0).spoilt == "", "there is nothing to compare with"
+
+
 def test_too_few_inferences_leave_p99_out_and_the_reason_says_so():
     verdict = screen(judged(drawn(processes=4)), SPEC)
     assert verdict is not None and verdict.outcome == "pass"
@@ -294,6 +305,47 @@ def test_a_budget_is_broken_only_where_the_baseline_keeps_it_and_the_candidate_i
     assert not [t for t in judged(slower, budget=relative).tails if t.name.startswith("budget")]
 
 
+def test_a_budget_whose_percentile_has_too_few_inferences_is_never_passed():
+    budget = Budget(limit_ms=1e6, percentile="p99")
+    still = replace(QUIET, noise=0.01, block=0.002, layout=0.0002)
+    few = [nights.first_rounds(drawn(seed, still), 5) for seed in (5, 6)]
+    one, two = (judged(each, number, budget=budget) for number, each in enumerate(few, 1))
+    assert math.isinf(tail(few[0], "budget 1e+06ms@p99", budget).interval.high)
+    assert screen(one, SPEC) is None, "more samples may tell"
+    unasked = screen(judged(few[0]), SPEC)
+    assert unasked is not None and unasked.outcome == "pass"
+    verdict = confirm(one, two, SPEC)
+    assert (verdict.outcome, verdict.exit_code) == ("undecided", 4)
+    assert verdict.reason.startswith("not decided: too few inferences to bound the budget 1e+06ms@p99; no slowdown")
+    enough = judged(drawn(), 2, budget=budget)
+    assert confirm(one, enough, SPEC).outcome == "pass"
+
+
+@pytest.mark.parametrize("center", [0.03, 0.012, -0.03, 0.0])
+def test_an_unmeasured_budget_leaves_nothing_decided_but_a_fail(center):
+    open_ended = Tail("budget 8ms@p99", Interval(0.9, 0.8, math.inf, 0.0, 16), False)
+    verdict = confirm(shown(center), shown(center, number=2, tails=(open_ended,)), SPEC)
+    assert verdict.outcome == ("fail" if center == 0.03 else "undecided")
+
+
+def test_a_budget_that_the_baseline_misses_too_warns_and_says_so():
+    equal = drawn()
+    budget = Budget(limit_ms=0.9 * min(equal.measurements[arm].p50.low_ms for arm in nights.ARMS))
+    first = judged(equal, budget=budget)
+    assert [t.shared for t in first.tails if t.name.startswith("budget")] == [True]
+    early = screen(first, SPEC)
+    assert early is not None and (early.outcome, early.exit_code) == ("warn", 0)
+    assert early.reason.startswith(f"over its budget {budget} (upper bound at 1.1")
+    assert " of it), as is the baseline; no slowdown beyond 2 %: latency " in early.reason
+    second = judged(drawn(6, processes=16), 2, budget=budget)
+    assert confirm(shown(0.01, 0.012), second, SPEC).outcome == "warn"
+    slow = judged(drawn(6, processes=16, slower=0.05), 2, budget=budget)
+    assert confirm(shown(0.05), slow, SPEC).outcome == "fail"
+    kept = Budget(limit_ms=2 * float(budget.limit_ms or 0))
+    passed = screen(judged(equal, budget=kept), SPEC)
+    assert passed is not None and passed.outcome == "pass" and "budget" not in passed.reason
+
+
 def test_a_budget_that_two_equal_networks_straddle_breaks_nothing():
     for seed in range(20):
         equal = drawn(seed)
@@ -332,7 +384,7 @@ def test_stage_1_passes_only_what_is_surely_no_failure_and_shows_no_sign_of_a_ch
 def test_stage_2_decides_by_both_bounds_and_by_the_fastest_tenth(center, half, low, outcome):
     verdict = confirm(shown(center, half), shown(center, half, low, 2), SPEC)
     assert verdict.outcome == outcome
-    assert verdict.reason.endswith("a slowdown of 1.1 % would have been seen.")
+    assert verdict.reason.endswith("; a slowdown of 1.1 % would have been noticed in four nights of five.")
     assert f"latency {100 * center:+.2f} %" in verdict.reason
 
 
@@ -411,6 +463,47 @@ def test_a_control_survives_plain_json():
     kept = judged(drawn(processes=4)).again
     assert kept is not None and kept.p99_low is None
     assert Control.from_table(json.loads(json.dumps(kept.to_table(), allow_nan=False))) == kept
+
+
+def with_misses(missed, before, number=1):
+    return replace(control(number=number), missed=missed, timed=4800, baseline_missed=before, baseline_timed=4800)
+
+
+def test_the_misses_of_a_control_are_kept_and_judged():
+    kept = judged(paced(drawn(), 6, 2)).again
+    assert kept is not None and (kept.missed, kept.timed, kept.baseline_missed) == (16, 4800, 16)
+    assert Control.from_table(json.loads(json.dumps(kept.to_table(), allow_nan=False))) == kept
+    back_to_back = judged(drawn()).again
+    assert back_to_back is not None and back_to_back.missed is None
+    stages = [shown(number=n, again=with_misses(48, 8, n)) for n in (1, 2)]
+    assert judge_control(*stages, SPEC) == "fail"
+    assert judge_control(shown(again=with_misses(8, 8)), None, SPEC) == "pass"
+    assert judge_control(stages[0], shown(number=2, again=with_misses(8, 8, 2)), SPEC) == "pass"
+
+
+def test_a_control_that_was_kept_before_misses_were_is_read():
+    table = control().to_table()
+    for name in ("missed", "timed", "baseline_missed", "baseline_timed"):
+        del table[name]
+    assert Control.from_table(table) == control()
+
+
+def test_false_alarms_of_misses_widen_miss_points_alone():
+    record = [(with_misses(48, 8), with_misses(48, 8, 2))] * 5 + [(control(),)] * 95
+    wider, alarms, factor = widen(record, SPEC)
+    assert alarms == 5
+    assert wider.miss_points == pytest.approx(factor * SPEC.miss_points)
+    assert factor == pytest.approx(40 / 4800 / SPEC.miss_points, abs=0.02)
+    assert wider == SPEC.model_copy(update={"miss_points": wider.miss_points})
+    every = [(with_misses(4800, 0), with_misses(4800, 0, 2))] * 100
+    assert widen(every, SPEC)[1] == 100, "ends all the same"
+
+
+def test_one_false_alarm_of_each_kind_of_tail_is_brought_to_one_in_all():
+    tails = [(control(mean_low=0.10), control(mean_low=0.10, number=2)), (with_misses(48, 8), with_misses(48, 8, 2))]
+    record = [*tails, (control(0.02),), (control(0.02),)] + [(control(),)] * 96
+    wider, alarms, _ = widen(record, SPEC)
+    assert alarms == 4 and widen(record, wider)[1] <= 1
 
 
 def test_a_stage_that_its_control_spoilt_stays_in_the_ledger_beside_its_retry():

@@ -98,6 +98,44 @@ def test_more_threads_than_cores_are_refused():
     )
 
 
+REFUSALS = [
+    ({"disk_free_mib": 10}, "free disk is 10 MiB; 256 MiB are needed: raw samples that do not fit are lost."),
+    ({"memory_free_mib": 100},
+     "free memory is 100 MiB; 256 MiB are needed: a network may not fit, or the system may swap during the run."),
+    ({"throttle": {"oc1": 2}, "throttle_moved": 1},
+     "throttle events is 2, of them 1 just now; the device lowers its clock now, which voids a measurement."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "text"), REFUSALS)
+def test_what_voids_a_measurement_is_refused_with_its_numbers(change, text):
+    with pytest.raises(UndecidedError) as error:
+        preflight(MeasureSpec(), {**CALM, **change}).require()
+    assert error.value.message == f"cannot measure: {text}"
+    assert error.value.hint.endswith(".")
+
+
+def test_a_device_hotter_than_declared_is_refused_and_without_a_declaration_only_recorded():
+    hot = {**CALM, "temperatures": {"soc 0": 93.4, "gpu 1": 50.0}}
+    assert not preflight(MeasureSpec(), hot).require().spoilt[0].fatal
+    declared = MeasureSpec(start_below_c=50.5)
+    assert preflight(declared, CALM).require().spoilt == ()
+    with pytest.raises(UndecidedError) as error:
+        preflight(declared.model_copy(update={"start_below_c": 50.0}), CALM).require()
+    assert error.value.message == (
+        "cannot measure: temperature is 50 C at gpu 1; a measurement starts below 50 C (measure.start_below_c)."
+    )
+    with pytest.raises(UndecidedError) as error:
+        preflight(declared, {**CALM, "temperatures": {}}).require()
+    assert error.value.message.startswith("cannot measure: temperature is not shown by this system; ")
+
+
+def test_everything_else_that_spoils_a_number_is_advice():
+    worn = {"steal_percent": 30.0, "cpu_quota": 0.4, "clocks": "floating", "power": "powersave", "load": 9.0}
+    state = preflight(MeasureSpec(), {**CALM, **worn, "throttle": {"oc1": 2}, "runnable": 3})
+    assert state.require() is state and len(state.spoilt) == 7
+
+
 @pytest.mark.parametrize(
     ("change", "name", "value"),
     [

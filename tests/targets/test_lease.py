@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from profiles.errors import UndecidedError
+from profiles.errors import DeployError, UndecidedError
+from targets.harness import lease as leases
 from targets.harness.lease import holder, lease
 
 ROOT = Path(__file__).parents[2]
@@ -103,8 +105,19 @@ def test_a_lease_is_given_back_after_an_error(tmp_path):
         pass
 
 
+def agent_of(folder: Path, name: str = "agent.py") -> subprocess.Popen[bytes]:
+    """A process that leads its own group and runs a script of this name."""
+    script = folder / name
+    script.write_text("import time; print('up', flush=True); time.sleep(60)")
+    command = [sys.executable, str(script), "drive", "job.json", "out.json"]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    process.stdout.close()
+    return process
+
+
 def test_an_agent_that_outlived_its_holder_is_ended_by_the_next_one(tmp_path):
-    orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    orphan = agent_of(tmp_path)
     with pytest.raises(KeyError), lease("board", 1, folder=tmp_path) as held:
         held.note_agent(orphan.pid)
         raise KeyError("the holder dies")
@@ -112,16 +125,89 @@ def test_an_agent_that_outlived_its_holder_is_ended_by_the_next_one(tmp_path):
         assert orphan.wait(5) == -9
 
 
-def test_a_process_that_only_has_the_orphans_number_is_left_alone(tmp_path):
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+def spares(folder: Path, process: subprocess.Popen[bytes], start: int) -> bool:
+    """Whether the process lives on when a lease is taken whose file names it as the agent."""
+    table = {"owner": "x", "pid": 1, "expires": 0, "agent": process.pid, "agent_start": start}
+    (folder / "edge-deploy-board.lock").write_text(json.dumps(table))
     try:
-        table = {"owner": "x", "pid": 1, "expires": 0, "agent": other.pid, "agent_start": 1}
-        (tmp_path / "edge-deploy-board.lock").write_text(json.dumps(table))
-        with lease("board", 1, folder=tmp_path):
-            assert other.poll() is None
+        with lease("board", 1, folder=folder), suppress(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        return process.poll() is None
     finally:
-        other.kill()
-        other.wait()
+        process.kill()
+        process.wait()
+
+
+def test_a_process_that_only_has_the_orphans_number_is_left_alone(tmp_path):
+    assert spares(tmp_path, agent_of(tmp_path), 1)
+
+
+def test_a_process_that_is_no_agent_is_left_alone_whatever_the_file_says(tmp_path):
+    other = agent_of(tmp_path, "database.py")
+    assert spares(tmp_path, other, leases._start_ticks(other.pid))
+    named = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "agent.py"], start_new_session=True)
+    assert spares(tmp_path, named, leases._start_ticks(named.pid))
+
+
+def test_an_agent_of_another_user_is_left_alone(tmp_path, monkeypatch):
+    other = agent_of(tmp_path)
+    monkeypatch.setattr(leases.os, "geteuid", lambda: os.getuid() + 1)
+    assert spares(tmp_path, other, leases._start_ticks(other.pid))
+
+
+JUNK = [
+    '{"owner": "bob"}', '{"owner": "bob", "expires": 1e20}', '{"owner": "bob", "expires": 1e999, "pid": "x"}',
+    '{"owner": "bob", "expires": NaN}', '{"owner": ["x"], "pid": -1}', '{"agent": null}', '{"agent": "x"}',
+    '{"agent": true, "agent_start": 1}', '{"agent": 1e99, "agent_start": []}', '{"agent": 99999999999999999999}',
+    "[]", "null", "7", "[" * 4000, "\x00\x00", '{"owner": "\\u001b[2Jbob", "expires": 5}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", JUNK)
+def test_junk_in_the_file_stops_nobody_and_is_told_as_far_as_it_makes_sense(tmp_path, text):
+    path = tmp_path / "edge-deploy-board.lock"
+    path.write_text(text)
+    with lease("board", 1, wait_s=0, folder=tmp_path):
+        path.write_text(text)
+        told = holder("board", tmp_path)
+        with pytest.raises(UndecidedError) as error, lease("board", 1, wait_s=0, folder=tmp_path):
+            pass
+    assert told is not None and told.isprintable()
+    assert told.startswith("bob" if '"bob"' in text else "another process")
+    assert f"is in use by {told}; waited 0 s." in str(error.value)
+    with lease("board", 1, wait_s=0, folder=tmp_path):
+        pass
+
+
+def test_a_link_in_the_place_of_the_file_is_refused_and_what_it_points_at_is_kept(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "edge-deploy-board.lock").symlink_to(victim)
+    with pytest.raises(DeployError) as error, lease("board", 1, wait_s=0, folder=tmp_path):
+        pass
+    assert str(error.value).startswith(f"cannot open the lease file '{tmp_path}/edge-deploy-board.lock': ")
+    assert victim.read_text() == "precious"
+    assert holder("board", tmp_path) is None
+
+
+def test_who_waits_is_told_once_for_whom(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(leases, "PATIENT_S", 0.1)
+    with (
+        lease("board", 60, folder=tmp_path),
+        pytest.raises(UndecidedError),
+        lease("board", 1, wait_s=0.8, folder=tmp_path),
+    ):
+        pass
+    (told,) = caplog.records
+    assert told.levelname == "WARNING" and told.name.startswith("targets.")
+    assert told.getMessage().startswith("waiting for the device 'board', in use by ")
+    assert f"(process {os.getpid()}, expected until " in told.getMessage()
+
+
+def test_who_hardly_waits_is_not_told(tmp_path, caplog):
+    with lease("board", 1, folder=tmp_path), pytest.raises(UndecidedError), lease("board", 1, 0.3, folder=tmp_path):
+        pass
+    assert caplog.records == []
 
 
 def test_a_lease_file_with_rubbish_in_it_is_taken_over(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import load_profile
 from targets.base import load_target
+from targets.harness import agent, bench
 from targets.harness import lease as leases
 from targets.harness.measurement import Session
 from targets.local import Local
@@ -184,7 +185,19 @@ def test_a_session_that_cannot_keep_its_cap_is_undecided_before_it_starts(target
         target.measure({"net": conv("net")}, spec, "rank")
     assert error.value.message.startswith("measuring takes too long: the shortest session takes about ")
     assert error.value.message.endswith(", the cap is 0.2 s.")
-    assert error.value.hint == "raise measure.max_seconds."
+    assert error.value.hint == "raise measure.max_seconds; in a check, raise check.max_seconds."
+
+
+def test_an_agent_that_goes_astray_is_ended_and_both_keys_and_the_doctor_are_named(conv, quick, tmp_path):
+    path = conv("net")
+    job = bench.drive_job({"net": path}, {"net": agent.sha256(str(path))}, quick, "rank", ["CPUExecutionProvider"])
+    with pytest.raises(DeployError) as error:
+        bench.run_agent("drive", job, tmp_path / "spool", 0.0)
+    assert error.value.message == "the measuring agent did not end within 0 s."
+    assert error.value.hint == (
+        "lower measure.max_seconds (check.max_seconds in a check), or deploy doctor --target T."
+    )
+    assert agents_of(os.getpid()) == []
 
 
 def test_a_network_that_needs_more_memory_than_there_is_says_so(target, quick, tmp_path):
@@ -232,7 +245,7 @@ def strike(word: str, number: int) -> threading.Thread:
          "free memory, or measure fewer networks at once."),
         ("worker", signal.SIGSEGV, "the measuring process of 'net' crashed by signal 11 (SIGSEGV).",
          "measure it alone; if it crashes again, export the network again or use another runtime version."),
-        ("drive", signal.SIGKILL, "the measuring agent ended by signal 9.", "deploy doctor"),
+        ("drive", signal.SIGKILL, "the measuring agent ended by signal 9.", "deploy doctor --target T"),
     ],
 )  # fmt: skip
 def test_a_process_that_dies_is_named_and_none_is_left(target, conv, quick, tmp_path, word, number, text, hint):

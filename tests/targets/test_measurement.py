@@ -402,3 +402,15 @@ def test_an_unknown_name_in_a_session_names_its_near_miss():
     with pytest.raises(UsageError) as error:
         halves(0.5).ratio("cut", "dence")
     assert str(error.value) == "no network named 'dence' in this session. Did you mean 'dense'?"
+
+
+def test_networks_that_never_became_steady_are_named_with_how_many_of_their_processes():
+    rng = np.random.default_rng(0)
+    whole = session(calm=noisy(rng, 1.0, 4), restless=noisy(rng, 1.0, 4))
+    assert whole.unstable == {} and whole.measurement("restless").steady
+    never = Warmup(5000, 10.0, (100, 140), False)
+    parts = whole.measurement("restless").processes
+    shaken = replace(whole.measurement("restless"), processes=(*parts[:3], replace(parts[3], warmup=never)))
+    told = replace(whole, measurements={**whole.measurements, "restless": shaken})
+    assert told.unstable == {"restless": (1, 4)}
+    assert not shaken.steady and shaken.unsteady == 1

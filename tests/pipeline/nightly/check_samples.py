@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
+from pipeline.nightly.baseline import machine_of
 from pipeline.nouns import Change, CheckRecord, KeepUnits, LayerMove, Ledger, Pin, PruningPlan
 from pipeline.release.bundle import Contents, write_bundle
 from pipeline.release.manifest import Accuracy, Latency, TensorSpec
@@ -32,8 +33,8 @@ DEVICE = Fingerprint(
 )  # fmt: skip
 
 
-def write_net(path: Path, width: int = 16, outside: bool = False) -> Path:
-    """conv 3 -> width, relu, mean over the image. outside: its weights in a file of their own."""
+def write_net(path: Path, width: int = 16, outside: bool = False, size: int | str = 16) -> Path:
+    """conv 3 -> width, relu, mean over an image of this size. outside: its weights in a file of their own."""
     weight = np.random.default_rng(width).normal(size=(width, 3, 3, 3)).astype(np.float32)
     nodes = [
         helper.make_node("Conv", ["input", "w"], ["c"], pads=[1, 1, 1, 1]),
@@ -41,7 +42,7 @@ def write_net(path: Path, width: int = 16, outside: bool = False) -> Path:
         helper.make_node("GlobalAveragePool", ["r"], ["output"]),
     ]
     ports = (
-        helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 16, 16]),
+        helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, size, size]),
         helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, width, 1, 1]),
     )
     graph = helper.make_graph(nodes, "net", [ports[0]], [ports[1]], [numpy_helper.from_array(weight, "w")])
@@ -72,14 +73,14 @@ def record(**changes: Any) -> CheckRecord:
     """A check that failed, with something in every field."""
     ratio = Interval(1.031, 1.0272, 1.0348, 0.0031, 8)
     unbounded = Interval(1.4, 0.0, math.inf, math.nan if changes.pop("nan", False) else 0.0, 1)
-    stage = Stage(1, ratio, ratio, Interval(1.0, 0.999, 1.001, 0.001, 8), (Tail("p99", unbounded, True),),
-                  math.inf, "", 27.5, control())  # fmt: skip
+    tails = (Tail("p99", unbounded, True), Tail("budget 8ms", ratio, False, True))
+    stage = Stage(1, ratio, ratio, Interval(1.0, 0.999, 1.001, 0.001, 8), tails, math.inf, "", 27.5, control())
     made = CheckRecord(
         started="2026-11-20T02:00:00Z",
         profile="jetson-orin-nano",
         device=DEVICE.digest(),
         baseline=Pin("resnet20", "a" * 64, "/runs/1", "0.5x", "2026-10-01T09:00:00Z", DEVICE.to_table()),
-        candidate=Pin("inf", "c" * 64, "/runs/2"),
+        candidate=Pin("inf", "c" * 64, "/runs/2", inputs=(("x", (1, "n", 3)),), outputs=(("y", ()),), project="/p"),
         verdict=Verdict("fail", "3.1 % slower", (stage, replace(stage, number=2, again=None))),
         absolute={BASELINE: {"p50": 0.8, "p99": None}, AGAIN: {"p50": 0.82}, CANDIDATE: {"p50": 1 / 3}},
         changed={"kernel": ("5.15", "6.1"), "providers": (("A", "B"), ("A",)), "cpu_quota": (None, 1.5)},
@@ -90,6 +91,7 @@ def record(**changes: Any) -> CheckRecord:
         spec=CheckSpec(fail=0.021),
         protocol="ort accept",
         seconds=81.25,
+        machine=machine_of(DEVICE),
     )
     return replace(made, **changes)
 

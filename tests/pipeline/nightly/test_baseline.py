@@ -16,11 +16,13 @@ from pipeline.nightly.baseline import (
     accept,
     artifact_of,
     baseline_of,
+    described,
     environment,
     from_run,
     history,
     newest,
     profiles_with_baseline,
+    unlike,
 )
 from pipeline.nouns import Pin
 from pipeline.run import Run, read_state
@@ -111,7 +113,7 @@ def test_a_damaged_or_missing_pinned_network_is_said_and_mended_by_accepting_aga
     kept.write_bytes(kept.read_bytes()[:-1] + b"?")
     with pytest.raises(DeployError, match="the pinned network 'net' is damaged: the SHA-256 of") as caught:
         artifact_of(state, pin)
-    assert caught.value.hint == f"accept it again from '{path}': deploy baseline accept RUN"
+    assert caught.value.hint == f"accept it again from '{path}': deploy baseline accept RUN --target T"
     kept.unlink()
     with pytest.raises(DeployError, match=r"the pinned network 'net' is not in '.*': .* is missing\."):
         artifact_of(state, pin)
@@ -144,7 +146,29 @@ def test_a_run_its_bundle_and_a_copy_of_its_bundle_give_the_same_network(run: Pa
 def test_a_bare_file_is_pinned_without_budget_or_device(tmp_path: Path):
     path = write_net(tmp_path / "mobilenet.onnx")
     pin, artifact = from_run(path)
-    assert pin == Pin("mobilenet", hashlib.sha256(path.read_bytes()).hexdigest(), str(path)) and artifact == path
+    ports = {"inputs": (("input", (1, 3, 16, 16)),), "outputs": (("output", (1, 16, 1, 1)),)}
+    assert pin == Pin("mobilenet", hashlib.sha256(path.read_bytes()).hexdigest(), str(path), **ports)
+    assert artifact == path
+
+
+def test_inputs_and_outputs_are_kept_with_the_baseline_and_read_from_the_file_of_an_older_one(
+    state: Path, tmp_path: Path
+):
+    pin, path = from_run(write_net(tmp_path / "net.onnx", size="side"))
+    assert pin.inputs == (("input", (1, 3, "side", "side")),)
+    accept(state, "local", pin, path)
+    kept = baseline_of(state, "local")
+    assert kept is not None and (kept.inputs, kept.outputs) == (pin.inputs, pin.outputs)
+    assert described(replace(pin, inputs=(), outputs=()), path) == pin
+
+
+def test_networks_of_other_shapes_are_told_apart_with_both(tmp_path: Path):
+    small, large = (from_run(write_net(tmp_path / f"{s}.onnx", size=s))[0] for s in (16, 32))
+    assert unlike(small, small) is None and unlike(small, replace(large, inputs=(), outputs=())) is None
+    assert unlike(small, large) == (
+        "baseline and candidate are not the same task: '16' input 1x3x16x16 -> output 1x16x1x1, "
+        "'32' input 1x3x32x32 -> output 1x16x1x1."
+    )
 
 
 def test_what_is_no_network_or_not_whole_in_one_file_is_refused(tmp_path: Path):
@@ -235,6 +259,26 @@ def test_the_newest_met_run_of_a_profile_is_found_by_when_it_ended(run: Path, tm
         newest(runs, "jetson")
 
 
+def test_only_a_run_of_the_baselines_project_that_ended_after_it_was_accepted_is_tonights(
+    run: Path, caplog: pytest.LogCaptureFixture
+):
+    runs, project = run.parent, read_state(run)["request"]["project"]
+    pin = replace(from_run(run)[0], accepted="2026-11-20T12:00:00Z")
+    assert pin.project == project and from_run(run / "bundle")[0].project == project
+    _set(run, finished="2026-11-20T11:59:00+00:00")
+    assert newest(runs, "local", pin) is None, "the run it came from, and older ones"
+    other = Path(shutil.copytree(run, runs / "other"))
+    _set(other, finished="2026-11-21T09:00:00+00:00", request={"project": "/another"})
+    assert newest(runs, "local", pin) is None
+    assert f"run '{other}' is left out: the baseline was built from another project" in caplog.text
+    later = Path(shutil.copytree(run, runs / "later"))
+    _set(later, finished="2026-11-20T13:01:00+01:00")
+    found = newest(runs, "local", pin)
+    assert found is not None and found[0].name == "later"
+    anyones = newest(runs, "local", replace(pin, project=""))
+    assert anyones is not None and anyones[0].name == "other"
+
+
 def test_a_run_that_is_still_driven_is_not_accepted(tmp_path: Path):
     with Run.create(tmp_path, Profile(name="local", target="local")) as run:
         assert newest(tmp_path / "runs", "local") is None
@@ -255,12 +299,14 @@ def test_the_same_device_has_not_changed():
 
 
 def test_what_hits_every_arm_is_recorded_and_not_refused():
-    now = replace(DEVICE, runtime_version="1.24.0", kernel="6.8", power="MAXN", clocks="floating", providers=("A", "B"))
+    now = replace(DEVICE, runtime_version="1.24.0", kernel="6.8", power="MAXN", clocks="floating", providers=("A", "B"),
+                  cpu_flags="0" * 64)  # fmt: skip
     changed, other = environment(_pin(), now)
     assert other is None
     assert changed == {
         "runtime_version": ("1.23.0", "1.24.0"), "kernel": ("5.15.148-tegra", "6.8"), "power": ("15W", "MAXN"),
-        "clocks": ("locked", "floating"), "providers": (("CPUExecutionProvider",), ("A", "B")),
+        "clocks": ("locked", "floating"), "cpu_flags": ("f" * 64, "0" * 64),
+        "providers": (("CPUExecutionProvider",), ("A", "B")),
     }  # fmt: skip
 
 
@@ -269,7 +315,6 @@ def test_what_hits_every_arm_is_recorded_and_not_refused():
     [
         ("machine", "x86_64", "machine was aarch64, is x86_64"),
         ("cpu", "Cortex-A57", "processor was Cortex-A78AE, is Cortex-A57"),
-        ("cpu_flags", "0" * 64, "another instruction set"),
         ("cores", 4, "cores was 6, is 4"),
         ("runtime", "tensorrt", "runtime was onnxruntime, is tensorrt"),
     ],

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 from check_samples import DEVICE, arms, control, record
 
+from pipeline.database import Database, Layout
+from pipeline.nightly.baseline import machine_of
 from pipeline.nightly.changes import changes
-from pipeline.nightly.history import Nights
+from pipeline.nightly.history import LAYOUT, NIGHTS, Nights
 from pipeline.nightly.records import control_from_table, control_to_table, from_table, to_table
 from pipeline.nouns import CheckRecord, Ledger
 from profiles.errors import DeployError
@@ -27,6 +29,7 @@ from profiles.schema import CheckSpec
 from targets.harness.compare import AGAIN, BASELINE, CANDIDATE
 
 D1, D2 = DEVICE.digest(), replace(DEVICE, kernel="6.8").digest()
+M1, M2 = machine_of(DEVICE), machine_of(replace(DEVICE, cores=4))
 
 
 @pytest.fixture
@@ -105,7 +108,7 @@ def test_nights_come_in_the_order_they_were_added_though_the_clock_jumped(path: 
         assert [each.started for each in nights.records("jetson-orin-nano", 2)] == times[2:]
         series = nights.series("jetson-orin-nano", D1, "c" * 64, "p50")
         assert series.at == tuple(times) and series.ms == (1.0, 2.0, 3.0, 4.0)
-        assert [arm.center for (arm,) in nights.controls("jetson-orin-nano", D1)] == [0.0, 0.001, 0.002, 0.003]
+        assert [arm.center for (arm,) in nights.controls("jetson-orin-nano", M1)] == [0.0, 0.001, 0.002, 0.003]
 
 
 def test_profiles_do_not_see_each_others_nights(path: Path):
@@ -115,7 +118,7 @@ def test_profiles_do_not_see_each_others_nights(path: Path):
         assert [each.profile for each in nights.records("b")] == ["b"]
         assert [each.profile for each in nights.records()] == ["a", "b"]
         assert nights.records("c") == [] and nights.records("a", 0) == []
-        assert len(nights.controls("a", D1)) == 1 and nights.controls("a", D2) == []
+        assert len(nights.controls("a", M1)) == 1 and nights.controls("a", M2) == []
         assert nights.series("c", D1, "a" * 64, "p50").ms == ()
 
 
@@ -148,11 +151,19 @@ def test_control_arms_come_back_check_by_check_and_fill_the_ledger(path: Path):
     with Nights(path) as nights:
         for arms_of_check in checks:
             nights.add(record(), [], arms_of_check)
-        assert nights.controls(record().profile, D1) == [arms for arms in checks if arms]
-        spec, ledger = nights.ledger(record().profile, D1, CheckSpec())
+        assert nights.controls(record().profile, M1) == [arms for arms in checks if arms]
+        spec, ledger = nights.ledger(record().profile, M1, CheckSpec())
         assert ledger == Ledger(32, 1, ledger.widened)
-        assert nights.ledger(record().profile, D2, CheckSpec()) == (CheckSpec(), Ledger(0, 0, 1.0))
+        assert nights.ledger(record().profile, M2, CheckSpec()) == (CheckSpec(), Ledger(0, 0, 1.0))
         assert spec.fail == pytest.approx(CheckSpec().fail * ledger.widened)
+
+
+def test_a_new_kernel_or_runtime_does_not_empty_the_ledger(path: Path):
+    new = replace(DEVICE, kernel="6.8", python="3.12.1", runtime_version="1.24.0", cpu_flags="0" * 64)
+    with Nights(path) as nights:
+        for device in (DEVICE, new, replace(DEVICE, cores=4)):
+            nights.add(record(device=device.digest(), machine=machine_of(device)), [], [control()])
+        assert nights.ledger(record().profile, machine_of(new), CheckSpec())[1].controls == 2
 
 
 def test_a_ledger_of_many_alarms_widens_the_tolerances(path: Path):
@@ -162,6 +173,28 @@ def test_a_ledger_of_many_alarms_widens_the_tolerances(path: Path):
         spec, ledger = nights.ledger(record().profile, None, CheckSpec())
     assert ledger.alarms == 10 and ledger.widened > 1.0
     assert spec.fail > CheckSpec().fail
+
+
+# --- change points -------------------------------------------------------------------------------------------------
+
+
+def test_the_change_points_are_those_of_every_night_of_a_network(path: Path):
+    with Nights(path) as nights:
+        for night in range(20):
+            for profile, step in (("a", 1.0 + 0.2 * (night >= 12)), ("b", 1.0)):
+                ms = step * (1.0 + 0.002 * (night % 3))
+                nights.add(record(profile=profile, started=f"night {night}", absolute={BASELINE: {"p50": ms}}), [])
+        (found,) = nights.changes("a", "a" * 64)
+        assert found.at == "night 12" and found.series == f"p50 of {'a' * 12} on a"
+        assert nights.changes("b", "a" * 64) == ()
+
+
+def test_what_is_known_later_is_written_into_the_record_and_nothing_else(path: Path):
+    with Nights(path) as nights:
+        number = nights.add(record(), [], [control()])
+        nights.amend(number, record(changes=()))
+        assert nights.numbered() == {number: record(changes=())}
+        assert len(nights.controls(record().profile, M1)) == 1
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------------
@@ -230,7 +263,7 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_half_written(tmp_path: Path):
                     added += 1
             assert caught.value.hint == "free disk space, or make the folder writable."
             assert added > 0
-            assert len(nights.records()) == added == len(nights.controls(record().profile, D1))
+            assert len(nights.records()) == added == len(nights.controls(record().profile, M1))
             assert len(nights.sessions(added)) == 3 and nights.sessions(added + 1) == []
     finally:
         subprocess.run(["umount", str(mount)], check=True)
@@ -246,6 +279,33 @@ def test_a_damaged_file_is_moved_aside_with_its_log_and_a_new_one_begun(path: Pa
     assert "moved to nights.sqlite.damaged-1; nights from now on are kept in a new file." in caplog.text
 
 
+def test_a_record_that_cannot_be_read_is_left_out_by_its_number(path: Path, caplog: pytest.LogCaptureFixture):
+    with Nights(path) as nights:
+        assert nights.newest() == 0
+        numbers = [nights.add(record(profile=name), [], []) for name in ("a", "b", "a", "a")]
+    base = sqlite3.connect(path)
+    base.execute("UPDATE night SET record='{torn' WHERE id=?", (numbers[1],))
+    base.execute("UPDATE night SET record=json_set(record, '$.spec.fial', 1) WHERE id=?", (numbers[2],))
+    base.commit()
+    base.close()
+    with caplog.at_level(logging.WARNING), Nights(path) as nights:
+        assert list(nights.numbered()) == [numbers[0], numbers[3]] and nights.newest() == numbers[3]
+    said = [entry.getMessage() for entry in caplog.records]
+    assert [f"check {number} of {path} cannot be read and is left out" in " ".join(said) for number in numbers] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_file_of_the_first_version_is_brought_up_and_keeps_its_nights(path: Path):
+    old = Database(path, Layout((NIGHTS,), lost=""))
+    old.write(lambda base: base.execute("INSERT INTO night VALUES (7, 'a', 'd', 'at', 'fail', ?)",
+                                        (json.dumps(to_table(record())),)))  # fmt: skip
+    old.close()
+    with Nights(path) as nights:
+        assert nights.numbered() == {7: record()} and nights.add(record(), [], [control()]) == 8
+    assert LAYOUT.version == 2
+
+
 def test_a_file_of_a_newer_version_is_left_alone(path: Path):
     with Nights(path) as nights:
         nights.add(record(), [], [])
@@ -255,7 +315,7 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path):
     before = path.read_bytes()
     with pytest.raises(DeployError) as caught:
         Nights(path)
-    assert caught.value.message == f"{path} was written by a newer version (schema 5, this one knows 1)."
+    assert caught.value.message == f"{path} was written by a newer version (schema 5, this one knows 2)."
     assert path.read_bytes() == before
 
 
@@ -276,7 +336,7 @@ COPIES = """
 BEGIN;
 CREATE TEMP TABLE step AS WITH RECURSIVE more(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM more WHERE n < 3000)
     SELECT n, (1.0 + (n % 7) * 0.003) * CASE WHEN n > 2500 THEN 1.1 ELSE 1.0 END AS scale FROM more;
-INSERT INTO night SELECT n, profile, device, 'night ' || n, outcome, record FROM step, night WHERE id = 1;
+INSERT INTO night SELECT n, profile, device, 'night ' || n, outcome, record, machine FROM step, night WHERE id = 1;
 INSERT INTO control SELECT profile, device, n, position, control FROM step, control WHERE night = 1;
 INSERT INTO time SELECT profile, sha256, statistic, n, arm, device, protocol, 'night ' || n, ms * scale
     FROM step, time WHERE night = 1;
@@ -295,7 +355,7 @@ def test_thousands_of_nights_are_looked_at_in_a_moment(path: Path):
         begun = time.process_time()
         series = nights.series(record().profile, D1, "a" * 64, "p50")
         found = changes(series)
-        assert len(nights.controls(record().profile, D1)) == 3000
+        assert len(nights.controls(record().profile, M1)) == 3000
         assert len(nights.records(record().profile, 30)) == 30
         assert time.process_time() - begun < 3.0
     assert len(series.ms) == 3000

@@ -37,7 +37,6 @@ from pipeline.project import Project, load_project, predict_torch
 from pipeline.prune.capture import capture
 from pipeline.prune.evidence import Evidence, Samples, divergence
 from pipeline.prune.groups import find_groups
-from pipeline.prune.neutral import macs
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank
 from pipeline.prune.repair import MODES, repair
@@ -58,9 +57,10 @@ from targets.base import Target, load_target
 from targets.harness.measurement import Judgement, Session, judge
 
 TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
-RANK_SAMPLES, VALUE_SAMPLES = 512, 256
+RANK_SAMPLES, VALUE_SAMPLES, FEWEST_SAMPLES = 512, 256, 32
 EFFORT_MACS = 256 * 126e6
-"""Multiply-accumulates of trying one plan, ResNet-56's, up to which a search may try as many as it likes."""
+"""Multiply-accumulates of trying one plan, ResNet-56's, up to which a search may try as many as it likes; four times
+as many are the most that a plan should take."""
 ATTEMPTS, STEP_BACK = 3, 0.985
 """Where the accepting measurement does not find the budget kept, the loop goes on with a tighter one, so often."""
 
@@ -247,7 +247,9 @@ def _probe(work: Work) -> Probe:
 
 
 def _probed(work: Work) -> int:
-    return min(VALUE_SAMPLES, probe_limit(work.network), work.samples.count)
+    """Samples that losses are measured on: fewer where one costs much, but not too few to tell plans apart."""
+    worth = max(FEWEST_SAMPLES, round(4 * EFFORT_MACS / max(1, work.macs)))
+    return min(VALUE_SAMPLES, worth, probe_limit(work.network), work.samples.count)
 
 
 def _loss(work: Work, probe: Probe, plan: PruningPlan) -> float:
@@ -326,7 +328,7 @@ def _search(
         loss=lambda plan: _loss(work, probe, plan),
         measure=lambda name, plans: _measure_plans(work, dense, name, plans),
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
-        effort=EFFORT_MACS / max(1, macs(work.network) * _probed(work)),
+        effort=EFFORT_MACS / max(1, work.macs * _probed(work)),
     )
     found = Search(loop, table, values, ratio).run()
     work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")

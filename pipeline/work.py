@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.nouns import Topology
 from pipeline.project import Project
 from pipeline.prune.capture import Network
 from pipeline.prune.evidence import Samples
+from pipeline.prune.neutral import macs
 from pipeline.report.data import ReportData
 from pipeline.run import Run
 from profiles.schema import Budget, Profile
@@ -47,6 +49,11 @@ class Work:
     def topology(self) -> Topology:
         """The network's topology."""
         return self.network.topology
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense network, per sample."""
+        return macs(self.network)
 
     @property
     def source(self) -> str:

@@ -58,6 +58,12 @@ OUTCOMES = {0: "pass", 1: "", 2: "", 3: "fail", 4: "undecided"}
 PASSED = '<testsuite name="deploy check"><testcase classname="deploy.check.board" name="a against b"/></testsuite>'
 
 
+def hearing() -> None:
+    """Hear every signal, also where the tests themselves run with one ignored (nohup): a shell cannot undo that."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Night:
     """A folder with baselines, and the stand-in in its own bin folder."""
@@ -112,7 +118,7 @@ class Night:
         """Begin it as cron does: no terminal, a session of its own."""
         return subprocess.Popen(
             self.arguments(*more), env=self.environment(**env), cwd=self.folder, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hearing,
         )  # fmt: skip
 
     def run(self, *more: str, **env: str) -> tuple[int, str, str]:
@@ -120,7 +126,12 @@ class Night:
         return self.finish(self.start(*more, **env))
 
     def finish(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            raise
         return process.returncode, out, err
 
     def asked(self) -> list[list[str]]:

@@ -80,11 +80,12 @@ def stages(run: Path) -> dict[str, Any]:
 
 
 def journalled(run: Path, name: str) -> int:
-    """How many entries of a name the journal holds."""
+    """How many whole entries of a name the journal holds."""
     try:
-        lines = (run / "journal").read_bytes().splitlines()
+        data = (run / "journal").read_bytes()
     except FileNotFoundError:
         return 0
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
     return sum(f'"name":"{name}'.encode() in line for line in lines)
 
 

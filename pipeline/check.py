@@ -40,9 +40,8 @@ from targets.harness.compare import (
     stage,
 )
 from targets.harness.device import Fingerprint
-from targets.harness.measurement import Session, Statistic
+from targets.harness.measurement import STATISTICS, Session
 
-STATISTICS: tuple[Statistic, ...] = ("p50", "mean", "p90", "p99")
 MOVED = ("warn", "fail", "improved")
 """Verdicts after which the layers are looked at."""
 SEEDS_A_CHECK = 16

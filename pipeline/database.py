@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from profiles.errors import DeployError
 
@@ -44,7 +44,7 @@ class Layout:
 
 
 class Database:
-    """An open file. moved: where a damaged one was put, or None.
+    """An open file; close it, or use it in a `with`. moved: where a damaged one was put, or None.
 
     Raises DeployError when the file cannot be read or written (a full disk: nothing of the transaction stays) or is of
     a newer version of this program (nothing is touched).
@@ -59,6 +59,12 @@ class Database:
         except OSError as error:
             raise self._unusable(error) from None
         self._base = self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the file."""

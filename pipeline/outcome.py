@@ -47,9 +47,8 @@ from pipeline.search import Candidate, Found
 from pipeline.stage import Outcome
 from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
 from profiles.schema import Budget
-from targets.harness.measurement import Judgement, Measurement, Session, Statistic
+from targets.harness.measurement import STATISTICS, Judgement, Measurement, Session, Statistic
 
-PERCENTILES: tuple[Statistic, ...] = ("p50", "mean", "p90", "p99")
 PLOTTED = 2000
 EXIT = {"met": 0, "missed": 3, "accuracy missed": 3, "undecided": 4}
 
@@ -326,19 +325,18 @@ def _rounds(found: Found, unit: float) -> tuple[RoundRow, ...]:
 def _points(ending: Ending, dense_ms: float) -> tuple[PointRow, ...]:
     """What was measured, and of the rest what nothing beats in both latency and loss."""
     rows = [PointRow("dense", dense_ms, ending.accuracy_dense, 0.0)]
-    shares = [c.measured.ratio if c.measured else c.predicted_ratio for c in ending.found.tried]
-    front = [c for _, c in _front(ending.found)]
-    for number, (c, share) in enumerate(zip(ending.found.tried, shares, strict=True)):
+    front = _front(ending.found)
+    for number, c in enumerate(ending.found.tried, start=1):
         shipped = ending.found.chosen is not None and c.plan == ending.found.chosen.plan
         if not (shipped or c.measured or c in front):
             continue
         accuracy = ending.accuracy if shipped else None
-        rows.append(PointRow(f"plan {number + 1}", share * dense_ms, accuracy, c.loss, shipped))
+        rows.append(PointRow(f"plan {number}", c.ratio * dense_ms, accuracy, c.loss, shipped))
     return tuple(rows)
 
 
 def _distribution(measured: Measurement) -> Distribution:
-    values = {name: measured.statistic(name) for name in PERCENTILES}
+    values = {name: measured.statistic(name) for name in STATISTICS}
     pooled = measured.pooled_ns
     thinned = pooled[:: max(1, -(-pooled.size // PLOTTED))] / 1e6
     return Distribution(
@@ -400,11 +398,9 @@ def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
         return ("Without data.validate no cheaper point can be judged; try a larger budget.",)
     wanted = float(work.project.validate(predict_torch(work.network.graph)) or 0.0) - work.project.max_drop
 
-    def keeps(point: tuple[float, Candidate]) -> bool:
-        plan = point[1].plan
-        fixed = repair(
-            prune(work.network, plan), work.network, plan, work.samples, work.profile.prune.repair
-        )
+    def keeps(point: Candidate) -> bool:
+        pruned = prune(work.network, point.plan)
+        fixed = repair(pruned, work.network, point.plan, work.samples, work.profile.prune.repair)
         return float(work.project.validate(predict_torch(fixed)) or 0.0) >= wanted
 
     kept = "keeps the accuracy on `validate` after repair alone"
@@ -412,14 +408,13 @@ def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
     first = bisect_left(front, True, key=keeps)
     if first == len(front):
         return (f"No point tried {kept}; try a larger budget or more recovery.",)
-    return (f"The cheapest point tried that {kept}: --budget {front[first][0]:.3g}x.",)
+    return (f"The cheapest point tried that {kept}: --budget {front[first].ratio:.3g}x.",)
 
 
-def _front(found: Found) -> list[tuple[float, Candidate]]:
-    """Ratio and candidate of the points that lose less than every cheaper one, the cheapest first."""
-    rows = [(c.measured.ratio if c.measured else c.predicted_ratio, c) for c in found.tried]
-    front: list[tuple[float, Candidate]] = []
-    for row in sorted(rows, key=lambda row: row[0]):
-        if not front or row[1].loss < front[-1][1].loss:
-            front.append(row)
+def _front(found: Found) -> list[Candidate]:
+    """The points that lose less than every cheaper one, the cheapest first."""
+    front: list[Candidate] = []
+    for candidate in sorted(found.tried, key=lambda c: c.ratio):
+        if not front or candidate.loss < front[-1].loss:
+            front.append(candidate)
     return front

@@ -59,6 +59,11 @@ class Candidate:
     round: int
     measured: Measured | None = None
 
+    @property
+    def ratio(self) -> float:
+        """Latency relative to the dense network: measured, else predicted."""
+        return self.measured.ratio if self.measured else self.predicted_ratio
+
 
 @dataclass(frozen=True)
 class Round:

@@ -155,6 +155,10 @@ def everywhere(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, and nothing else.")(command)
 
 
+PROFILE = "A profile's name or a TOML file of your own."
+with_target = click.option("--target", metavar="T", help=PROFILE)
+
+
 def with_settings(command: Command) -> Command:
     """The option `--set KEY=VALUE`."""
     text = "Lay a key over the profile, e.g. --set prune.min_width=4. May be repeated."

@@ -17,6 +17,7 @@ from pipeline.cli.frame import (
     target_name,
     terminal,
     with_settings,
+    with_target,
 )
 from profiles import plugins
 from profiles.errors import DeployError, UsageError, near_miss
@@ -86,7 +87,7 @@ def _profiles() -> list[tuple[str, str]]:
 
 
 @app.command()
-@click.option("--target", metavar="T", help="A profile's name or a TOML file of your own.")
+@with_target
 @with_settings
 @everywhere
 def doctor(target: str | None, settings: tuple[str, ...], as_json: bool) -> int:

@@ -21,6 +21,7 @@ from pipeline.cli.frame import (
     target_name,
     terminal,
     with_settings,
+    with_target,
     writable,
     write,
 )
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @app.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL.onnx...")
-@click.option("--target", metavar="T", help="A profile's name or a TOML file of your own.")
+@with_target
 @click.option("--paced", metavar="33ms", help="Infer once a control period, and count missed deadlines.")
 @click.option("--sustained", metavar="600s", help="Go on for so long, to see what heat does to it.")
 @click.option("--out", type=FILE, metavar="FILE", help="Write every raw sample there, as JSON.")

@@ -11,6 +11,7 @@ import click
 
 from pipeline.cli.frame import (
     FILE,
+    PROFILE,
     STATE,
     Commands,
     app,
@@ -23,6 +24,7 @@ from pipeline.cli.frame import (
     target_name,
     terminal,
     with_settings,
+    with_target,
     writable,
     write,
 )
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from pipeline.check import CheckResult
 
 RUNS = Path("runs")
-PROFILE = "A profile's name or a TOML file of your own."
 
 
 @app.group(cls=Commands)
@@ -45,7 +46,7 @@ def baseline() -> None:
 
 @baseline.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN|BUNDLE|MODEL.onnx")
-@click.option("--target", metavar="T", help=PROFILE)
+@with_target
 @with_settings
 @everywhere
 def accept(run: Path, target: str | None, settings: tuple[str, ...], as_json: bool) -> int:
@@ -105,7 +106,7 @@ def show_baselines(target: str | None, as_json: bool) -> int:
 
 
 @app.command()
-@click.option("--target", metavar="T", help=PROFILE)
+@with_target
 @click.option("--candidate", type=click.Path(path_type=Path), metavar="RUN|BUNDLE|MODEL.onnx",
               help="What to compare with the baseline.  [the newest run in runs/ that met its budget, of its project, "
               "that ended after it was accepted; else the baseline itself]")  # fmt: skip

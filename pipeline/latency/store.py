@@ -64,7 +64,7 @@ class StoredMeasurement:
     session: str
 
 
-class Store:
+class Store(Database):
     """The file `latency.sqlite` of a `.deploy` folder. Close it, or use it in a `with`.
 
     moved: where a damaged file was put, or None. Raises DeployError when the file cannot be written or is of a newer
@@ -72,23 +72,7 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = Database(path, LAYOUT)
-
-    @property
-    def moved(self) -> Path | None:
-        """Where a damaged file was put, or None."""
-        return self._file.moved
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        super().__init__(path, LAYOUT)
 
     # --- rows -----------------------------------------------------------------------------------------------------
 
@@ -105,7 +89,7 @@ class Store:
                     found[sha256] = Row(ratio, np.frombuffer(ms, dtype="<f8"))
             return found
 
-        return self._file.read(read)
+        return self.read(read)
 
     def add_rows(
         self,
@@ -127,7 +111,7 @@ class Store:
                  for sha256, times in ms.items()],
             )
 
-        self._file.write(write)
+        self.write(write)
 
     def reference_ms(self, device: str, protocol: str) -> float | None:
         """Median over sessions of the reference model's time on a device, or None before the first session."""
@@ -137,7 +121,7 @@ class Store:
             times = [float(np.median(np.frombuffer(ms, "<f8"))) for (ms,) in base.execute(query, (device, protocol))]
             return float(np.median(times)) if times else None
 
-        return self._file.read(read)
+        return self.read(read)
 
     # --- facts ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +133,7 @@ class Store:
             found = base.execute(query, (device, protocol, name)).fetchone()
             return json.loads(found[0]) if found else None
 
-        return self._file.read(read)
+        return self.read(read)
 
     def learn(self, device: str, protocol: str, name: str, value: Any) -> Any:
         """Keep a fact (plain JSON) unless another process was first; returns the one that holds."""
@@ -158,7 +142,7 @@ class Store:
             text = json.dumps(value, sort_keys=True)
             base.execute("INSERT OR IGNORE INTO fact VALUES (?,?,?,?)", (device, protocol, name, text))
 
-        self._file.write(write)
+        self.write(write)
         return self.fact(device, protocol, name)
 
     # --- sessions -------------------------------------------------------------------------------------------------
@@ -170,7 +154,7 @@ class Store:
             query = "INSERT INTO measurement (run, taken_at, device, session) VALUES (?,?,?,?)"
             base.execute(query, (run, _now(), device, session))
 
-        self._file.write(write)
+        self.write(write)
 
     def measurements(self, run: str | None = None) -> list[StoredMeasurement]:
         """Sessions of a run, or of all runs, oldest first."""
@@ -179,7 +163,7 @@ class Store:
             query = "SELECT run, taken_at, device, session FROM measurement WHERE ? IS NULL OR run=? ORDER BY id"
             return [StoredMeasurement(*row) for row in base.execute(query, (run, run))]
 
-        return self._file.read(read)
+        return self.read(read)
 
 
 def _ratio(ms: NDArray[np.float64], reference_ms: NDArray[np.float64]) -> float:

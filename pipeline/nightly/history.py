@@ -49,7 +49,7 @@ WATCHED: tuple[Statistic, ...] = ("p50", "p99")
 log = logging.getLogger(__name__)
 
 
-class Nights:
+class Nights(Database):
     """The file `nights.sqlite` of a `.deploy` folder. Close it, or use it in a `with`.
 
     moved: where a damaged file was put, or None. Raises DeployError when the file cannot be written or is of a newer
@@ -57,23 +57,7 @@ class Nights:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = Database(path, LAYOUT)
-
-    @property
-    def moved(self) -> Path | None:
-        """Where a damaged file was put, or None."""
-        return self._file.moved
-
-    def __enter__(self) -> Nights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        super().__init__(path, LAYOUT)
 
     # --- keeping --------------------------------------------------------------------------------------------------
 
@@ -98,12 +82,12 @@ class Nights:
             base.executemany("INSERT INTO time VALUES (?,?,?,?,?,?,?,?,?)", list(_times(record, night)))
             return night
 
-        return self._file.write(write)
+        return self.write(write)
 
     def amend(self, number: int, record: CheckRecord) -> None:
         """Write a check's record anew, for what is known only once it is kept; samples, controls and times stay."""
         table = _text(to_table(record))
-        self._file.write(lambda base: base.execute("UPDATE night SET record=? WHERE id=?", (table, number)))
+        self.write(lambda base: base.execute("UPDATE night SET record=? WHERE id=?", (table, number)))
 
     # --- looking --------------------------------------------------------------------------------------------------
 
@@ -113,7 +97,7 @@ class Nights:
 
     def newest(self) -> int:
         """The number of the newest check of any profile, 0 before the first."""
-        return int(self._file.read(lambda base: base.execute("SELECT max(id) FROM night").fetchone()[0] or 0))
+        return int(self.read(lambda base: base.execute("SELECT max(id) FROM night").fetchone()[0] or 0))
 
     def numbered(self, profile: str | None = None, limit: int | None = None) -> dict[int, CheckRecord]:
         """As `records`, by number. A record that cannot be read is left out, with a warning that names its number."""
@@ -124,7 +108,7 @@ class Nights:
             return base.execute(query, (*values, -1 if limit is None else limit)).fetchall()
 
         found: dict[int, CheckRecord] = {}
-        for number, text in reversed(self._file.read(read)):
+        for number, text in reversed(self.read(read)):
             try:
                 found[number] = from_table(json.loads(text))
             except (DeployError, ValueError) as error:
@@ -140,7 +124,7 @@ class Nights:
             return [data for (data,) in base.execute(query, (number,))]
 
         with _readable(f"the samples of night {number} in {self.path}"):
-            return [Session.from_json(zlib.decompress(data).decode()) for data in self._file.read(read)]
+            return [Session.from_json(zlib.decompress(data).decode()) for data in self.read(read)]
 
     def controls(self, profile: str, machine: str | None) -> list[tuple[Control, ...]]:
         """The control arms of every check of a profile, oldest first: one entry a check, its stages in order.
@@ -158,7 +142,7 @@ class Nights:
             return base.execute(query, (profile,) if machine is None else (profile, machine)).fetchall()
 
         found: dict[int, tuple[Control, ...]] = {}
-        for night, text in self._file.read(read):
+        for night, text in self.read(read):
             found[night] = (*found.get(night, ()), control_from_table(json.loads(text)))
         return list(found.values())
 
@@ -183,7 +167,7 @@ class Nights:
             )
             return base.execute(query, (*values, *values)).fetchall()
 
-        found = self._file.read(read)
+        found = self.read(read)
         name = f"{statistic} of {sha[:12]} on {profile}"
         return Series(
             name,

@@ -14,9 +14,7 @@ from pipeline.report import numbers
 from pipeline.report.escape import printable
 from pipeline.report.grid import Grid
 from targets.harness.device import Condition
-from targets.harness.measurement import Measurement, Percentile, Session, Statistic
-
-STATISTICS: tuple[Statistic, ...] = ("p50", "mean", "p90", "p99")
+from targets.harness.measurement import STATISTICS, Measurement, Percentile, Session
 
 
 def show_session(session: Session, console: Console) -> None:

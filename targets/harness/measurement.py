@@ -25,7 +25,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,7 @@ VERSIONS = (1, 2)
 """Versions of the text form that are read; the last is written."""
 
 Statistic = Literal["p50", "mean", "p90", "p99"]
+STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 Outcome = Literal["met", "missed", "undecided"]
 Nanoseconds = NDArray[np.int64]
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import browser
 import pytest
 from rich.console import Console
 
@@ -216,23 +215,8 @@ def test_a_resumed_run_reports_the_same_once_its_times_are_left_out():
     assert "reused 41" not in render(FULL.timeless())
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+@browser.needed
 @pytest.mark.parametrize("width", [380, 1100])
 def test_a_real_browser_shows_the_page_without_sideways_scrolling(tmp_path: Path, html: str, width: int):
-    seen = "document.title=[innerWidth,document.documentElement.scrollWidth].join()"
-    probe = f"<script>addEventListener('load',()=>{{{seen}}})</script>"
-    # a frame, because a headless window is never narrower than 500 pixels
-    (tmp_path / "page.html").write_text(html.replace("</body>", f"{probe}</body>"))
-    told = "setTimeout(()=>document.body.append('seen:'+this.contentDocument.title),50)"
-    frame = f'<iframe src=page.html style="width:{width}px;height:4000px;border:0" onload="{told}"></iframe>'
-    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}</body>")
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
-         "--window-size=1300,900", "--dump-dom", (tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    found = re.search(r"seen:(\d+),(\d+)", done.stdout)
-    assert found is not None, done.stdout[-500:]
-    inner, scrolled = map(int, found.groups())
+    inner, scrolled = browser.widths(tmp_path, html, width)
     assert inner == width and scrolled <= inner

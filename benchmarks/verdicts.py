@@ -56,11 +56,11 @@ ASKED = {
 }  # fmt: skip
 TRUTHS = {"slower 1.5 %": (0.014, 0.020), "slower 3 %": (0.029, 0.040), "slower 5 %": (0.046, 0.065)}
 """Range of the true slowdown that stands for each name."""
-VARIANTS: tuple[tuple[tuple[int, int], ...], ...] = (
-    ((8, 1),), ((8, 2),), ((8, 3),), ((8, 4),), ((16, 1), (8, 1)),
-    ((16, 2),), ((16, 1), (8, 3)), ((16, 2), (8, 2)), ((16, 3), (8, 2)), ((16, 2), (8, 4)),
+VARIANTS: tuple[tuple[tuple[int, int, int], ...], ...] = (
+    ((8, 0, 1),), ((8, 1, 1),), ((8, 0, 2),), ((8, 0, 3),), ((16, 0, 1), (8, 1, 1)),
+    ((16, 0, 2),), ((16, 0, 2), (8, 0, 1)), ((16, 0, 2), (8, 1, 1)), ((16, 0, 2), (8, 0, 2)), ((16, 0, 3), (8, 0, 2)),
 )  # fmt: skip
-"""Abs nodes that are added, as (size of the map, how many) pairs."""
+"""Abs nodes that are added, as (size of the map, the first Relu of that size that gets one, how many)."""
 QUOTA = Path("/sys/fs/cgroup/cpu/edge-deploy-verdicts")
 QUOTA_SHARE = 0.4
 SAMPLES = 400
@@ -86,21 +86,21 @@ def dense(folder: Path) -> Path:
 
 
 def slower(source: Path, added: Sequence[Sequence[int]], out: Path) -> Path:
-    """The network with Abs nodes added; (size, count): `count` of them behind Relus whose maps are size x size."""
+    """The network with Abs nodes added: `count` of them behind Relus, from the `first`, whose maps are size x size."""
     model = onnx.load(source)
-    for size, count in added:
-        model = with_abs(model, size, count)
+    for size, first, count in added:
+        model = with_abs(model, size, first, count)
     onnx.save(model, str(out))
     return out
 
 
-def with_abs(source: onnx.ModelProto, size: int, count: int) -> onnx.ModelProto:
-    """One Abs behind each of the first Relus of that size, then a second."""
+def with_abs(source: onnx.ModelProto, size: int, first: int, count: int) -> onnx.ModelProto:
+    """One Abs behind each of so many Relus of that size, then a second."""
     model = onnx.shape_inference.infer_shapes(source)
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
     nodes = list(model.graph.node)
     relus = [n.output[0] for n in nodes if n.op_type == "Relu" and shapes.get(n.output[0], [0])[-1] == size]
-    for index in range(count):
+    for index in range(first, first + count):
         name = relus[index % len(relus)]
         place = next(i for i, node in enumerate(nodes) if name in node.output)
         inner = f"{name}.before_abs_{index}"
@@ -299,7 +299,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for head in (row for row in rows if row["experiment"] == "truth"):
         lines.append(f"{head['machine']['cpu']}, {head['machine']['cores']} cores, {head['machine']['versions']}")
         for name, v in head["chosen"].items():
-            nodes = " and ".join(f"{count} Abs at {size}x{size}" for size, count in v["added"])
+            nodes = " and ".join(f"{count} Abs at {size}x{size}" for size, _, count in v["added"])
             lines.append(f"  {name}: {nodes}, truly {v['slower']:+.2%}")
     outcomes = ("pass", "warn", "fail", "improved", "undecided", "inconclusive")
     names = " ".join(f"{o[:9]:>9s}" for o in outcomes)

@@ -20,11 +20,11 @@ import torch
 
 from benchmarks import data, nets
 from benchmarks.pipeline_cost import machine
+from pipeline.latency.operations import Operations
 from pipeline.nouns import KeepUnits, PruningPlan
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Evidence, Samples
 from pipeline.prune.groups import find_groups
-from pipeline.prune.neutral import macs
 from pipeline.prune.ranking import rank
 from pipeline.prune.repair import MODES, repair
 from pipeline.prune.surgery import prune
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--criteria", default="random,magnitude,fisher")
     asked = parser.parse_args()
     network, samples, judge = prepare(asked.images, asked.calibration)
-    dense = {"accuracy": judge(network.graph), "macs": macs(network)}
+    dense = {"accuracy": judge(network.graph), "macs": Operations(network.topology).macs()}
     rows = []
     for share in (0.249, 0.483):
         for criterion in asked.criteria.split(","):
@@ -89,12 +89,13 @@ def row(network: Network, samples: Samples, judge: Any, criterion: str, share: f
     inner = [g for g in network.topology.offered if g.block is not None]
     plan = PruningPlan(tuple(KeepUnits(g.id, rankings[g.id].keep(round(g.size * (1 - share)))) for g in inner))
     pruned = prune(network, plan)
-    less = 1 - macs(capture(pruned, network.example)) / macs(network)
+    counted = Operations(network.topology)
+    less = 1 - counted.macs(plan.widths(network.topology.groups)) / counted.macs()
     told: dict[str, Any] = {"criterion": criterion, "macs_removed": round(less, 4)}
     taps = DenseTaps(network, samples.joined())
     for mode in MODES:
         begun = time.perf_counter()
-        told[mode] = judge(repair(pruned, network, plan, samples, mode, taps=taps))
+        told[mode] = judge(repair(pruned, network, plan, samples, mode, rankings=rankings, taps=taps))
         told[f"{mode} seconds"] = round(time.perf_counter() - begun, 1)
     return told
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,13 +36,13 @@ from pipeline.latency.timing import Tally
 from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.project import Project, load_project, predict_torch
 from pipeline.prune.capture import capture
-from pipeline.prune.evidence import Evidence, Samples, divergence
+from pipeline.prune.evidence import Evidence, Samples, divergence, first
 from pipeline.prune.groups import find_groups
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank
-from pipeline.prune.repair import MODES, repair
 from pipeline.prune.repair import affordable as repair_limit
-from pipeline.prune.sensitivity import LossProbe, measure
+from pipeline.prune.repair import repair
+from pipeline.prune.sensitivity import LossProbe, Probe, RepairProbe, measure
 from pipeline.prune.sensitivity import affordable as probe_limit
 from pipeline.prune.surgery import prune, restore
 from pipeline.prune.taps import DenseTaps
@@ -61,6 +62,9 @@ RANK_SAMPLES, VALUE_SAMPLES, FEWEST_SAMPLES = 512, 256, 32
 EFFORT_MACS = 256 * 126e6
 """Multiply-accumulates of trying one plan, ResNet-56's, up to which a search may try as many as it likes; four times
 as many are the most that a plan should take."""
+SHORT_STEPS = 16
+"""Training steps of the short recovery that some solvers judge a choice by (NetAdapt's idea)."""
+REPORTED = ("none", "bn", "least-squares")
 ATTEMPTS, STEP_BACK = 3, 0.985
 """Where the accepting measurement does not find the budget kept, the loop goes on with a tighter one, so often."""
 
@@ -111,14 +115,14 @@ def _release(work: Work) -> BuildResult:
     """Every step, to the bundle."""
     dense = _dense(work)
     accuracy_dense = _accuracy(work, dense.path("onnx"), "dense")
-    rankings = _rankings(work)
-    table = _table(work, dense, rankings)
+    _rank(work)
+    table = _table(work, dense)
     probe = _probe(work)
-    values = _values(work, probe, rankings, table)
+    values = _values(work, probe, table)
     ratio = _relative_budget(work, dense)
     for attempt in range(ATTEMPTS):
         aimed = ratio * STEP_BACK**attempt
-        found = _search(work, dense, probe, rankings, table, values, aimed)
+        found = _search(work, dense, probe, table, values, aimed)
         if found.chosen is None:
             return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
         ending = _finish(work, dense, found, accuracy_dense)
@@ -142,12 +146,12 @@ def _finish(work: Work, dense: Outcome, found: Found, accuracy_dense: float) -> 
 def _dry(work: Work) -> BuildResult:
     """Groups, table and solved plan; nothing is trained."""
     dense = _dense(work)
-    rankings = _rankings(work)
-    table = _table(work, dense, rankings)
-    values = _values(work, _probe(work), rankings, table)
+    _rank(work)
+    table = _table(work, dense)
+    values = _values(work, _probe(work), table)
     ratio = _relative_budget(work, dense)
     budget_ms, spec = ratio * table.dense_ms, work.profile.prune
-    solution = _solver(work).solve(list(rankings.values()), values, table, work.topology, budget_ms, spec, None)
+    solution = _solver(work).solve(list(work.rankings.values()), values, table, work.topology, budget_ms, spec, None)
     return outcome.dry(work, table, solution, ratio)
 
 
@@ -192,24 +196,24 @@ def _predict(target: Target, artifact: Path) -> Callable[..., Any]:
     return predict
 
 
-def _rankings(work: Work) -> dict[str, Ranking]:
+def _rank(work: Work) -> None:
     """The order in which the units of each group go."""
     spec = work.profile.prune
 
     def make(_: Path) -> dict[str, Any]:
         loss = work.project.loss if work.samples.targets is not None else None
         found = rank(Evidence(work.network, work.samples.first(few), loss, spec.seed), spec.criterion)
-        return {"rankings": [[r.group, r.removal_order, r.marginal_loss] for r in found.values()]}
+        return {"rankings": [ranking.to_table() for ranking in found.values()]}
 
     few = min(work.samples.count, RANK_SAMPLES)
     params = {"criterion": spec.criterion, "seed": spec.seed, "samples": few, "freeze": spec.freeze}
     done = work.run.stage(
         Stage("rank"), params, {"project": work.source}, make, tools=TOOLS, detail=lambda _: spec.criterion
     )
-    return {group: Ranking(group, tuple(order), tuple(loss)) for group, order, loss in done["rankings"]}
+    work.rankings.update({ranking.group: ranking for ranking in map(Ranking.from_table, done["rankings"])})
 
 
-def _table(work: Work, dense: Outcome, rankings: Mapping[str, Ranking]) -> LatencyTable:
+def _table(work: Work, dense: Outcome) -> LatencyTable:
     """What each width costs on the device."""
     tally, begun = Tally(), work.run.seconds
     device = work.target.fingerprint().digest()
@@ -219,7 +223,7 @@ def _table(work: Work, dense: Outcome, rankings: Mapping[str, Ranking]) -> Laten
         rows = Rows(model, work.topology, lambda plan: resolve(work.topology, plan))
 
         def narrowed(widths: Mapping[str, int], dropped: Iterable[str]) -> bytes:
-            plan = make_plan(work.topology, rankings, widths, frozenset(dropped))
+            plan = make_plan(work.topology, work.rankings, widths, frozenset(dropped))
             data: bytes = narrow(model, resolve(work.topology, plan)).SerializeToString()
             return data
 
@@ -238,12 +242,26 @@ def _table(work: Work, dense: Outcome, rankings: Mapping[str, Ranking]) -> Laten
     return LatencyTable.from_table(done["table"])
 
 
-Probe = Callable[[], LossProbe]
+Probing = Callable[[], Probe]
 
 
-def _probe(work: Work) -> Probe:
+def _probe(work: Work) -> Probing:
     """What measures losses, on as many samples as it can hold; made when first asked for."""
-    return cache(lambda: LossProbe(work.network, work.samples.first(_probed(work))))
+
+    def make() -> Probe:
+        samples, mode = work.samples.first(_probed(work)), work.profile.prune.repair
+        if mode == "least-squares":
+            return LossProbe(work.network, samples)
+        return RepairProbe(work.network, samples, mode, work.rankings)
+
+    return cache(make)
+
+
+def _probing(work: Work) -> dict[str, Any]:
+    """What a measured loss depends on beside the plan: the key's parameters."""
+    mode = work.profile.prune.repair
+    twins = {id: ranking.to_table() for id, ranking in work.rankings.items()} if mode == "merge" else {}
+    return {"samples": _probed(work), "repair": mode, "twins": twins}
 
 
 def _probed(work: Work) -> int:
@@ -252,25 +270,38 @@ def _probed(work: Work) -> int:
     return min(VALUE_SAMPLES, worth, probe_limit(work.network), work.samples.count)
 
 
-def _loss(work: Work, probe: Probe, plan: PruningPlan) -> float:
-    """Loss of a plan after local repair, known from this run or an earlier one, else measured. May be infinite."""
+def _loss(work: Work, name: str, params: Mapping[str, Any], plan: PruningPlan, find: Callable[[], float]) -> float:
+    """A loss of a plan, known from this run or an earlier one, else found now. May be infinite."""
 
     def make(_: Path) -> dict[str, Any]:
-        loss = probe().loss(plan)
+        loss = find()
         return {"loss": loss if math.isfinite(loss) else None}
 
     def known() -> float | None:
         inputs = {"project": work.source, "plan": plan.to_json()}
-        loss: float | None = run_or_reuse(
-            work.run.cache, Stage("loss"), {"samples": _probed(work)}, inputs, make, tools=TOOLS
-        )["loss"]
+        loss: float | None = run_or_reuse(work.run.cache, Stage(name), params, inputs, make, tools=TOOLS)["loss"]
         return loss
 
-    loss = work.run.journalled("loss", plan.to_json(), known)
+    loss = work.run.journalled(name, plan.to_json(), known)
     return math.inf if loss is None else float(loss)
 
 
-def _values(work: Work, probe: Probe, rankings: Mapping[str, Ranking], table: LatencyTable) -> Sensitivity:
+def _short_recovery(work: Work, probe: Probing, plan: PruningPlan) -> float:
+    """Loss of a plan after repair and a few steps of recovery; after repair alone without training data."""
+    train, samples = work.project.train, work.samples.first(_probed(work))
+    if train is None:
+        return probe().loss(plan)
+    mode = work.profile.prune.repair
+    fixed = repair(prune(work.network, plan), work.network, plan, samples, mode, rankings=work.rankings)
+    data = RecoverData(lambda epoch, seed: islice(train(epoch, seed), SHORT_STEPS), work.project.loss, None)
+    spec = work.profile.recover.model_copy(update={"epochs": 1, "hooks": ()})
+    file = work.scratch("short.checkpoint")
+    file.unlink(missing_ok=True)
+    done = recover(fixed, work.network.graph, data, spec, file)
+    return _divergence(work, cast(fx.GraphModule, done.module), samples)
+
+
+def _values(work: Work, probe: Probing, table: LatencyTable) -> Sensitivity:
     """What single cuts lose after local repair."""
     spec = work.profile.prune
 
@@ -284,10 +315,11 @@ def _values(work: Work, probe: Probe, rankings: Mapping[str, Ranking], table: La
                     step()
                     done += 1
 
-            return measure(probe(), rankings, table.choices, widths=spec.value_widths, progress=advance).to_table()
+            found = measure(probe(), work.rankings, table.choices, widths=spec.value_widths, progress=advance)
+            return found.to_table()
 
-    params = {"widths": spec.value_widths, "choices": table.choices, "samples": _probed(work)}
-    order = {id: ranking.removal_order for id, ranking in rankings.items()}
+    params = {"widths": spec.value_widths, "choices": table.choices, **_probing(work)}
+    order = {id: ranking.removal_order for id, ranking in work.rankings.items()}
     done = work.run.stage(
         Stage("values"), params, {"project": work.source, "rankings": order}, make, tools=TOOLS,
         detail=lambda d: f"{sum(len(c) - 1 for c in d['groups'].values())} widths, {len(d['blocks'])} blocks",
@@ -311,21 +343,24 @@ def _solver(work: Work) -> Solver:
 def _search(
     work: Work,
     dense: Outcome,
-    probe: Probe,
-    rankings: Mapping[str, Ranking],
+    probe: Probing,
     table: LatencyTable,
     values: Sensitivity,
     ratio: float,
 ) -> Found:
     """Choose, narrow, measure, correct, until the budget holds."""
-    begun = work.run.seconds
+    begun, params = work.run.seconds, _probing(work)
     loop = Loop(
         topology=work.topology,
-        rankings=rankings,
+        rankings=work.rankings,
         solver=_solver(work),
         spec=work.profile.prune,
-        plan_for=lambda widths, dropped: make_plan(work.topology, rankings, widths, dropped),
-        loss=lambda plan: _loss(work, probe, plan),
+        plan_for=lambda widths, dropped: make_plan(work.topology, work.rankings, widths, dropped),
+        loss=lambda plan: _loss(work, "loss", params, plan, lambda: probe().loss(plan)),
+        recovered=lambda plan: _loss(
+            work, "recovered loss", {**params, "recover": work.profile.recover, "steps": SHORT_STEPS}, plan,
+            lambda: _short_recovery(work, probe, plan),
+        ),
         measure=lambda name, plans: _measure_plans(work, dense, name, plans),
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
         effort=EFFORT_MACS / max(1, work.macs * _probed(work)),
@@ -381,21 +416,22 @@ def _sha(data: bytes) -> str:
 
 
 def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
-    """The pruned network repaired; every way of repairing is tried and reported, the asked one is kept."""
+    """The pruned network repaired as asked; the plain ways beside it are tried and reported."""
     chosen = work.profile.prune.repair
     pruned = prune(work.network, plan)
 
     def make(folder: Path) -> dict[str, Any]:
         taps = DenseTaps(work.network, work.samples.joined())
         told = {}
-        for mode in MODES:
-            fixed = repair(pruned, work.network, plan, work.samples, mode, taps=taps)
-            told[mode] = {"loss": _divergence(work, fixed), "accuracy": work.project.validate(predict_torch(fixed))}
+        for mode in dict.fromkeys((*REPORTED, chosen)):
+            fixed = repair(pruned, work.network, plan, work.samples, mode, rankings=work.rankings, taps=taps)
+            accuracy = work.project.validate(predict_torch(fixed))
+            told[mode] = {"loss": _divergence(work, fixed, work.samples), "accuracy": accuracy}
             if mode == chosen:
                 (folder / "repaired.safetensors").write_bytes(save(_state(fixed)))
         return {"weights": folder / "repaired.safetensors", "told": told}
 
-    params = {"repair": chosen, "samples": work.samples.count}
+    params = {"repair": chosen, **_probing(work), "samples": work.samples.count}
     done = work.run.stage(
         Stage("repair"), params, {"project": work.source, "plan": plan.to_json()}, make, tools=TOOLS,
         detail=lambda d: ", ".join(f"{mode} {_score(row)}" for mode, row in d["told"].items()),
@@ -408,14 +444,13 @@ def _score(row: Mapping[str, Any]) -> str:
     return f"{row['accuracy']:.3f}" if row["accuracy"] is not None else f"loss {row['loss']:.3g}"
 
 
-def _divergence(work: Work, model: fx.GraphModule) -> float:
+def _divergence(work: Work, model: fx.GraphModule, samples: Samples) -> float:
     total = 0.0
     with torch.inference_mode():
-        for batch in work.samples.inputs:
+        for batch in samples.inputs:
             outputs, dense = model(*batch), work.network.graph(*batch)
-            first = [x if isinstance(x, torch.Tensor) else x[0] for x in (outputs, dense)]
-            total += float(divergence(*first).sum())
-    return total / work.samples.count
+            total += float(divergence(first(outputs), first(dense)).sum())
+    return total / samples.count
 
 
 def _state(model: fx.GraphModule) -> dict[str, torch.Tensor]:

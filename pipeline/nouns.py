@@ -8,7 +8,7 @@ axis position that belongs to it. -1 marks a position that is never cut. Units w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -87,11 +87,20 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A layer that multiplies. weight: name of its weight. shape: of the weight, dense. positions: per sample."""
+
+    weight: str
+    shape: tuple[int, ...]
+    positions: int
+
+
+@dataclass(frozen=True)
 class Topology:
     """All that pruning, narrowing and the latency table need to know of a network.
 
     params: parameter or buffer name -> axis -> units, for every axis that can be cut.
-    leaves: captured modules whose channels stay, with the reason.
+    leaves: captured modules whose channels stay, with the reason. layers: convolutions and linear layers, in order.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -99,6 +108,7 @@ class Topology:
     params: Mapping[str, Mapping[int, Units]]
     constants: tuple[Constant, ...]
     leaves: tuple[tuple[str, str], ...] = ()
+    layers: tuple[Layer, ...] = ()
 
     @property
     def offered(self) -> tuple[ChannelGroup, ...]:
@@ -211,24 +221,53 @@ class Cut:
 # --- how units are ranked, and what a cut costs in accuracy --------------------------------------------------------
 
 
+Merged = Literal["absorb", "mean"]
+
+
 @dataclass(frozen=True)
 class Ranking:
     """The order in which the units of one group should go.
 
     removal_order: indices into the group's units, first to go first. marginal_loss: the criterion's own estimate of
-    what each removal in that order adds, non-negative, same length. twin: for each removal the surviving unit that can
-    stand in for it. new_weights: parameter name -> array, for criteria that reconstruct.
+    what each removal in that order adds, non-negative, same length; scores of one criterion compare across groups.
+    twin: for each removal the unit that can stand in for it (it may go later itself), -1 for none. merged: what becomes
+    of the pair, "absorb": the twin stays as it is and takes over what the next layers read, "mean": both become their
+    mean. weight: what a loss in this group counts, against other groups, for solvers that compare scores.
     """
 
     group: str
     removal_order: tuple[int, ...]
     marginal_loss: tuple[float, ...]
     twin: tuple[int, ...] | None = None
-    new_weights: Mapping[str, NDArray[np.float32]] | None = None
+    merged: Merged = "absorb"
+    weight: float = 1.0
 
     def keep(self, width: int) -> tuple[int, ...]:
         """Ascending indices of the units that stay when `width` of them stay."""
         return tuple(sorted(self.removal_order[len(self.removal_order) - width :]))
+
+    def stand_ins(self, kept: Iterable[int]) -> dict[int, int]:
+        """Each unit that is not kept -> the kept one that stands in for it, where the chain of twins leads to one."""
+        stays, found = frozenset(kept), {}
+        twins = dict(zip(self.removal_order, self.twin or (), strict=False))
+        for unit in self.removal_order:
+            at, seen = unit, {-1}
+            while at not in stays and at not in seen:
+                seen.add(at)
+                at = twins.get(at, -1)
+            if at in stays and at != unit:
+                found[unit] = at
+        return found
+
+    def to_table(self) -> list[Any]:
+        """Plain data from which `from_table` makes an equal one."""
+        return [self.group, self.removal_order, self.marginal_loss, self.twin, self.merged, self.weight]
+
+    @classmethod
+    def from_table(cls, table: Sequence[Any]) -> Ranking:
+        """Inverse of `to_table`."""
+        group, order, loss, twin, merged, weight = table
+        return cls(group, tuple(order), tuple(loss), None if twin is None else tuple(twin), merged, weight)
 
 
 @dataclass(frozen=True)
@@ -428,8 +467,20 @@ class Solution:
     seconds: float = 0.0
 
 
-Evaluate = Callable[[Solution], tuple[float, float]]
-"""Try a choice: (latency in ms measured on the target, calibration loss). For solvers that search by trying."""
+class Trial(Protocol):
+    """What a solver that searches by trying may ask of a choice. Every answer is kept: asking again costs nothing."""
+
+    def loss(self, choice: Solution) -> float:
+        """Calibration loss after local repair. May be infinite."""
+        ...
+
+    def recovered(self, choice: Solution) -> float:
+        """Calibration loss after repair and a short recovery; after repair alone where there is nothing to train on."""
+        ...
+
+    def measure(self, choices: Sequence[Solution]) -> list[float]:
+        """Latency in ms on the target, in the table's unit (its dense_ms is the dense network's)."""
+        ...
 
 
 # --- the nightly check ---------------------------------------------------------------------------------------------

@@ -22,8 +22,6 @@ from torch import fx
 from pipeline.cache import write_atomic
 from pipeline.nouns import LatencyTable, PruningPlan, Solution
 from pipeline.project.project import predict_torch
-from pipeline.prune.capture import capture
-from pipeline.prune.neutral import macs
 from pipeline.prune.repair import repair
 from pipeline.prune.surgery import prune
 from pipeline.release.bundle import Contents, licence_texts, write_bundle
@@ -226,7 +224,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         pruned=Figures(
             ending.accuracy,
             _parameters(ending.model),
-            _pruned_macs(work, ending.plan),
+            work.operations.macs(ending.plan.widths(work.topology.groups), ending.plan.dropped),
             _predicted(ending, unit, dense_ms[0]),
             *pruned_ms,
         ),
@@ -266,15 +264,11 @@ def _parameters(model: fx.GraphModule) -> int:
     return sum(value.numel() for value in model.parameters())
 
 
-def _pruned_macs(work: Work, plan: PruningPlan) -> int:
-    return macs(capture(prune(work.network, plan), work.network.example))
-
-
 def _dense_figures(
     work: Work, accuracy: float, unit: float, measured: tuple[float | None, tuple[float, float] | None] | None
 ) -> Figures:
     value, interval = measured or (None, None)
-    return Figures(accuracy, _parameters(work.network.graph), macs(work.network), value or unit, value, interval)
+    return Figures(accuracy, _parameters(work.network.graph), work.macs, value or unit, value, interval)
 
 
 def _predicted(ending: Ending, unit: float, dense_ms: float | None) -> float | None:
@@ -400,7 +394,8 @@ def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
 
     def keeps(point: Candidate) -> bool:
         pruned = prune(work.network, point.plan)
-        fixed = repair(pruned, work.network, point.plan, work.samples, work.profile.prune.repair)
+        mode = work.profile.prune.repair
+        fixed = repair(pruned, work.network, point.plan, work.samples, mode, rankings=work.rankings)
         return float(work.project.validate(predict_torch(fixed)) or 0.0) >= wanted
 
     kept = "keeps the accuracy on `validate` after repair alone"

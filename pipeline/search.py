@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.latency.feedback import recalibrate
 from pipeline.latency.solvers.base import Solver
-from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Topology
+from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Solution, Topology
 from pipeline.prune.sensitivity import around
 from profiles.schema import PruneSpec
 
@@ -90,8 +90,9 @@ class Found:
 class Loop:
     """What a search needs of the other parts.
 
-    plan_for: widths and removed blocks -> plan. loss: of a plan after repair. measure: plans -> their latencies,
-    taken together. effort: share of EVALUATIONS that a network of this size is worth.
+    plan_for: widths and removed blocks -> plan. loss: of a plan after repair. recovered: after a short recovery too.
+    measure: plans -> their latencies, taken together. effort: share of EVALUATIONS that a network of this size is
+    worth.
     """
 
     topology: Topology
@@ -100,9 +101,35 @@ class Loop:
     spec: PruneSpec
     plan_for: Callable[[Mapping[str, int], frozenset[str]], PruningPlan]
     loss: Callable[[PruningPlan], float]
+    recovered: Callable[[PruningPlan], float]
     measure: Callable[[str, Sequence[PruningPlan]], Sequence[Measured]]
     progress: Callable[[str], None]
     effort: float = 1.0
+
+
+class Trials:
+    """A search as a solver sees it that tries its choices (`nouns.Trial`)."""
+
+    def __init__(self, search: Search, number: int) -> None:
+        self.search, self.number, self.asked = search, number, 0
+        self.known: dict[str, float] = {}
+
+    def loss(self, choice: Solution) -> float:
+        """Calibration loss after local repair."""
+        return self.search.loss(choice)
+
+    def recovered(self, choice: Solution) -> float:
+        """Calibration loss after a short recovery."""
+        plan = self.search.loop.plan_for(choice.widths, choice.dropped)
+        key = plan.to_json()
+        if key not in self.known:
+            self.known[key] = self.search.loop.recovered(plan)
+        return self.known[key]
+
+    def measure(self, choices: Sequence[Solution]) -> list[float]:
+        """Latency on the target, measured in sessions of a few."""
+        self.asked += 1
+        return self.search.latencies(f"round {self.number} trial {self.asked}", choices)
 
 
 class Search:
@@ -144,11 +171,12 @@ class Search:
     def _explore(self, number: int, evaluations: int) -> None:
         """Solve, and solve again with values measured around what was chosen, at least once."""
         loop, seen = self.loop, set()
-        turns = max(1, evaluations // self._edits())
+        turns = 0 if loop.solver.TRIES else max(1, evaluations // self._edits())
+        trials = Trials(self, number) if loop.solver.TRIES else None
         for turn in range(turns + 1):
             budget_ms = self.ratio * self.aim * self.table.dense_ms
             choice = loop.solver.solve(
-                list(loop.rankings.values()), self.values, self.table, loop.topology, budget_ms, loop.spec, None
+                list(loop.rankings.values()), self.values, self.table, loop.topology, budget_ms, loop.spec, trials
             )
             self._loss(number, choice.widths, choice.dropped)
             key = loop.plan_for(choice.widths, choice.dropped).to_json()
@@ -159,6 +187,25 @@ class Search:
                 lambda widths, dropped: self._loss(number, widths, dropped),
                 loop.topology, self.table.choices, choice.widths, choice.dropped, self.values,
             )  # fmt: skip
+
+    def latencies(self, name: str, choices: Sequence[Solution]) -> list[float]:
+        """Measured latencies of choices in the table's milliseconds; they become candidates that were measured."""
+        plans = [self.loop.plan_for(choice.widths, choice.dropped) for choice in choices]
+        open_ = {p.to_json(): (p, c) for p, c in zip(plans, choices, strict=True)}
+        for key, (_, choice) in open_.items():
+            if key not in self.tried:
+                self._loss(len(self.rounds) + 1, choice.widths, choice.dropped)
+        new = [key for key in open_ if self.tried[key].measured is None]
+        for start in range(0, len(new), MEASURED):
+            part = new[start : start + MEASURED]
+            results = self.loop.measure(f"{name} {start // MEASURED + 1}", [open_[key][0] for key in part])
+            for key, measured in zip(part, results, strict=True):
+                self.tried[key] = replace(self.tried[key], measured=measured)
+        return [self.tried[plan.to_json()].ratio * self.table.dense_ms for plan in plans]
+
+    def loss(self, choice: Solution) -> float:
+        """Measured loss of a choice."""
+        return self._loss(len(self.rounds) + 1, choice.widths, choice.dropped)
 
     def _edits(self) -> int:
         """About how many plans one turn of measuring values tries."""

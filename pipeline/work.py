@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.nouns import Topology
+from pipeline.latency.operations import Operations
+from pipeline.nouns import Ranking, Topology
 from pipeline.project import Project
 from pipeline.prune.capture import Network
 from pipeline.prune.evidence import Samples
-from pipeline.prune.neutral import macs
 from pipeline.report.data import ReportData
 from pipeline.run import Run
 from profiles.schema import Budget, Profile
@@ -34,7 +34,11 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class Work:
-    """What every step needs. repairs: loss and accuracy of each way of repairing, filled by the step that tries it."""
+    """What every step needs.
+
+    rankings: the order in which units go, filled by the step that ranks. repairs: loss and accuracy of each way of
+    repairing, filled by the step that tries it.
+    """
 
     run: Run
     profile: Profile
@@ -43,6 +47,7 @@ class Work:
     project: Project
     network: Network
     samples: Samples
+    rankings: dict[str, Ranking] = field(default_factory=dict)
     repairs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -51,9 +56,14 @@ class Work:
         return self.network.topology
 
     @cached_property
+    def operations(self) -> Operations:
+        """Counts of operations for any choice of widths."""
+        return Operations(self.topology)
+
+    @cached_property
     def macs(self) -> int:
         """Multiply-accumulates of the dense network, per sample."""
-        return macs(self.network)
+        return self.operations.macs()
 
     @property
     def source(self) -> str:

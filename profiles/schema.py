@@ -73,7 +73,10 @@ class PruneSpec(Spec):
 
     criterion: str = "fisher"
     solver: str = "exact"
-    repair: Literal["none", "bn", "least-squares"] = "least-squares"
+    normalise: Literal["none", "macs", "memory", "ms"] = Field(
+        default="none", description="what a unit's score is divided by, for solvers that compare scores of groups"
+    )
+    repair: Literal["none", "bn", "merge", "layerwise", "least-squares"] = "least-squares"
     rounds: int = Field(default=4, ge=1, le=32)
     min_width: int = Field(default=8, ge=1)
     drop_blocks: bool = True

@@ -1,10 +1,11 @@
-"""What rankings are made from, each computed once and shared: calibration batches, outputs, losses, gate gradients."""
+"""What rankings are made from, each computed once and shared: samples, outputs, losses, gate gradients, maps, Grams."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from pipeline.nouns import Topology
 from pipeline.prune.capture import Network
 from pipeline.prune.execute import TouchedRun
 from pipeline.prune.labels import Reader
+from pipeline.prune.maps import Gram, Maps, affordable, grams, maps
+
+MAP_SAMPLES = 64
 
 Loss = Callable[..., Tensor]
 """(outputs, targets) -> scalar mean over the batch."""
@@ -62,7 +66,8 @@ def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
 class Evidence:
     """The shared evidence of one network.
 
-    units: number of unit ids. loss: the project's, None for its default (cross-entropy).
+    samples: of the calibration data; none at all where the project has no data. units: number of unit ids. loss: the
+    project's, None for its default (cross-entropy).
     """
 
     network: Network
@@ -88,14 +93,63 @@ class Evidence:
         drawn from the network's own predictions (the Fisher information of the model itself); outputs that are no
         logits take a random read-out of unit variance.
         """
-        rows, start = [], 0
         source = torch.Generator().manual_seed(self.seed)
-        for batch in self.samples.inputs:
-            size = len(batch[0])
-            targets = None if self.samples.targets is None else self.samples.targets[start : start + size]
-            rows.append(_gate_gradients(self.network, batch, targets, self.loss, self.units, source))
-            start += size
+        rows = [
+            _gate_gradients(self.network, batch, targets, self.loss, self.units, source)
+            for batch, targets in self.batches()
+        ]
         return torch.cat(rows)
+
+    @cached_property
+    def maps(self) -> Maps:
+        """Feature maps of the units of every offered group, as the layers that mix them read them.
+
+        From the first MAP_SAMPLES samples, fewer where the network is large.
+        """
+        return maps(self.network, self.samples.first(min(MAP_SAMPLES, affordable(self.network))).joined())
+
+    @cached_property
+    def grams(self) -> dict[str, Gram]:
+        """Second moments of what each layer reads, from all samples."""
+        return grams(self.network, self.samples.joined())
+
+    @cached_property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """The dense network's (first) output, one tensor for each batch."""
+        with torch.no_grad():
+            return tuple(first(self.network.graph(*batch)) for batch in self.samples.inputs)
+
+    def batches(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+        """Batches of inputs with their targets, None where the calibration data gives none."""
+        start = 0
+        for batch in self.samples.inputs:
+            stop = start + len(batch[0])
+            yield batch, None if self.samples.targets is None else self.samples.targets[start:stop]
+            start = stop
+
+    def gated(self, inputs: tuple[Tensor, ...], gates: Tensor) -> Any:
+        """The network's outputs with every unit multiplied by its gate where it is read; takes gradients.
+
+        gates: shape (units,), or (samples, units) for gates of each sample's own.
+        """
+
+        def touch(reader: Reader, x: Tensor) -> Tensor:
+            ids = torch.from_numpy(reader.ids).long()
+            own = torch.where(ids < 0, torch.ones((), dtype=gates.dtype), gates[..., ids.clamp_min(0)])
+            view = [len(own) if gates.dim() == 2 else 1] + [1] * (x.dim() - 1)
+            view[reader.axis] = len(ids)
+            return x * own.reshape(view)
+
+        return TouchedRun(self.network.graph, self.network.readers, touch).run(*inputs)
+
+    def task_loss(self, outputs: Any, targets: Tensor | None) -> Tensor:
+        """The project's loss (mean over the batch), of labels drawn from the outputs where there are no targets."""
+        return _loss(outputs, targets, self.loss, torch.Generator().manual_seed(self.seed))
+
+
+def first(outputs: Any) -> Tensor:
+    """The first output of a network."""
+    return outputs if isinstance(outputs, Tensor) else next(iter(outputs))
 
 
 def _gate_gradients(
@@ -133,15 +187,15 @@ def _gate_gradients(
 
 
 def _loss(
-    outputs: Tensor | Sequence[Tensor], targets: Tensor | None, loss: Loss | None, source: torch.Generator
+    outputs: Any, targets: Tensor | None, loss: Loss | None, source: torch.Generator
 ) -> Tensor:
     if targets is not None and loss is not None:
         return loss(outputs, targets)
     if targets is not None and isinstance(outputs, Tensor):
         return F.cross_entropy(outputs, targets)
-    first = outputs if isinstance(outputs, Tensor) else outputs[0]
-    if first.dim() == 2 and first.shape[1] > 1:
-        own = torch.multinomial(first.detach().softmax(1), 1, generator=source).squeeze(1)
-        return F.cross_entropy(first, own)
-    readout = torch.randn(first.shape, generator=source)
-    return (first * readout).flatten(1).sum(1).mean()
+    logits = first(outputs)
+    if logits.dim() == 2 and logits.shape[1] > 1:
+        own = torch.multinomial(logits.detach().softmax(1), 1, generator=source).squeeze(1)
+        return F.cross_entropy(logits, own)
+    readout = torch.randn(logits.shape, generator=source)
+    return (logits * readout).flatten(1).sum(1).mean()

@@ -20,7 +20,7 @@ from pipeline.nouns import Block, ChannelGroup, Constant, Topology, Units
 from pipeline.prune import operators
 from pipeline.prune.capture import Network, ancestors, weight_count
 from pipeline.prune.labels import NONE, Ids, Labels, LabelSpace, Op, Reader
-from pipeline.prune.neutral import describe
+from pipeline.prune.neutral import describe, layers
 from pipeline.prune.rules.base import rules, unknown
 
 
@@ -107,7 +107,8 @@ def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topo
     produced = {f"{name}[{axis}]" for name, axis in space.produced}
     groups = _groups(params, produced, frozen, blocks)
     readers = tuple(dataclasses.replace(r, ids=units(r.ids)) for r in space.readers)  # type: ignore[arg-type]
-    return Topology(groups, blocks, dict(params), constants, tuple(network.leaves.items())), readers
+    leaves = tuple(network.leaves.items())
+    return Topology(groups, blocks, dict(params), constants, leaves, layers(network)), readers
 
 
 def _groups(

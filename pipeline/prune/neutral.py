@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from pipeline.nouns import Layer
 from pipeline.prune import operators
 from pipeline.prune.capture import Network
 from pipeline.prune.labels import Op
@@ -259,13 +260,13 @@ def _spatial_getitem(node: fx.Node, shapes: dict[str, tuple[int, ...]]) -> Descr
     return _plain("spatial") if plain else _plain("leaf", reason=f"there is no rule for the index of '{node.name}'")
 
 
-def macs(network: Network) -> int:
-    """Multiply-accumulates of convolutions and fully connected layers for the example's batch, per sample."""
-    total = 0
+def layers(network: Network) -> tuple[Layer, ...]:
+    """Convolutions and fully connected layers in execution order, a shared weight once for each use."""
+    found = []
     for op in describe(network):
         if op.kind in ("conv", "conv_transpose", "linear"):
             weight = _attribute(network.graph, op.params["weight"])
             shape = op.in_shapes[0] if op.kind == "conv_transpose" else op.out_shape
             positions = math.prod(shape[2:]) if op.kind != "linear" else math.prod(shape[1:-1])
-            total += weight.numel() * positions
-    return total
+            found.append(Layer(op.params["weight"], tuple(weight.shape), positions))
+    return tuple(found)

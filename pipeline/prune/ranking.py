@@ -14,6 +14,11 @@ from profiles.errors import UsageError
 def rank(evidence: Evidence, criterion: str) -> dict[str, Ranking]:
     """Group id -> ranking. Raises UsageError for an unknown criterion or one that needs what the project lacks."""
     chosen = cast(Criterion, plugins.load(PACKAGE, criterion))
+    if chosen.NEEDS and not evidence.samples.count:
+        raise UsageError(
+            f"the criterion '{criterion}' needs calibration inputs, and the project has no [data].",
+            "add [data] with calibration to deploy.toml, or --criterion red, magnitude or lamp.",
+        )
     if "targets" in chosen.NEEDS and evidence.samples.targets is None:
         raise UsageError(
             f"the criterion '{criterion}' needs labels, and data.calibration gives none.",

@@ -1,4 +1,4 @@
-"""Repair without training: batch-norm statistics, or sequential least squares.
+"""Repair without training: batch-norm statistics, stand-ins (merge.py), or sequential least squares.
 
 Least squares walks through the pruned network in execution order. At each layer the inputs X are those of the *pruned*
 network as repaired so far, the target T is the dense network's value where the layer's output lands (taps.py), and
@@ -17,23 +17,27 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from pipeline.nouns import Cut, PruningPlan
+from pipeline.nouns import Cut, PruningPlan, Ranking
 from pipeline.prune.capture import Network
 from pipeline.prune.evidence import Samples
+from pipeline.prune.maps import grams
+from pipeline.prune.merge import layerwise, merge
 from pipeline.prune.plan import resolve
-from pipeline.prune.taps import DenseTaps, Tap, aims, find_tap, is_layer, positions, rows
+from pipeline.prune.taps import DenseTaps, Tap, aims, find_tap, is_layer, patches, rows, set_bias
+from profiles.errors import UsageError
 
 RIDGE = 1e-3
 HEAD_RIDGE = 1e-2
 RELU_TURNS = 6
 LIVE_MIB = 768
-MODES = ("none", "bn", "least-squares")
+MODES = ("none", "bn", "merge", "layerwise", "least-squares")
+NEED_INPUTS = ("bn", "layerwise", "least-squares")
 
 
 def affordable(network: Network) -> int:
@@ -49,13 +53,23 @@ def repair(
     samples: Samples,
     mode: str = "least-squares",
     *,
+    rankings: Mapping[str, Ranking] | None = None,
     taps: DenseTaps | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> fx.GraphModule:
     """A repaired copy of a pruned network, in eval mode; neither argument is touched.
 
-    mode: none | bn | least-squares. taps: dense values of the same samples, to share between calls.
+    mode: one of MODES; "merge" needs the rankings that the plan was made with. taps: dense values of the same samples,
+    to share between calls. "merge" and "layerwise" begin at the dense network's weights. Raises UsageError for a mode
+    that needs what is not there.
     """
+    if mode in NEED_INPUTS and not samples.count:
+        hint = "add data.calibration to deploy.toml, or --set prune.repair=merge."
+        raise UsageError(f"the repair '{mode}' needs calibration inputs, and the project has none.", hint)
+    if mode == "merge":
+        return merge(network, plan, rankings or {}, samples.joined() if samples.count else None).eval()
+    if mode == "layerwise":
+        return layerwise(network, plan, grams(network, samples.joined())).eval()
     repaired = copy.deepcopy(pruned).eval()
     if mode == "bn":
         _recalibrate(repaired, samples)
@@ -131,46 +145,21 @@ class SequentialFit(fx.Interpreter):
         if wanted not in self.taps:
             return
         layer = self.pruned.get_submodule(str(node.target))
-        patches = _patches(layer, x, self.taps.limit)
+        seen = patches(layer, x, self.taps.limit)
         target = self.taps.value(wanted)
         kept = self.cut.params.get(f"{node.target}.weight", {}).get(0)
         if kept is not None:
             target = target[:, torch.from_numpy(kept)]
-        if patches.shape[0] != target.shape[0]:
+        if seen.shape[0] != target.shape[0]:
             return
         if tap.other is not None:
             other = self.env[next(m for m in self.env if m.name == tap.other)]
             target = target - rows(other, self.taps.limit, last=isinstance(layer, nn.Linear))
-        _solve(layer, self._norm(tap), patches, target, self.turns if tap.relu else 1)
+        _solve(layer, self._norm(tap), seen, target, self.turns if tap.relu else 1)
 
     def _norm(self, tap: Tap) -> nn.BatchNorm2d | None:
         norm = self.pruned.get_submodule(tap.norm) if tap.norm else None
         return norm if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None  # type: ignore[return-value]
-
-
-def _patches(layer: nn.Module, x: Tensor, limit: int) -> Tensor:
-    """What each kept output position reads, shape (rows, groups, inputs per group)."""
-    if isinstance(layer, nn.Linear):
-        return rows(x, limit, last=True).unsqueeze(1)
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    flat = isinstance(layer, nn.Conv1d)
-    kernel, stride, dilation = (_pair(v, flat) for v in (layer.kernel_size, layer.stride, layer.dilation))
-    padded = nn.functional.pad(x, layer._reversed_padding_repeated_twice)
-    padded = padded.unsqueeze(2) if flat else padded
-    n, c, h, w = padded.shape
-    out_h = (h - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
-    out_w = (w - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    sample, place = positions((n, c, out_h * out_w), n, limit)
-    sn, sc, sh, sw = padded.stride()
-    windows = padded.as_strided(
-        (n, c, out_h, out_w, *kernel), (sn, sc, sh * stride[0], sw * stride[1], sh * dilation[0], sw * dilation[1])
-    )
-    taken = windows[sample, :, place // out_w, place % out_w]
-    return taken.reshape(taken.shape[0], layer.groups, -1)
-
-
-def _pair(value: Any, flat: bool) -> tuple[int, int]:
-    return (1, int(value[0])) if flat else (int(value[0]), int(value[1]))
 
 
 def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, target: Tensor, turns: int) -> None:
@@ -213,7 +202,7 @@ def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, targe
         return
     mask = alive.reshape(groups, -1, 1)
     weight.data.copy_(torch.where(mask, new, old).reshape(weight.shape))
-    _set_bias(layer, norm, torch.where(alive, bias, offset), offset)
+    set_bias(layer, norm, torch.where(alive, bias, offset), offset)
 
 
 def _not_positive(target: Tensor, landed: Tensor) -> Tensor:
@@ -225,13 +214,3 @@ def _predict(centred: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Ten
     y = (centred @ weight.transpose(1, 2)).transpose(0, 1)  # (rows, groups, out)
     y = y + torch.einsum("god,gd->go", weight, mean)
     return y.reshape(y.shape[0], -1) + bias
-
-
-def _set_bias(layer: nn.Module, norm: nn.BatchNorm2d | None, bias: Tensor, offset: Tensor) -> None:
-    own = cast("nn.Parameter | None", layer.bias)
-    if own is not None:
-        own.data.copy_(bias)
-    elif norm is not None and norm.running_mean is not None:
-        norm.running_mean.sub_(bias - offset)
-    else:
-        layer.bias = nn.Parameter(bias.clone())

@@ -1,4 +1,4 @@
-"""What a cut costs in accuracy, measured: the calibration divergence after local least-squares repair.
+"""What a cut costs in accuracy, measured: the calibration divergence after local repair, by least squares or as asked.
 
 One edit at a time: a group at a few of its widths, or one block removed. Everything behind the edit is refitted and run
 again (what lies before is as in the dense network): refitting only the next layer overstates the cost of a block up to
@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 
 from pipeline.nouns import Cut, DropBlock, KeepUnits, PruningPlan, Ranking, Sensitivity, Topology
 from pipeline.prune.capture import Network
-from pipeline.prune.evidence import Samples, divergence
+from pipeline.prune.evidence import Samples, divergence, first
 from pipeline.prune.plan import resolve
-from pipeline.prune.repair import SequentialFit
+from pipeline.prune.repair import SequentialFit, repair
 from pipeline.prune.surgery import carry_out
 from pipeline.prune.taps import DenseTaps, aims, find_tap, is_layer
 
@@ -38,7 +38,7 @@ class LossProbe:
         self.inputs = samples.joined()
         self.taps = DenseTaps(network, self.inputs, ROWS)
         self.values = _dense_values(network.graph, self.inputs)
-        self.dense = _first(self.values[_output(network.graph)])
+        self.dense = first(self.values[_output(network.graph)])
         self.whole = resolve(network.topology, PruningPlan())
 
     @torch.no_grad()
@@ -51,12 +51,29 @@ class LossProbe:
         pruned = carry_out(self.network.graph, cut)
         start = _start(pruned, _changed(self.network, pruned, cut, self.whole), self.values)
         outputs = SequentialFit(pruned, self.network, cut, self.taps, turns=TURNS).run(*self.inputs, initial_env=start)
-        loss = float(divergence(_first(outputs), self.dense).mean())
+        loss = float(divergence(first(outputs), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
 
 
-def _first(outputs: object) -> Tensor:
-    return outputs if isinstance(outputs, Tensor) else next(iter(outputs))  # type: ignore[call-overload]
+class RepairProbe:
+    """Measures the loss of edits after a whole repair of another kind than least squares; as slow as that repair."""
+
+    def __init__(self, network: Network, samples: Samples, mode: str, rankings: Mapping[str, Ranking]) -> None:
+        self.network, self.samples, self.mode, self.rankings = network, samples, mode, rankings
+        self.inputs = samples.joined()
+        with torch.no_grad():
+            self.dense = first(network.graph(*self.inputs))
+
+    @torch.no_grad()
+    def loss(self, plan: PruningPlan) -> float:
+        """Mean divergence of a plan after repair; infinite if not finite."""
+        pruned = carry_out(self.network.graph, resolve(self.network.topology, plan))
+        fixed = repair(pruned, self.network, plan, self.samples, self.mode, rankings=self.rankings)
+        loss = float(divergence(first(fixed(*self.inputs)), self.dense).mean())
+        return loss if math.isfinite(loss) else math.inf
+
+
+Probe = LossProbe | RepairProbe
 
 
 def _output(graph: fx.GraphModule) -> str:
@@ -160,7 +177,7 @@ def affordable(network: Network) -> int:
 
 
 def measure(
-    probe: LossProbe,
+    probe: Probe,
     rankings: Mapping[str, Ranking],
     choices: Mapping[str, Sequence[int]],
     *,

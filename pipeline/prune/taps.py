@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -139,6 +140,43 @@ def rows(x: Tensor, limit: int = ROWS, *, last: bool = False) -> Tensor:
     moved = x.movedim(-1, 1) if last else x
     sample, place = positions(moved.shape, len(x), limit)
     return moved.flatten(2)[sample, :, place]
+
+
+def patches(layer: nn.Module, x: Tensor, limit: int) -> Tensor:
+    """What each kept output position reads, shape (rows, groups, inputs per group)."""
+    if isinstance(layer, nn.Linear):
+        return rows(x, limit, last=True).unsqueeze(1)
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    flat = isinstance(layer, nn.Conv1d)
+    kernel, stride, dilation = (_pair(v, flat) for v in (layer.kernel_size, layer.stride, layer.dilation))
+    padded = F.pad(x, layer._reversed_padding_repeated_twice)
+    padded = padded.unsqueeze(2) if flat else padded
+    n, c, h, w = padded.shape
+    out_h = (h - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    out_w = (w - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
+    sample, place = positions((n, c, out_h * out_w), n, limit)
+    sn, sc, sh, sw = padded.stride()
+    windows = padded.as_strided(
+        (n, c, out_h, out_w, *kernel), (sn, sc, sh * stride[0], sw * stride[1], sh * dilation[0], sw * dilation[1])
+    )
+    taken = windows[sample, :, place // out_w, place % out_w]
+    return taken.reshape(taken.shape[0], layer.groups, -1)
+
+
+def _pair(value: Any, flat: bool) -> tuple[int, int]:
+    return (1, int(value[0])) if flat else (int(value[0]), int(value[1]))
+
+
+def set_bias(layer: nn.Module, norm: nn.Module | None, bias: Tensor, before: Tensor) -> None:
+    """Give a layer a bias, or the batch norm behind it a mean, that moves its output from `before` to `bias`."""
+    own = cast("nn.Parameter | None", layer.bias)
+    running = getattr(norm, "running_mean", None)
+    if own is not None:
+        own.data.copy_(bias)
+    elif running is not None:
+        running.sub_(bias - before)
+    else:
+        layer.bias = nn.Parameter(bias.clone())
 
 
 class DenseTaps:

@@ -99,6 +99,7 @@ class Device:
 
     def search(self, ratio: float, rounds: int = 6, effort: float = 1.0) -> Found:
         loop = Loop(
+            recovered=lambda plan: 0.0,
             topology=TOPOLOGY,
             rankings=RANKINGS,
             solver=SOLVER,

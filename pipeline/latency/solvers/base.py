@@ -1,7 +1,9 @@
 """The contract of a solver: which width every group gets and which blocks go, so that the predicted latency fits.
 
 A solver is a file with one function `solve`. It returns a `Solution` whose widths are all on the table's grid and whose
-predicted latency is at most `budget_ms`; when there is none it raises the `MissedError` of `infeasible`.
+predicted latency is at most `budget_ms`; when there is none it raises the `MissedError` of `infeasible`. A solver that
+searches by trying sets TRIES and asks its `trial`; the loop then calls it once a round, and not again for every turn of
+measured values. In a dry run there is no trial, and it has to do without.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from pipeline.nouns import Evaluate, LatencyTable, Ranking, Sensitivity, Solution, Topology
+from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topology, Trial
 from profiles.errors import MissedError
 from profiles.schema import PruneSpec
 
@@ -18,7 +20,9 @@ FIT = 1.0 + 1e-6
 
 
 class Solver(Protocol):
-    """A module of this folder."""
+    """A module of this folder. TRIES: whether it asks a trial."""
+
+    TRIES: bool
 
     def solve(
         self,
@@ -28,7 +32,7 @@ class Solver(Protocol):
         topology: Topology,
         budget_ms: float,
         spec: PruneSpec,
-        evaluate: Evaluate | None = None,
+        trial: Trial | None = None,
     ) -> Solution:
         """Choose widths and blocks. Raises MissedError when nothing that the table allows fits the budget."""
         ...

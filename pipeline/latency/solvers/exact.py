@@ -15,12 +15,15 @@ import numpy as np
 from pipeline.latency.program import Answer, Program, formulate, narrowest
 from pipeline.latency.solvers import greedy
 from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable, infeasible
-from pipeline.nouns import Evaluate, LatencyTable, Ranking, Sensitivity, Solution, Topology
+from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topology, Trial
 from profiles.errors import MissedError
 from profiles.schema import PruneSpec
 
 TIE = 1e-4
 """Weight of latency / budget in an objective whose loss is of order one."""
+
+
+TRIES = False
 
 
 def solve(
@@ -30,7 +33,7 @@ def solve(
     topology: Topology,
     budget_ms: float,
     spec: PruneSpec,
-    evaluate: Evaluate | None = None,
+    trial: Trial | None = None,
 ) -> Solution:
     """The best choice, proven unless `spec.solver_seconds` ran out; `gap` is what is left unproven, relative.
 

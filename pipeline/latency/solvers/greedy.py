@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from pipeline.latency.program import narrowest
 from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable, infeasible
-from pipeline.nouns import Evaluate, LatencyTable, Ranking, Sensitivity, SiteCost, Solution, Topology
+from pipeline.nouns import LatencyTable, Ranking, Sensitivity, SiteCost, Solution, Topology, Trial
 from profiles.schema import PruneSpec
 
 Cut = tuple[tuple[str, int], ...]
@@ -135,6 +135,9 @@ class Descent:
         self.known = {c: gain for c, gain in self.known.items() if not any(name in touched for name, _ in c)}
 
 
+TRIES = False
+
+
 def solve(
     rankings: Sequence[Ranking],
     sensitivity: Sensitivity,
@@ -142,7 +145,7 @@ def solve(
     topology: Topology,
     budget_ms: float,
     spec: PruneSpec,
-    evaluate: Evaluate | None = None,
+    trial: Trial | None = None,
 ) -> Solution:
     """Cut from the dense network until the budget fits. Raises MissedError where it ends before that."""
     start = time.perf_counter()

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.latency.program import nearest
 from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, infeasible
-from pipeline.nouns import Evaluate, LatencyTable, Ranking, Sensitivity, Solution, Topology
+from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topology, Trial
 from profiles.schema import PruneSpec
+
+TRIES = False
 
 
 def solve(
@@ -23,7 +25,7 @@ def solve(
     topology: Topology,
     budget_ms: float,
     spec: PruneSpec,
-    evaluate: Evaluate | None = None,
+    trial: Trial | None = None,
 ) -> Solution:
     """The widest uniform choice that fits. Raises MissedError, naming the fastest uniform one, where none does."""
     start = time.perf_counter()

@@ -1,7 +1,9 @@
 """Contract of a criterion: `rank(evidence) -> list[Ranking]`, one for each offered group, and `NEEDS`.
 
-NEEDS names what the project must have besides calibration inputs: "targets" or nothing. A criterion decides the order
-in which units of one group go; how many go is decided by measured values (sensitivity.py) and the solver.
+NEEDS names what the project must give: "inputs" for calibration inputs, "targets" for their labels too, or nothing at
+all for a criterion that looks at weights alone. A criterion decides the order in which units of one group go; how many
+go is decided by measured values (sensitivity.py) and the solver. Scores are non-negative and finite, and do not depend
+on the order of channels: permuted units give permuted rankings. The same evidence and seed give the same ranking.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pipeline.nouns import Ranking, Topology
+from pipeline.nouns import ChannelGroup, Ranking, Topology
 from pipeline.prune.evidence import Evidence
 
 PACKAGE = "pipeline.prune.criteria"
@@ -30,9 +32,11 @@ class Criterion(Protocol):
 def by_score(topology: Topology, scores: ArrayLike) -> list[Ranking]:
     """Rankings from one score a unit id: the lowest goes first, ties by position."""
     values = np.asarray(scores, dtype=np.float64)
-    rankings = []
-    for group in topology.offered:
-        own = values[list(group.units)]
-        order = np.argsort(own, kind="stable")
-        rankings.append(Ranking(group.id, tuple(int(i) for i in order), tuple(float(v) for v in own[order])))
-    return rankings
+    return [ordered(group, values[list(group.units)]) for group in topology.offered]
+
+
+def ordered(group: ChannelGroup, scores: ArrayLike, weight: float = 1.0) -> Ranking:
+    """The ranking of one group from a score a unit, in the group's order: the lowest goes first, ties by position."""
+    own = np.asarray(scores, dtype=np.float64)
+    order = np.argsort(own, kind="stable")
+    return Ranking(group.id, tuple(int(i) for i in order), tuple(float(v) for v in own[order]), weight=weight)

@@ -63,6 +63,7 @@ VARIANTS: tuple[tuple[tuple[int, int, int], ...], ...] = (
 """Abs nodes that are added, as (size of the map, the first Relu of that size that gets one, how many)."""
 QUOTA = Path("/sys/fs/cgroup/cpu/edge-deploy-verdicts")
 QUOTA_SHARE = 0.4
+"""Of what the arms ask for: together a whole processor, one of the three alone a third of it."""
 SAMPLES = 400
 """Inferences of each night's baseline that are kept, evenly spaced, for the peers' rules."""
 PEERS = ("equal", "equal, loaded")
@@ -168,7 +169,8 @@ def quota(name: str | None) -> Iterator[None]:
     """A processor quota on the workers of one arm, or (None) on every one, for as long as they live."""
     QUOTA.mkdir(exist_ok=True)
     (QUOTA / "cpu.cfs_period_us").write_text("100000")
-    (QUOTA / "cpu.cfs_quota_us").write_text(str(int(QUOTA_SHARE * 100000)))
+    share = QUOTA_SHARE / (3 if name else 1)
+    (QUOTA / "cpu.cfs_quota_us").write_text(str(int(share * 100000)))
     done = threading.Event()
 
     def follow() -> None:

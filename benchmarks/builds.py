@@ -18,6 +18,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def main(asked: list[str]) -> None:
         print(line(cell, row))
 
 
-def build(project: str, budget: str) -> dict[str, Any]:
-    """Run one cell and verify its bundle."""
+def build(project: str, budget: str, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Run one cell and verify its bundle. flags: more of `deploy build`."""
     WORK.mkdir(parents=True, exist_ok=True)
     folder = ROOT / "benchmarks" / "projects" / project
-    asked = [*DEPLOY, "build", "--target", "local", "--project", str(folder), "--budget", budget, "--json"]
+    asked = [*DEPLOY, "build", "--target", "local", "--project", str(folder), "--budget", budget, "--json", *flags]
     done = subprocess.run(asked, cwd=WORK, stdout=subprocess.PIPE, text=True, check=False)
     summary = json.loads(done.stdout.splitlines()[-1])
     row: dict[str, Any] = {"exit_code": done.returncode, "summary": summary, "machine": machine()}

@@ -1,0 +1,177 @@
+"""Every method at the same measured latency: what it keeps without repair, with each repair, and after one epoch.
+
+    python -m benchmarks.methods                       all cells that have no result yet (hours)
+    python -m benchmarks.methods --minutes 60          for at most that long
+    python -m benchmarks.methods --only criteria       one family: criteria, solvers, hooks, repairs
+    python -m benchmarks.methods --table               what there is so far, and the picture
+
+A cell is a whole `deploy build` at 0.5x on the ResNet-20 of GTSRB or the ResNet-56 of JPEG-re-encoded CIFAR-10, so its
+latency is the accepted one. Criteria are compared without the removal of blocks, which would leave them little to
+order; solvers, hooks and repairs with it. What is random has three seeds. Cells are kept one by one in
+benchmarks/results/methods.json; benchmarks/results/methods.png draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import builds
+from pipeline.prune.criteria.base import PACKAGE as CRITERIA
+from pipeline.prune.repair import MODES
+from pipeline.recover.train import HOOKS
+from profiles import plugins
+
+RESULTS = Path(__file__).resolve().parent / "results" / "methods.json"
+PICTURE = RESULTS.with_suffix(".png")
+SOLVERS = "pipeline.latency.solvers"
+PROJECTS = ("resnet20_gtsrb", "resnet56_cifar10_jpeg")
+BUDGET = "0.5x"
+SEEDS = {"random": 3, "information": 3, "genetic": 3, "scop": 3, "scop-generator": 3, "haste": 3}
+"""Methods that draw at random, and how many seeds they get."""
+NORMALISERS = ("none", "macs", "memory", "ms")
+FAMILIES = ("criteria", "solvers", "hooks", "repairs")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One build. flags: what it asks of `deploy build` beside project and budget."""
+
+    family: str
+    method: str
+    seed: int
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The key of its result."""
+        return f"{self.family}/{self.method}/{self.seed}"
+
+
+def cells() -> Iterator[Cell]:
+    """Every cell of one project."""
+    for criterion in plugins.names(CRITERIA):
+        for seed in range(SEEDS.get(criterion, 1)):
+            flags = ("--criterion", criterion, "--set", "prune.drop_blocks=false", "--set", f"prune.seed={seed}")
+            yield Cell("criteria", criterion, seed, flags)
+    for solver in plugins.names(SOLVERS):
+        for seed in range(SEEDS.get(solver, 1)):
+            yield Cell("solvers", solver, seed, ("--solver", solver, "--set", f"prune.seed={seed}"))
+    for normaliser in NORMALISERS:  # Group Fisher's ablation: only a global threshold sees the difference
+        flags = ("--solver", "threshold", "--set", f"prune.normalise={normaliser}")
+        yield Cell("solvers", f"threshold by {normaliser}", 0, flags)
+    for hook in plugins.names(HOOKS):
+        yield Cell("hooks", hook, 0, ("--set", f'recover.hooks=["{hook}"]'))
+    for mode in MODES:
+        yield Cell("repairs", mode, 0, ("--repair", mode, "--criterion", "qsfm-psnr"))
+
+
+def run(minutes: float, families: tuple[str, ...]) -> None:
+    """Cells in turn, until all are done or the time is up."""
+    end, results = time.monotonic() + 60 * minutes, read()
+    for project in PROJECTS:
+        kept = results.setdefault(project, {})
+        for cell in cells():
+            if cell.family not in families or cell.name in kept:
+                continue
+            if time.monotonic() > end:
+                return
+            print(f"== {project} {cell.name}", flush=True)
+            kept[cell.name] = builds.build(project, BUDGET, cell.flags)
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            print(line(cell.name, kept[cell.name]), flush=True)
+
+
+def read() -> dict[str, dict[str, Any]]:
+    """What there is so far: project -> cell -> row."""
+    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    return found
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """One cell in a line: latency, validation accuracy after each repair, test accuracy after the epoch, seconds."""
+    summary = row["summary"]
+    if summary.get("latency_ratio") is None:
+        return f"{name:<32} exit {row['exit_code']}: {summary.get('error') or summary.get('verdict')}"
+    repairs = row.get("repairs", {})
+    told = " ".join(f"{mode} {_share(repairs.get(mode, {}).get('validate'))}" for mode in MODES if mode in repairs)
+    seconds = row.get("seconds", {})
+    spent = f"rank {seconds.get('rank', 0):.0f} s, search {seconds.get('search', 0):.0f} s"
+    return f"{name:<32} {summary['latency_ratio']:.3f}x  {told}  epoch {_share(summary['accuracy'])}  {spent}"
+
+
+def _share(value: float | None) -> str:
+    return "   -" if value is None else f"{100 * value:5.1f}"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """All cells, and what they were taken on."""
+    lines = []
+    for project, rows in results.items():
+        first: dict[str, Any] = next(iter(rows.values()), {})
+        dense = first.get("summary", {}).get("accuracy_dense")
+        lines.append(f"{project} at {BUDGET}, dense {_share(dense)}: {first.get('machine')} {first.get('versions')}")
+        lines += [line(name, row) for name, row in sorted(rows.items())]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Accuracy of each cell after each step, one panel a project and family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [(p, f) for p in results for f in FAMILIES if any(name.startswith(f) for name in results[p])]
+    if not shown:
+        return
+    figure, panels = plt.subplots(len(shown), 1, figsize=(9, 4 * len(shown)), squeeze=False, layout="constrained")
+    steps = {"none": "o", "bn": "s", "merge": "v", "layerwise": "^", "least-squares": "D", "epoch": "*"}
+    for (project, family), panel in zip(shown, panels[:, 0], strict=True):
+        rows = {
+            name: row
+            for name, row in sorted(results[project].items())
+            if name.startswith(family) and row["summary"].get("latency_ratio") is not None
+        }
+        labels = [name.removeprefix(f"{family}/") for name in rows]
+        for step, marker in steps.items():
+            points = [
+                (i, row["summary"]["accuracy"] if step == "epoch" else row["repairs"].get(step, {}).get("validate"))
+                for i, row in enumerate(rows.values())
+            ]
+            known = [(i, 100 * value) for i, value in points if value is not None]
+            if known:
+                panel.plot(*zip(*known, strict=True), marker, label=step)
+        panel.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+        panel.set_ylabel("accuracy, %")
+        panel.set_title(f"{project}: {family}, all at {BUDGET} of the dense latency as measured")
+        panel.legend(ncols=6, fontsize="small")
+        panel.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Run, then print the table and draw it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--minutes", type=float, default=1e6)
+    parser.add_argument("--only", help=f"families, divided by commas: {', '.join(FAMILIES)}")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    families = tuple(asked.only.split(",")) if asked.only else FAMILIES
+    if not asked.table:
+        run(asked.minutes, families)
+    print(table(read()))
+    draw(read(), PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

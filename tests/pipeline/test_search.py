@@ -20,7 +20,9 @@ from pipeline.nouns import (
     Sensitivity,
     Site,
     SiteCost,
+    Solution,
     Topology,
+    Trial,
 )
 from pipeline.prune.plan import make_plan
 from pipeline.prune.sensitivity import around
@@ -86,10 +88,15 @@ class Device:
         self.bias, self.least = bias, least
         self.asked: list[tuple[str, tuple[PruningPlan, ...]]] = []
         self.told: list[str] = []
+        self.trained = 0
 
     def true_ratio(self, plan: PruningPlan) -> float:
         ms = TABLE.predict(plan.widths(TOPOLOGY.groups), plan.dropped).ms
         return max(self.least, self.bias * ms / TABLE.dense_ms)
+
+    def recovered(self, plan: PruningPlan) -> float:
+        self.trained += 1
+        return true_loss(plan.widths(TOPOLOGY.groups), plan.dropped) / 2
 
     def measure(self, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
         self.asked.append((name, tuple(plans)))
@@ -97,15 +104,15 @@ class Device:
         ratios = [self.true_ratio(plan) for plan in plans]
         return [Measured(r, 0.998 * r, 1.002 * r, 2.0) for r in ratios]
 
-    def search(self, ratio: float, rounds: int = 6, effort: float = 1.0) -> Found:
+    def search(self, ratio: float, rounds: int = 6, effort: float = 1.0, solver: Solver = SOLVER) -> Found:
         loop = Loop(
-            recovered=lambda plan: 0.0,
             topology=TOPOLOGY,
             rankings=RANKINGS,
-            solver=SOLVER,
+            solver=solver,
             spec=PruneSpec(rounds=rounds, slack=SLACK),
             plan_for=lambda widths, dropped: make_plan(TOPOLOGY, RANKINGS, widths, dropped),
             loss=lambda plan: true_loss(plan.widths(TOPOLOGY.groups), plan.dropped),
+            recovered=self.recovered,
             measure=self.measure,
             progress=self.told.append,
             effort=effort,
@@ -177,6 +184,10 @@ def test_what_is_chosen_has_the_lowest_loss_of_all_that_were_measured_to_keep_th
 
 class Flattering(Device):
     """Its first measurement of any network is 8 % too good."""
+
+    def recovered(self, plan: PruningPlan) -> float:
+        self.trained += 1
+        return true_loss(plan.widths(TOPOLOGY.groups), plan.dropped) / 2
 
     def measure(self, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
         shade = 0.92 if name.startswith("round ") else 1.0
@@ -289,3 +300,42 @@ def test_values_never_rise_with_width_and_are_never_below_zero():
         losses = [curve[width] for width in sorted(curve)]
         assert losses == sorted(losses, reverse=True) and min(losses) >= 0
     assert values.blocks["branch"] >= 0
+
+
+class Trying:
+    """A solver that measures the exact solver's answer and two narrower networks, twice, and keeps the best."""
+
+    TRIES = True
+
+    def __init__(self) -> None:
+        self.answers: list[list[float]] = []
+
+    def solve(
+        self,
+        rankings: Sequence[Ranking],
+        sensitivity: Sensitivity,
+        table: LatencyTable,
+        topology: Topology,
+        budget_ms: float,
+        spec: PruneSpec,
+        trial: Trial | None = None,
+    ) -> Solution:
+        assert trial is not None
+        first = SOLVER.solve(rankings, sensitivity, table, topology, budget_ms, spec)
+        narrower = [replace(first, widths={**first.widths, name: 8}) for name in ("stem", "mid")]
+        tried = [first, *narrower]
+        self.answers += [trial.measure(tried), trial.measure(tried[::-1])[::-1]]
+        assert [trial.recovered(c) for c in tried] == [trial.loss(c) / 2 for c in tried]
+        fitting = [c for c, ms in zip(tried, self.answers[-1], strict=True) if ms <= budget_ms]
+        return min(fitting, key=trial.recovered)
+
+
+def test_a_solver_that_tries_is_asked_once_a_round_and_nothing_is_measured_or_trained_twice():
+    device, solver = Device(1.1), Trying()
+    found = device.search(0.5, rounds=1, solver=solver)
+    assert len(solver.answers) == 2 and solver.answers[0] == solver.answers[1]
+    trials = [plan.to_json() for name, plans in device.asked if "trial" in name for plan in plans]
+    assert len(trials) == len(set(trials)) == 3 and device.trained == 3
+    ratios = [ms / TABLE.dense_ms for ms in solver.answers[0]]
+    assert ratios == pytest.approx([device.true_ratio(PruningPlan.from_json(text)) for text in trials])
+    assert found.chosen is not None and found.chosen.measured is not None

@@ -13,6 +13,7 @@ from pipeline.nouns import (
     ChannelGroup,
     Dim,
     LatencyTable,
+    Ranking,
     Sensitivity,
     Site,
     SiteCost,
@@ -94,6 +95,68 @@ def random_problem(seed: int) -> tuple[LatencyTable, Topology, Sensitivity]:
     }
     losses = {name: float(rng.uniform(0.2, 2.0)) for name in ("b1", "b3")}
     return table(sites, choices), topology(groups, [block("b1"), block("b3")]), Sensitivity(curves, losses)
+
+
+def rankings(net: Topology, sensitivity: Sensitivity, seed: int = 0) -> list[Ranking]:
+    """Scores a unit that add up to about the group's values, with noise, ascending; the units in any order."""
+    rng, found = np.random.default_rng(seed), []
+    for member in net.offered:
+        if member.id in sensitivity.groups:
+            curve = np.array([sensitivity.loss(member.id, width) for width in range(member.size, -1, -1)])
+            scores = np.sort(np.maximum(np.diff(curve), 0.0) * rng.lognormal(0.0, 0.3, member.size))
+            order = tuple(int(unit) for unit in rng.permutation(member.size))
+            found.append(Ranking(member.id, order, tuple(float(score) for score in scores)))
+    return found
+
+
+class Device:
+    """A trial that answers from a truth that the values and the table do not know, and counts what it is asked.
+
+    The true loss of each cut is its value times a factor of its own, and cuts together cost more than their sum; a
+    short recovery takes away 40 %. The true latency is the table's times `off`, and another factor for every choice,
+    which is within `wobble` of 1.
+    """
+
+    def __init__(
+        self,
+        costs: LatencyTable,
+        net: Topology,
+        sensitivity: Sensitivity,
+        seed: int = 0,
+        off: float = 1.0,
+        wobble: float = 0.02,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        factors = {name: float(rng.lognormal(0.0, 0.7)) for name in (*sensitivity.groups, *sensitivity.blocks)}
+        self.true = Sensitivity(
+            {name: {w: v * factors[name] for w, v in curve.items()} for name, curve in sensitivity.groups.items()},
+            {name: value * factors[name] for name, value in sensitivity.blocks.items()},
+        )
+        self.costs, self.net, self.off, self.wobble = costs, net, off, wobble
+        self.losses: dict[str, float] = {}
+        self.recoveries: dict[str, float] = {}
+        self.measured: dict[str, float] = {}
+
+    def loss(self, choice: Solution) -> float:
+        total = added_loss(self.true, self.net, choice.widths, choice.dropped)
+        return self.losses.setdefault(self._key(choice), total + 0.2 * total**2)
+
+    def recovered(self, choice: Solution) -> float:
+        total = added_loss(self.true, self.net, choice.widths, choice.dropped)
+        return self.recoveries.setdefault(self._key(choice), 0.6 * (total + 0.2 * total**2))
+
+    def measure(self, choices: Sequence[Solution]) -> list[float]:
+        found = []
+        for choice in choices:
+            key = self._key(choice)
+            factor = self.off * float(1.0 + self.wobble * np.sin(sum(map(ord, key))))
+            ms = self.costs.predict(choice.widths, choice.dropped).ms * factor
+            found.append(self.measured.setdefault(key, ms))
+        return found
+
+    @staticmethod
+    def _key(choice: Solution) -> str:
+        return f"{sorted(choice.widths.items())} {sorted(choice.dropped)}"
 
 
 def brute_force(

@@ -8,6 +8,7 @@ axis position that belongs to it. -1 marks a position that is never cut. Units w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -285,6 +286,17 @@ class Sensitivity:
         """Added loss of a group at a width, linear between measured widths, flat outside them."""
         curve = sorted(self.groups[group].items())
         return float(np.interp(width, [w for w, _ in curve], [v for _, v in curve]))
+
+    def finite(self) -> Sensitivity:
+        """The same with every infinite loss worth more than all finite ones together."""
+        known = [v for curve in self.groups.values() for v in curve.values()] + list(self.blocks.values())
+        worst = 10 * (1.0 + sum(abs(v) for v in known if math.isfinite(v)))
+
+        def least(value: float) -> float:
+            return value if math.isfinite(value) else worst
+
+        groups = {id: {width: least(v) for width, v in curve.items()} for id, curve in self.groups.items()}
+        return Sensitivity(groups, {id: least(v) for id, v in self.blocks.items()})
 
     def to_table(self) -> dict[str, Any]:
         """Plain data from which `from_table` makes an equal one."""

@@ -39,7 +39,7 @@ def solve(
 
     Raises MissedError, naming the narrowest latency that can be had, when nothing fits.
     """
-    start = time.perf_counter()
+    start, sensitivity = time.perf_counter(), sensitivity.finite()
     least, largest = _loss_range(sensitivity, table, topology, spec)
     try:
         bound = greedy.solve(rankings, sensitivity, table, topology, budget_ms, spec)

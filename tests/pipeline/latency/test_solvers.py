@@ -246,7 +246,7 @@ def test_a_frozen_group_keeps_its_size(name):
     assert solve(name, (costs, net, sensitivity), 2.5).widths == {"g": 32}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "exact"])  # its programme asks for finite values
+@every_solver
 def test_a_loss_that_is_infinite_is_avoided(name):
     problem = random_problem(1)
     costs, net, sensitivity = problem

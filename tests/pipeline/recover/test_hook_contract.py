@@ -29,6 +29,44 @@ def test_a_hook_gives_a_finite_scalar_with_a_gradient_and_leaves_the_network_as_
     assert [len(module._forward_hooks) for module in network.modules()] == hooks_before
 
 
+def _value(hook: TrainHook, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return hook.extra_loss(network, (images,), network(images), labels)
+
+
+@pytest.mark.parametrize("name", plugins.names(HOOKS))
+def test_the_gradient_of_a_hook_is_that_of_finite_differences(name):
+    """Along random directions in the space of all weights, in float64, away from where the hook was started."""
+    torch.manual_seed(0)
+    network, dense, hook = digits.damaged(0.3).double(), digits.dense().double(), plugins.load(HOOKS, name).Hook()
+    hook.start(network, dense)
+    parameters = list(network.parameters())
+    source = torch.Generator().manual_seed(1)
+
+    def direction(size: float) -> list[torch.Tensor]:
+        return [size * torch.randn(p.shape, generator=source, dtype=torch.float64) for p in parameters]
+
+    def move(steps: list[torch.Tensor], times: float) -> None:
+        with torch.no_grad():
+            for parameter, step in zip(parameters, steps, strict=True):
+                parameter.add_(step, alpha=times)
+
+    move(direction(0.02), 1.0)
+    images = torch.rand(12, 1, 8, 8, generator=source, dtype=torch.float64)
+    labels = torch.arange(12) % 4
+    slopes = torch.autograd.grad(_value(hook, network, images, labels), parameters, allow_unused=True)
+    assert any(slope is not None and bool(slope.any()) for slope in slopes)
+    for _ in range(3):
+        steps, tiny = direction(1.0), 1e-6
+        expected = sum(float((s * d).sum()) for s, d in zip(slopes, steps, strict=True) if s is not None)
+        move(steps, tiny)
+        above = float(_value(hook, network, images, labels).detach())
+        move(steps, -2 * tiny)
+        below = float(_value(hook, network, images, labels).detach())
+        move(steps, tiny)
+        assert (above - below) / (2 * tiny) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    hook.stop()
+
+
 def test_the_l2_start_term_is_half_the_squared_distance_times_its_strength():
     from pipeline.recover.hooks import l2_start
 

@@ -180,7 +180,7 @@ class RecoverSpec(Spec):
 
 
 class GraphSpec(Spec):
-    """Which ONNX is written and which passes rewrite it, in order."""
+    """Which ONNX is written, which passes rewrite it, in order, and which rewrites the device is asked about."""
 
     opset: int = Field(default=17, ge=11)
     passes: tuple[str, ...] = (
@@ -193,6 +193,33 @@ class GraphSpec(Spec):
         "shortcut-conv",
         "dead-ends",
     )
+    candidates: tuple[str, ...] = Field(
+        default=(), description="rewrites of the final network that are taken where the device measures them faster"
+    )
+    hash_error: float = Field(
+        default=0.0, ge=0, lt=1, description="share by which hashing may change weights for a rewrite; 0: as they are"
+    )
+
+
+class SshSpec(Spec):
+    """How a board is reached by OpenSSH, which reads ~/.ssh/config as always: docs/boards.md. Its name is `host`.
+
+    options: of ssh_config, as { Port = 2222, ProxyJump = "gate" }. Unknown host keys are refused and nothing is asked.
+    """
+
+    python: str = Field(
+        default="python3", min_length=1, description="Python 3.6 or later on the board, by name or path"
+    )
+    folder: str = Field(default="~/.cache/edge-deploy", min_length=1, description="where files and results lie there")
+    config: str | None = Field(default=None, description="a file to read instead of ~/.ssh/config")
+    options: dict[str, str | int] = {}
+
+    @model_validator(mode="after")
+    def _strict(self) -> SshSpec:
+        for name in self.options:
+            if name.lower() in ("batchmode", "stricthostkeychecking"):
+                raise ValueError(f"options sets {name}, which is always yes here; leave it out")
+        return self
 
 
 class Profile(Spec):
@@ -209,6 +236,7 @@ class Profile(Spec):
     check: CheckSpec = CheckSpec()
     recover: RecoverSpec = RecoverSpec()
     graph: GraphSpec = GraphSpec()
+    ssh: SshSpec = SshSpec()
 
 
 def _keys(model: type[BaseModel]) -> dict[str, Any]:

@@ -3,89 +3,51 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-
-from profiles.errors import DeployError, UsageError
-from profiles.schema import MeasureSpec, Profile
-from targets.base import Array, LayerTime, Progress, RowTimes, Target
+from profiles.errors import DeployError
+from profiles.schema import Profile
+from targets._agents import AgentTarget, Answer, Look, Table, Verb
+from targets.base import Array, Progress, Target
 from targets.harness import agent, bench, device
 from targets.harness import lease as leases
-from targets.harness.device import Condition, Fingerprint, Preflight
+from targets.harness.device import Condition
 from targets.harness.lease import lease
-from targets.harness.measurement import Session
-from targets.runtimes.base import Opened, infer, load_runtime
+from targets.runtimes.base import Opened, infer
 
-ROWS_LIMIT_S = 600.0
-LAYERS_LIMIT_S = 600.0
 OPEN_SESSIONS = 4
 
 
-class Local(Target):
+class Local(AgentTarget):
     """This machine."""
 
     device = "local"
 
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
-        self.runtime = load_runtime(profile.runtime)
-        if profile.runtime != "ort":
-            raise UsageError(
-                f"target 'local' runs the runtime 'ort', the profile '{profile.name}' asks for '{profile.runtime}'."
-            )
         self._opened: dict[tuple[str, int, int], Opened] = {}
 
-    def fingerprint(self) -> Fingerprint:
-        """This machine, its ONNX Runtime and the profile's threading."""
-        return self._fingerprint(self.profile.measure)
+    def _facts(self) -> Table:
+        return agent.facts(self.runtime.name)
 
-    def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
-        return device.fingerprint(agent.facts(self.runtime.name), self.profile.providers, spec)
+    def _state(self) -> Table:
+        return agent.state(str(self.state))
 
-    def preflight(self) -> Preflight:
-        """How busy, hot and full this machine is."""
-        return device.preflight(self.profile.measure, folder=self.state)
+    def _run(
+        self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
+    ) -> Answer:
+        with lease(self.device, limit_s) as held:
+            started, seen, facts = bench.utc_now(), Table(), Table()
+            if look is not None:
+                seen, facts = self._state(), self._facts()
+                look(seen)
+            result = bench.run_agent(verb, job, self.state / "spool", limit_s, progress, held.note_agent)
+        return Answer(result, facts, seen, held.owner, started)
 
     def build(self, onnx: Path, out: Path) -> Path:
         """The ONNX file itself, opened and run once."""
         return self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
-
-    def measure(
-        self,
-        artifacts: Mapping[str, Path],
-        spec: MeasureSpec,
-        mode: Literal["rank", "accept"],
-        progress: Progress | None = None,
-    ) -> Session:
-        """Time all artifacts interleaved, in fresh processes."""
-        hashes = bench.hash_artifacts(artifacts)
-        limit_s = bench.session_limit_s(spec)
-        with lease(self.device, limit_s) as held:
-            state = device.preflight(spec, folder=self.state).require()
-            setting = bench.Setting(self._fingerprint(spec), state, spec, mode, held.owner, bench.utc_now())
-            job = bench.drive_job(artifacts, hashes, spec, mode, self.profile.providers)
-            result = bench.run_agent("drive", job, self.state / "spool", limit_s, progress, held.note_agent)
-        return bench.session_of(result, hashes, setting)
-
-    def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
-        """Time small models in turn with five sessions of the reference."""
-        bench.hash_artifacts({path.name: path for path in (*models, reference)})
-        job = bench.rows_job(models, reference, rounds, self.profile.measure, self.profile.providers)
-        with lease(self.device, ROWS_LIMIT_S) as held:
-            result = bench.run_agent("rows", job, self.state / "spool", ROWS_LIMIT_S, None, held.note_agent)
-        ms = np.array(result["rows"], dtype=np.float64).reshape(len(models), rounds) * 1e-6
-        return RowTimes(ms, np.median(np.array(result["reference"], dtype=np.float64), axis=0) * 1e-6)
-
-    def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:
-        """What ONNX Runtime's profiler counts, several short sessions of every artifact in turn."""
-        hashes = bench.hash_artifacts(artifacts)
-        job = bench.layers_job(artifacts, hashes, spec, self.profile.providers)
-        with lease(self.device, LAYERS_LIMIT_S) as held:
-            result = bench.run_agent("layers", job, self.state / "spool", LAYERS_LIMIT_S, None, held.note_agent)
-        return {name: tuple(LayerTime(**row) for row in result["layers"][name]) for name in artifacts}
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
         """Outputs for a numpy batch of any size; the last few artifacts stay open."""
@@ -116,10 +78,7 @@ class Local(Target):
     def _providers(self) -> Condition:
         import onnxruntime
 
-        there = list(onnxruntime.get_available_providers())
-        lacking = [name for name in self.profile.providers if name not in there]
-        why, mend = "the runtime would run elsewhere than asked", f"set providers to some of {', '.join(there)}."
-        return Condition("providers", ", ".join(self.profile.providers), not lacking, why, mend, fatal=True)
+        return device.providers_condition(self.profile.providers, onnxruntime.get_available_providers())
 
 
 def _lease_place() -> Condition:

@@ -7,14 +7,25 @@
     agent.py drive JOB.json OUT.json    spawns workers and measures several models in turn (measurement.md, section 3)
     agent.py rows JOB.json OUT.json     many small models in turn in one process, for the latency table
     agent.py layers JOB.json OUT.json   several models in turn under the runtime's profiler: what each layer takes
+    agent.py serve FOLDER               the far end of a link: requests on stdin, answers on stdout, files in FOLDER
+    agent.py job FOLDER                 one job that outlives its link: takes the lease, runs drive, rows or layers, and
+                                        spools the result into its FOLDER until it is fetched
+    agent.py infer                      one process that infers for `serve`
 
 The clock is read around a complete synchronous inference with pre-bound buffers, in the process that infers; no timing
 crosses a pipe. A block is a few untimed inferences, then the timed ones, back to back or one at every tick of a
 control period. In every round the models follow each other in a random order that the seed fixes. Results are written
 with fsync under their SHA-256. Every wait and every duration is counted on the monotonic clock: a clock of the day that
 jumps changes nothing.
+
+A link carries JSON lines, each followed by as many raw bytes as it says, and nothing else: no pickle, no timing. Files
+are named by their SHA-256, so a half-sent one goes on where it stopped; jobs are named by an id that the client chose,
+so a request that is sent twice does nothing twice.
 """
 
+import datetime
+import errno
+import fcntl
 import gc
 import glob
 import hashlib
@@ -22,13 +33,16 @@ import json
 import os
 import platform
 import random
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
+import zlib
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 PROTOCOL = "ort-interleaved-1"
 FLAG_SWITCHES = 5
@@ -45,22 +59,36 @@ WARM_INFERENCES = 3
 """Fewest inferences of a window of the warm-up, unless they take too long: a median of two hides no outlier."""
 WARM_WINDOWS = 6
 """Windows before a slow network is given up as not steady."""
+MARK = "edge-deploy "
+"""Begins the first line of a link: whatever a login shell prints before it is no part of it."""
+IDLE_S, FOLLOWED_S, ALIVE_S, LOOK_S = 120.0, 45.0, 5.0, 0.25
+"""A link's end without a request for so long closes itself, sooner while it follows a job; how often it says that it
+is alive, and looks at a job."""
+KEEP_S = 14 * 86400
+"""Files and results that nobody asked for in this time are removed."""
+SPARE_BYTES, RESERVE_BYTES = 8 << 20, 1 << 16
+"""Free bytes on the disk that files sent there leave; what a job keeps for telling that the disk is full."""
+OPEN_SESSIONS = 4
 
 Table = Dict[str, Any]
 
 
 class AgentError(Exception):
-    """What ends a job. kind: model, memory, disk, killed, lost, late, long or job; model: which one it is, or None."""
+    """What ends a job. kind: model, memory, disk, killed, lost, late, long, job, full, busy, astray, absent or runtime.
 
-    def __init__(self, kind: str, message: str, model: Optional[str] = None) -> None:
+    model: which one it is, or None; more: numbers that belong to it.
+    """
+
+    def __init__(self, kind: str, message: str, model: Optional[str] = None, **more: Any) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.model = model
+        self.more = more
 
     def to_table(self) -> Table:
         """Plain table for JSON."""
-        return {"event": "error", "kind": self.kind, "message": self.message, "model": self.model}
+        return dict(self.more, event="error", kind=self.kind, message=self.message, model=self.model)
 
 
 def now_ns() -> int:
@@ -198,6 +226,15 @@ def runtime_build(package: str) -> Tuple[str, str]:
     return str(module.__version__), digest.hexdigest()
 
 
+def require_runtime() -> None:
+    """Raise AgentError where what inference needs is not installed."""
+    from importlib import util
+
+    for package in ("onnxruntime", "numpy"):
+        if util.find_spec(package) is None:
+            raise AgentError("runtime", "%s is not installed" % package, package=package)
+
+
 def facts(package: str) -> Table:
     """What does not change between two runs on this device: the fields of a fingerprint."""
     name, flags = processor()
@@ -330,9 +367,8 @@ def sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def write_result(path: str, table: Table) -> str:
-    """Write JSON under a temporary name, force it to the disk and move it; returns its SHA-256."""
-    data = json.dumps(table, separators=(",", ":")).encode()
+def write_file(path: str, data: bytes) -> None:
+    """Write under a temporary name, force it to the disk and move it."""
     part = path + ".part"
     try:
         with open(part, "wb") as file:
@@ -340,9 +376,18 @@ def write_result(path: str, table: Table) -> str:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except OSError:
         if os.path.exists(part):
             os.remove(part)
+        raise
+
+
+def write_result(path: str, table: Table) -> str:
+    """Write JSON under a temporary name, force it to the disk and move it; returns its SHA-256."""
+    data = json.dumps(table, separators=(",", ":")).encode()
+    try:
+        write_file(path, data)
+    except OSError as error:
         raise AgentError(
             "disk", "cannot write %d bytes of results to %s: %s" % (len(data), path, error.strerror)
         ) from None
@@ -386,6 +431,27 @@ def error_text(error: BaseException) -> str:
     return text[max(0, scarce) :].strip().rstrip(".")
 
 
+def open_session(path: str, options: Table) -> Any:
+    """A session of ONNX Runtime. options: threads (0: all cores), spin, providers, profile."""
+    import onnxruntime as ort
+
+    asked = list(options["providers"])
+    lacking = [name for name in asked if name not in ort.get_available_providers()]
+    if lacking:
+        raise ValueError("no provider %s, there are %s" % (lacking[0], ", ".join(ort.get_available_providers())))
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options["threads"] or usable_cores()
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spin"] else "0")
+    if options.get("profile"):
+        settings.enable_profiling = True
+        settings.profile_file_prefix = options["profile"]
+    return ort.InferenceSession(path, settings, providers=asked)
+
+
 class Model(object):
     """An opened session with input and output buffers bound once.
 
@@ -402,23 +468,7 @@ class Model(object):
             raise AgentError("memory" if scarce else "model", text, path) from None
 
     def _open(self, path: str, options: Table) -> None:
-        import onnxruntime as ort
-
-        asked = list(options["providers"])
-        lacking = [name for name in asked if name not in ort.get_available_providers()]
-        if lacking:
-            raise ValueError("no provider %s, there are %s" % (lacking[0], ", ".join(ort.get_available_providers())))
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = options["threads"]
-        settings.inter_op_num_threads = 1
-        settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        settings.log_severity_level = 3
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spin"] else "0")
-        if options.get("profile"):
-            settings.enable_profiling = True
-            settings.profile_file_prefix = options["profile"]
-        self.session = ort.InferenceSession(path, settings, providers=asked)
+        self.session = open_session(path, options)
         self.binding = self.session.io_binding()
         self._bind(options["seed"])
 
@@ -691,13 +741,7 @@ class Worker(object):
 
     def lost(self) -> AgentError:
         """Why the process ended."""
-        code = self.process.wait()
-        self.errors.seek(0)
-        said = self.errors.read().decode("utf-8", "replace").strip().splitlines()
-        if code == -signal.SIGKILL:
-            return AgentError("killed", "was killed by signal 9, as a system does that runs out of memory", self.name)
-        how = "crashed by signal %d (%s)" % (-code, signal_name(-code)) if code < 0 else "ended with code %d" % code
-        return AgentError("lost", how + (": " + said[-1] if said else ""), self.name)
+        return died(self.process, self.errors, self.name)
 
     def close(self) -> None:
         """End the process."""
@@ -710,6 +754,17 @@ class Worker(object):
                 file.close()
             except OSError:
                 pass
+
+
+def died(process: Any, errors: Any, name: Optional[str]) -> AgentError:
+    """Why a process ended. errors: the file that its stderr went to; name: of the model that it held."""
+    code = process.wait()
+    errors.seek(0)
+    said = errors.read().decode("utf-8", "replace").strip().splitlines()
+    if code == -signal.SIGKILL:
+        return AgentError("killed", "was killed by signal 9, as a system does that runs out of memory", name)
+    how = "crashed by signal %d (%s)" % (-code, signal_name(-code)) if code < 0 else "ended with code %d" % code
+    return AgentError("lost", how + (": " + said[-1] if said else ""), name)
 
 
 def signal_name(number: int) -> str:
@@ -1019,6 +1074,796 @@ def typical(turns: Sequence[Dict[Tuple[str, str], float]]) -> List[Table]:
     return found
 
 
+# --- the lease of the device -----------------------------------------------------------------------------------------
+
+OWNER_LETTERS = 128
+LATEST_S = 253402300799.0
+"""End of the year 9999 in seconds since the epoch, the last day that has a name."""
+SOUND: Dict[str, Callable[[Any], bool]] = {
+    "owner": lambda value: isinstance(value, str) and 0 < len(value) <= OWNER_LETTERS and value.isprintable(),
+    "pid": lambda value: type(value) is int and 0 < value < 2**31,
+    "since": lambda value: type(value) in (int, float) and 0 <= value <= LATEST_S,
+    "expires": lambda value: type(value) in (int, float) and 0 <= value <= LATEST_S,
+    "agent": lambda value: type(value) is int and 0 < value < 2**31,
+    "agent_start": lambda value: type(value) is int and value > 0,
+}
+"""What an entry of a lease file must look like. Everybody may write the file, so nothing in it is trusted."""
+
+
+def lease_folder() -> str:
+    """Where lock files stand."""
+    return "/run/lock" if os.access("/run/lock", os.W_OK | os.X_OK) else tempfile.gettempdir()
+
+
+def open_lease(path: str) -> int:
+    """Descriptor of a lock file, never through a link that somebody else may have put there."""
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    if os.path.isfile(path):  # another user's file may be open for reading only; it can be locked all the same
+        return os.open(path, (os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY) | flags)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    try:
+        os.fchmod(file, 0o666)
+    except PermissionError:
+        pass
+    return file
+
+
+def lock(file: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock a file without waiting; whether that went."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def read_holder(file: int) -> Table:
+    """What a lease file says of its holder: the entries that make sense."""
+    try:
+        table = json.loads(os.pread(file, 4096, 0).decode() or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    known = table if isinstance(table, dict) else {}
+    return {name: known[name] for name, sound in SOUND.items() if name in known and sound(known[name])}
+
+
+def write_holder(file: int, table: Table) -> None:
+    """Write down who holds a lease, where the file may be written; the lock holds all the same."""
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(table).encode(), 0)
+    except OSError:
+        pass
+
+
+def describe_holder(holder: Table) -> str:
+    """Who holds a lease and until when, in words."""
+    known = ["process %d" % holder["pid"]] if "pid" in holder else []
+    if "expires" in holder:
+        moment = datetime.datetime.fromtimestamp(holder["expires"], datetime.timezone.utc)
+        known.append("expected until %s UTC" % moment.strftime("%H:%M:%S"))
+    return str(holder.get("owner", "another process")) + (" (%s)" % ", ".join(known) if known else "")
+
+
+def start_ticks(pid: int) -> int:
+    """When a process was started, in clock ticks since boot; 0 where it is gone."""
+    text = read_text("/proc/%d/stat" % pid)
+    return int(text.rpartition(")")[2].split()[19]) if text else 0
+
+
+class Lease(object):
+    """The device, held by one at a time, until this process ends at the latest."""
+
+    def __init__(self, device: str) -> None:
+        path = os.path.join(lease_folder(), "edge-deploy-%s.lock" % device)
+        try:
+            self.file = open_lease(path)
+        except OSError as error:
+            raise AgentError("job", "cannot open the lease file '%s': %s" % (path, error.strerror)) from None
+
+    def take(self, owner: str, holds_s: float, wait_s: float, waiting: Callable[[str], None]) -> None:
+        """Wait for it. waiting: called about every two seconds with who holds it."""
+        begin = time.monotonic()
+        told = begin
+        while not lock(self.file):
+            now = time.monotonic()
+            if now - begin >= wait_s:
+                raise AgentError("busy", describe_holder(read_holder(self.file)), waited_s=now - begin)
+            if now - told >= 2.0:
+                told = now
+                waiting(describe_holder(read_holder(self.file)))
+            time.sleep(0.2)
+        now = datetime.datetime.now(datetime.timezone.utc).timestamp()  # for people: nothing waits by it
+        write_holder(self.file, {"owner": owner, "pid": os.getpid(), "since": now, "expires": now + holds_s})
+
+    def give_back(self) -> None:
+        """Let the next one have it."""
+        write_holder(self.file, {})
+        os.close(self.file)
+
+
+def holder_of(device: str) -> Optional[str]:
+    """Who holds a device's lease, in words, or None while it is free."""
+    try:
+        file = os.open(os.path.join(lease_folder(), "edge-deploy-%s.lock" % device), os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        return None if lock(file, fcntl.LOCK_SH) else describe_holder(read_holder(file))
+    finally:
+        os.close(file)
+
+
+# --- a link: JSON lines and raw bytes ------------------------------------------------------------------------------
+
+
+class Lost(Exception):
+    """The other end of a link is gone, or silent for too long."""
+
+
+class Peer(object):
+    """The other end of a pair of pipes: JSON lines, each followed by as many raw bytes as it says.
+
+    stall_s: how long the other end may neither take nor give a byte in the middle of something.
+    """
+
+    def __init__(self, source: int, sink: int, stall_s: float) -> None:
+        self.source, self.sink, self.stall_s, self.buffer = source, sink, stall_s, b""
+        os.set_blocking(source, False)
+        os.set_blocking(sink, False)
+
+    def ready(self, seconds: float) -> bool:
+        """Whether there is something to read within so many seconds."""
+        return b"\n" in self.buffer or bool(select.select([self.source], [], [], seconds)[0])
+
+    def line(self, patience_s: float) -> bytes:
+        """The next line, without its end."""
+        end = time.monotonic() + patience_s
+        while b"\n" not in self.buffer:
+            self.fill(max(0.0, end - time.monotonic()))
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line
+
+    def receive(self, patience_s: float) -> Table:
+        """The next line, read as JSON."""
+        line = self.line(patience_s)
+        try:
+            table: Table = json.loads(line.decode("utf-8"))
+        except ValueError:
+            raise Lost("said '%s'" % line[:80].decode("utf-8", "replace")) from None
+        return table
+
+    def fill(self, patience_s: float) -> None:
+        """Read what there is."""
+        if not select.select([self.source], [], [], patience_s)[0]:
+            raise Lost("was silent")
+        try:
+            part = os.read(self.source, 1 << 16)
+        except OSError as error:
+            raise Lost("was cut: %s" % error.strerror) from None
+        if not part:
+            raise Lost("was closed")
+        self.buffer += part
+
+    def chunks(self, count: int) -> Iterator[bytes]:
+        """The next `count` raw bytes, in pieces."""
+        while count:
+            if not self.buffer:
+                self.fill(self.stall_s)
+            part, self.buffer = self.buffer[:count], self.buffer[count:]
+            count -= len(part)
+            yield part
+
+    def send(self, table: Table, data: bytes = b"") -> None:
+        """A line, and the raw bytes that belong to it."""
+        self.write(json.dumps(table, separators=(",", ":")).encode() + b"\n" + data)
+
+    def write(self, data: bytes) -> None:
+        """Raw bytes."""
+        view = memoryview(data)
+        while view:
+            if not select.select([], [self.sink], [], self.stall_s)[1]:
+                raise Lost("took nothing")
+            try:
+                view = view[os.write(self.sink, view[: 1 << 16]) :]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise Lost("was cut: %s" % error.strerror) from None
+
+
+# --- a job that outlives its link ------------------------------------------------------------------------------------
+
+
+def boot_id() -> str:
+    """Changes whenever the device starts."""
+    return read_text("/proc/sys/kernel/random/boot_id")
+
+
+def locked(path: str) -> bool:
+    """Whether a process holds this lock file. A job holds its own for as long as it lives, whatever ends it."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not lock(file, fcntl.LOCK_SH)
+    finally:
+        os.close(file)
+
+
+def run_detached(folder: str) -> int:
+    """Do the job of a folder: lease, run, spool. Its outcome is a file; it never depends on who is listening."""
+    signal.signal(signal.SIGTERM, stop)
+    with open(os.path.join(folder, "job.json"), "rb") as file:
+        job = json.loads(file.read().decode())
+    with open(os.path.join(folder, "events"), "ab", 0) as events:
+
+        def note(table: Table) -> None:
+            try:
+                events.write(json.dumps(table).encode() + b"\n")
+            except OSError:
+                pass  # on a full disk the outcome says what there is to say
+
+        try:
+            outcome = leased(job, folder, note)
+        except AgentError as error:
+            outcome = error.to_table()
+        except OSError as error:
+            outcome = AgentError("disk", "cannot write results to %s: %s" % (folder, error.strerror)).to_table()
+        except SystemExit:
+            outcome = {"event": "stopped"}
+    os.remove(os.path.join(folder, "reserve"))
+    write_result(os.path.join(folder, "outcome.json"), outcome)
+    return 0
+
+
+def leased(job: Table, folder: str, note: Callable[[Table], None]) -> Table:
+    """The outcome of a job, which holds the device meanwhile."""
+    lease = Lease(job["device"])
+    absence = Absence(folder, job["absent_s"])
+
+    def waiting(holder: str) -> None:
+        absence.check()
+        note({"event": "waiting", "holder": holder})
+
+    try:
+        require_runtime()
+        lease.take(job["owner"], job["limit_s"], job["wait_s"], waiting)
+        seen: Table = {"event": "leased"}
+        if job["verb"] == "drive":
+            seen.update(facts=facts("onnxruntime"), state=state(folder))
+        note(seen)
+        return attend(job, folder, note, absence)
+    finally:
+        lease.give_back()
+
+
+class Absence(object):
+    """Ends a job that nobody has followed for so long: who asked for it is gone for good."""
+
+    def __init__(self, folder: str, limit_s: float) -> None:
+        self.path, self.limit_s = os.path.join(folder, "followed"), limit_s
+        self.last, self.since = self.touched(), time.monotonic()
+
+    def touched(self) -> float:
+        """When it was followed last; compared with itself only, so that the clock may jump."""
+        try:
+            return os.stat(self.path).st_mtime
+        except OSError:
+            return 0.0
+
+    def check(self) -> None:
+        """Raise AgentError when it was too long."""
+        last = self.touched()
+        if last != self.last:
+            self.last, self.since = last, time.monotonic()
+        elif time.monotonic() - self.since > self.limit_s:
+            raise AgentError("absent", "nobody has followed the job for %.0f s" % self.limit_s)
+
+
+def attend(job: Table, folder: str, note: Callable[[Table], None], absence: Absence) -> Table:
+    """Run the verb in a process of its own, pass on what it tells, and spool what it found."""
+    work, out, said = (os.path.join(folder, name) for name in ("work.json", "out.json", "errors"))
+    command = [sys.executable, os.path.abspath(__file__), job["verb"], work, out]
+    last: Table = {}
+    end = time.monotonic() + job["limit_s"]
+    with open(said, "wb") as errors:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+        assert child.stdout is not None
+        pipe, buffer = child.stdout.fileno(), b""
+        try:
+            while True:
+                if time.monotonic() > end:
+                    raise AgentError("astray", "the job did not end within %.0f s" % job["limit_s"])
+                absence.check()
+                if not select.select([pipe], [], [], 1.0)[0]:
+                    continue
+                part = os.read(pipe, 1 << 16)
+                if not part:
+                    break
+                lines = (buffer + part).split(b"\n")
+                buffer = lines.pop()
+                for line in lines:
+                    event = json.loads(line.decode())
+                    if event["event"] == "progress":
+                        note(event)
+                    else:
+                        last = event
+        finally:
+            if child.poll() is None and last.get("event") != "done":
+                child.kill()
+            child.wait()
+            child.stdout.close()
+    if last.get("event") != "done":
+        return last or {"event": "died", "code": child.returncode, "said": read_text(said)[-2000:]}
+    return spool(folder, out)
+
+
+def spool(folder: str, out: str) -> Table:
+    """Keep a result, packed, until it is fetched; its outcome."""
+    with open(out, "rb") as file:
+        data = zlib.compress(file.read(), 6)
+    path = os.path.join(folder, "result")
+    write_file(path, data)
+    os.remove(out)
+    return {"event": "done", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+# --- the far end of a link -------------------------------------------------------------------------------------------
+
+
+class Server(object):
+    """Answers a client's requests until it goes or falls silent. Everything it knows stands in its folder.
+
+    objects/<sha256>: files; <sha256>.part: half-sent ones; jobs/<id>/: a job, its events, outcome and result.
+    """
+
+    def __init__(self, folder: str, peer: Peer) -> None:
+        self.folder, self.peer = folder, peer
+        self.objects, self.jobs = os.path.join(folder, "objects"), os.path.join(folder, "jobs")
+        self.inferring: Optional[Inferring] = None
+        self.started: List[Any] = []
+
+    def run(self) -> None:
+        """Serve."""
+        for place in (self.objects, self.jobs):
+            os.makedirs(place, mode=0o700, exist_ok=True)
+        self.sweep()
+        told = {"event": "hello", "python": "%d.%d" % sys.version_info[:2], "boot": boot_id(), "folder": self.folder}
+        self.peer.write(MARK.encode())
+        self.peer.send(told)
+        try:
+            while True:
+                request = self.peer.receive(IDLE_S)
+                try:
+                    answer, data = self.answer(request)
+                    self.peer.send(answer, data)
+                except AgentError as error:
+                    self.peer.send(error.to_table())
+                except OSError as error:
+                    text = "%s: %s" % (error.filename or self.folder, error.strerror)
+                    kind = "full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "job"
+                    self.peer.send(AgentError(kind, text, needed=0, free=self.free_bytes()).to_table())
+        except Lost:
+            pass
+        finally:
+            self.rest()
+
+    def answer(self, request: Table) -> Tuple[Table, bytes]:
+        """Do one request."""
+        verb = str(request["do"])
+        if verb == "infer":
+            return self.infer(request)
+        if verb == "fetch":
+            return self.fetch(request)
+        verbs: Dict[str, Callable[[Table], Table]] = {
+            "facts": lambda _: self.facts(),
+            "providers": lambda _: self.providers(),
+            "state": lambda _: dict(state(self.folder), event="state", holder=holder_of(request["device"])),
+            "have": self.have, "put": self.put, "start": self.start, "follow": self.follow,
+            "stop": self.stop, "drop": self.drop, "ping": lambda _: {"event": "alive"},
+        }  # fmt: skip
+        if verb not in verbs:
+            raise AgentError("job", "unknown request '%s'" % verb)
+        return verbs[verb](request), b""
+
+    def facts(self) -> Table:
+        """Who the device is."""
+        require_runtime()
+        return dict(facts("onnxruntime"), event="facts")
+
+    def providers(self) -> Table:
+        """Where the runtime can run; asked of a process of its own, since it would stay loaded in this one."""
+        require_runtime()
+        code = "import onnxruntime as o, sys; sys.stderr.write(' '.join(o.get_available_providers()))"
+        process = subprocess.Popen([sys.executable, "-c", code], cwd="/", stderr=subprocess.PIPE)
+        said = process.communicate()[1].decode("utf-8", "replace").strip().splitlines() or [""]
+        if process.returncode:
+            raise AgentError("broken", said[-1])
+        return {"event": "providers", "there": said[-1].split()}
+
+    def sweep(self) -> None:
+        """Remove what nobody has asked for in a long time."""
+        swept = os.path.join(self.folder, "swept")
+        try:
+            touch(swept)
+        except OSError:
+            return  # a full disk is told to who wants to write
+        oldest = os.stat(swept).st_mtime - KEEP_S
+        own = os.path.dirname(os.path.abspath(__file__))
+        os.utime(own)
+        for path in glob.glob(os.path.join(self.folder, "agent", "*")):
+            if os.stat(path).st_mtime < oldest and path != own:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in glob.glob(os.path.join(self.objects, "*")):
+            if os.stat(path).st_mtime < oldest:
+                os.remove(path)
+        for path in glob.glob(os.path.join(self.jobs, "*")):
+            if os.stat(path).st_mtime < oldest and not locked(os.path.join(path, "lock")):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def rest(self) -> None:
+        """End the process that infers, so that nothing runs beside a measurement."""
+        if self.inferring is not None:
+            self.inferring.close()
+            self.inferring = None
+
+    # files
+
+    def free_bytes(self) -> int:
+        """Bytes that may still be written."""
+        disk = os.statvfs(self.folder)
+        return int(disk.f_bavail * disk.f_frsize)
+
+    def object_path(self, digest: str) -> str:
+        """Where a file stands."""
+        if not re.match("^[0-9a-f]{64}$", digest):
+            raise AgentError("job", "'%s' is no SHA-256" % digest)
+        return os.path.join(self.objects, digest)
+
+    def have(self, request: Table) -> Table:
+        """Of each file, how many bytes are there already, or None where it is whole; refuses where the rest cannot fit.
+
+        A whole file is hashed again: a device that lost its power may have kept its name and not its content.
+        """
+        offsets: List[Optional[int]] = []
+        needed = 0
+        for digest, size in request["files"]:
+            path = self.object_path(digest)
+            if os.path.isfile(path):
+                if sha256(path) == digest:
+                    os.utime(path)
+                    offsets.append(None)
+                    continue
+                os.remove(path)
+            part = path + ".part"
+            there = os.path.getsize(part) if os.path.isfile(part) else 0
+            offsets.append(min(there, size))
+            needed += size - min(there, size)
+        free = max(0, self.free_bytes() - SPARE_BYTES)
+        if needed > free:
+            raise AgentError("full", self.folder, needed=needed, free=free)
+        return {"event": "offsets", "offsets": offsets}
+
+    def put(self, request: Table) -> Table:
+        """Take files from an offset on. What is written is fixed by the hash, so two links may write the same file."""
+        failure: Optional[AgentError] = None
+        for digest, size, offset in request["files"]:
+            path = self.object_path(digest)
+            file = os.open(path + ".part", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                for chunk in self.peer.chunks(size - offset):
+                    try:
+                        offset += 0 if failure else os.pwrite(file, chunk, offset)
+                    except OSError as error:  # what is still under way must be read all the same
+                        failure = AgentError("full", self.folder, needed=size - offset, free=self.free_bytes())
+                        failure.message += ": %s" % error.strerror
+            finally:
+                os.close(file)
+            if failure is None and not self.finish(digest, path):
+                failure = AgentError("damaged", "the file that was sent has another SHA-256", digest)
+        if failure is not None:
+            raise failure
+        return {"event": "put"}
+
+    def finish(self, digest: str, path: str) -> bool:
+        """Give a sent file its name, if it is what it should be."""
+        part = path + ".part"
+        if os.path.isfile(part):
+            if sha256(part) != digest:
+                os.remove(part)
+                return False
+            os.replace(part, path)
+        return os.path.isfile(path)
+
+    # jobs
+
+    def job_folder(self, name: str) -> str:
+        """Where a job stands."""
+        if not re.match("^[0-9a-f]{8,64}$", name):
+            raise AgentError("job", "'%s' is no id" % name)
+        return os.path.join(self.jobs, name)
+
+    def start(self, request: Table) -> Table:
+        """Start a job, or find it started: it runs in a session of its own and outlives this process."""
+        self.rest()
+        folder = self.job_folder(request["id"])
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        file = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if lock(file) and not os.path.exists(os.path.join(folder, "job.json")):
+                settings = {key: value for key, value in request.items() if key not in ("do", "work")}
+                write_file(os.path.join(folder, "reserve"), bytes(RESERVE_BYTES))
+                write_file(os.path.join(folder, "work.json"), json.dumps(self.work(request["work"])).encode())
+                write_file(os.path.join(folder, "job.json"), json.dumps(settings).encode())
+                command = [sys.executable, os.path.abspath(__file__), "job", folder]
+                with open(os.path.join(folder, "trace"), "wb") as trace, open(os.devnull, "r+b") as nothing:
+                    process = subprocess.Popen(
+                        command, stdin=nothing, stdout=nothing, stderr=trace, start_new_session=True, pass_fds=(file,)
+                    )
+                self.started.append(process)
+                write_file(os.path.join(folder, "pid"), str(process.pid).encode())
+        finally:
+            os.close(file)
+        return {"event": "started", "boot": boot_id()}
+
+    def work(self, job: Table) -> Table:
+        """The job with the paths of its files."""
+
+        def path(model: Any) -> Any:
+            if isinstance(model, dict):
+                return dict(model, path=self.object_path(model["path"]))
+            return self.object_path(model)
+
+        placed = dict(job, models=[path(model) for model in job["models"]])
+        if "reference" in job:
+            placed["reference"] = path(job["reference"])
+        return placed
+
+    def follow(self, request: Table) -> Table:
+        """Tell a job's events from an offset on until it ends; the last one is its outcome, or that it is gone.
+
+        The client answers with pings; without them the link is given up, and the job goes on.
+        """
+        folder = self.job_folder(request["id"])
+        at, told, heard = int(request["offset"]), time.monotonic(), time.monotonic()
+        while True:
+            for process in self.started:
+                process.poll()
+            alive = locked(os.path.join(folder, "lock"))
+            for line in new_lines(os.path.join(folder, "events"), at):
+                at += len(line)
+                told = time.monotonic()
+                self.peer.send(dict(json.loads(line.decode()), at=at))
+            outcome = read_text(os.path.join(folder, "outcome.json"))
+            if outcome:
+                return {"event": "finished", "outcome": json.loads(outcome)}
+            if not alive:
+                return {"event": "gone", "boot": boot_id(), "said": read_text(os.path.join(folder, "trace"))[-2000:]}
+            now = time.monotonic()
+            if now - told >= ALIVE_S:
+                told = now
+                self.peer.send({"event": "alive"})
+            if self.peer.ready(LOOK_S):
+                heard = now
+                if self.peer.receive(self.peer.stall_s)["do"] == "stop":
+                    return self.stop(request)
+                touch(os.path.join(folder, "followed"))
+            elif now - heard > FOLLOWED_S:
+                raise Lost("was silent")
+
+    def stop(self, request: Table) -> Table:
+        """End a job and everything that it started."""
+        folder = self.job_folder(request["id"])
+        held, pid = os.path.join(folder, "lock"), read_number(os.path.join(folder, "pid"))
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if pid is None or not locked(held):
+                break
+            try:
+                os.killpg(pid, number)
+            except ProcessLookupError:
+                break
+            end = time.monotonic() + 5.0
+            while locked(held) and time.monotonic() < end:
+                time.sleep(0.05)
+        for process in self.started:
+            process.poll()
+        return {"event": "stopped"}
+
+    def fetch(self, request: Table) -> Tuple[Table, bytes]:
+        """A part of a job's result."""
+        with open(os.path.join(self.job_folder(request["id"]), "result"), "rb") as file:
+            file.seek(request["offset"])
+            data = file.read(1 << 18)
+        return {"event": "part", "bytes": len(data)}, data
+
+    def drop(self, request: Table) -> Table:
+        """Forget a job that has ended."""
+        folder = self.job_folder(request["id"])
+        end = time.monotonic() + 5.0
+        while locked(os.path.join(folder, "lock")) and time.monotonic() < end:
+            time.sleep(0.02)
+        for process in self.started:
+            process.poll()
+        shutil.rmtree(folder, ignore_errors=True)
+        return {"event": "dropped"}
+
+    # inference
+
+    def infer(self, request: Table) -> Tuple[Table, bytes]:
+        """Outputs of a file for arrays, computed in a process of its own while the device is held."""
+        data = b"".join(self.peer.chunks(request["bytes"]))
+        request["path"] = self.object_path(request["sha256"])
+        if not os.path.isfile(request["path"]):
+            raise AgentError("missing", "the file is not there", request["sha256"])
+        require_runtime()
+        lease = Lease(request["device"])
+        try:
+            lease.take(request["owner"], 60.0, request["wait_s"], lambda holder: self.peer.send(
+                {"event": "waiting", "holder": holder}))  # fmt: skip
+            if self.inferring is None:
+                self.inferring = Inferring()
+            try:
+                return self.inferring.ask(request, data, lambda: self.peer.send({"event": "alive"}))
+            except AgentError as error:
+                if error.kind in ("killed", "lost"):
+                    self.rest()
+                raise
+        finally:
+            lease.give_back()
+
+
+class Inferring(object):
+    """The server's end of the process that infers."""
+
+    def __init__(self) -> None:
+        command, pipe = [sys.executable, os.path.abspath(__file__), "infer"], subprocess.PIPE
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.peer = Peer(self.process.stdout.fileno(), self.process.stdin.fileno(), 600.0)
+
+    def ask(self, request: Table, data: bytes, alive: Callable[[], None]) -> Tuple[Table, bytes]:
+        """Its answer. alive: called now and then while it computes."""
+        try:
+            self.peer.send(request, data)
+            while not self.peer.ready(ALIVE_S):
+                alive()
+            answer = self.peer.receive(600.0)
+            return answer, b"".join(self.peer.chunks(answer.get("bytes", 0)))
+        except Lost:
+            raise died(self.process, self.errors, None) from None
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        self.errors.close()
+        try:
+            self.process.stdin.close()
+        except OSError:
+            pass
+
+
+def touch(path: str) -> None:
+    """Set a file's time to now; it is made where it is missing."""
+    with open(path, "ab"):
+        pass
+    os.utime(path)
+
+
+def new_lines(path: str, offset: int) -> List[bytes]:
+    """Whole lines of a growing file from an offset on."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return [line for line in file.readlines() if line.endswith(b"\n")]
+    except OSError:
+        return []
+
+
+def inferrer() -> int:
+    """Answer requests for inference until stdin ends: open sessions by path, run arrays of any batch over them."""
+    die_with_parent()
+    peer = Peer(os.dup(0), os.dup(1), 3600.0)
+    os.dup2(2, 1)
+    sessions: Dict[str, Any] = {}
+    try:
+        while True:
+            request = peer.receive(86400.0)
+            data = b"".join(peer.chunks(request["bytes"]))
+            try:
+                peer.send(*infer_once(request, data, sessions))
+            except AgentError as error:
+                peer.send(error.to_table())
+    except Lost:
+        return 0
+
+
+def infer_once(request: Table, data: bytes, sessions: Dict[str, Any]) -> Tuple[Table, bytes]:
+    """Outputs for the arrays of a request, or the inputs and outputs of its file where it has none."""
+    path = request["path"]
+    step = "open"
+    try:
+        if path not in sessions:
+            while len(sessions) >= OPEN_SESSIONS:
+                del sessions[next(iter(sessions))]
+            sessions[path] = open_session(path, request["options"])
+        session = sessions[path]
+        if request["arrays"] is None:
+            ports = (session.get_inputs(), session.get_outputs())
+            return {"event": "ports", "inputs": port_tables(ports[0]), "outputs": port_tables(ports[1])}, b""
+        step = "run"
+        return pack_arrays(run_batch(session, unpack_arrays(request["arrays"], data)))
+    except runtime_errors() as error:
+        scarce = isinstance(error, MemoryError) or "Failed to allocate" in str(error)
+        raise AgentError("memory" if scarce else "model", error_text(error), step=step) from None
+
+
+def port_tables(ports: Sequence[Any]) -> List[Table]:
+    """Name, shape (None where it is free) and numpy's type of inputs or outputs."""
+    shape = [[size if isinstance(size, int) else None for size in port.shape] for port in ports]
+    return [{"name": p.name, "shape": s, "dtype": NUMPY_TYPES.get(p.type, p.type)} for p, s in zip(ports, shape)]
+
+
+def run_batch(session: Any, arrays: Sequence[Any]) -> List[Any]:
+    """Outputs for a batch of any size; a fixed batch is run over it, the last part filled with its last sample."""
+    import numpy as np
+
+    ports = session.get_inputs()
+    fixed = ports[0].shape[0] if ports[0].shape and isinstance(ports[0].shape[0], int) else 0
+    total, parts = int(arrays[0].shape[0]), []
+    step = fixed or max(1, total)
+    for start in range(0, total, step):
+        count = min(step, total - start)
+        pieces = [array[start : start + step] for array in arrays]
+        if count < fixed:
+            pieces = [np.concatenate([piece, np.repeat(piece[-1:], fixed - count, axis=0)]) for piece in pieces]
+        outputs = session.run(None, {port.name: piece for port, piece in zip(ports, pieces)})
+        for port, output in zip(session.get_outputs(), outputs):
+            if output.ndim == 0 or output.shape[0] != max(count, fixed):
+                raise ValueError("its output '%s' has shape %s, so no batch axis" % (port.name, output.shape))
+        parts.append([output[:count] for output in outputs])
+    return [np.concatenate(column) for column in zip(*parts)]
+
+
+def pack_arrays(arrays: Sequence[Any]) -> Tuple[Table, bytes]:
+    """Arrays as a line and raw bytes, little-endian and in C order."""
+    strange = [array.dtype.name for array in arrays if array.dtype.kind not in "biuf"]
+    if strange:
+        raise ValueError("arrays of %s are not sent" % strange[0])
+    data = b"".join(array.tobytes() for array in arrays)
+    tables = [{"dtype": array.dtype.name, "shape": list(array.shape)} for array in arrays]
+    return {"event": "arrays", "arrays": tables, "bytes": len(data)}, data
+
+
+def unpack_arrays(tables: Sequence[Table], data: bytes) -> List[Any]:
+    """Inverse of `pack_arrays`; only plain numbers are understood."""
+    import numpy as np
+
+    arrays, start = [], 0
+    for table in tables:
+        kind, count = np.dtype(table["dtype"]), 1
+        if kind.kind not in "biuf":
+            raise ValueError("arrays of %s are not sent" % table["dtype"])
+        for size in table["shape"]:
+            count *= size
+        arrays.append(np.frombuffer(data, kind, count, start).reshape(table["shape"]))
+        start += count * kind.itemsize
+    return arrays
+
+
+def serve(folder: str) -> int:
+    """The far end of a link."""
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    Server(os.path.abspath(folder), Peer(0, answers, 30.0)).run()
+    return 0
+
+
 # --- command line --------------------------------------------------------------------------------------------------
 
 
@@ -1064,6 +1909,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if len(arguments) == 3 and arguments[0] in ("drive", "rows", "layers"):
         return run_job(*arguments)
+    if len(arguments) == 2 and arguments[0] == "serve":
+        return serve(arguments[1])
+    if len(arguments) == 2 and arguments[0] == "job":
+        return run_detached(arguments[1])
+    if list(arguments) == ["infer"]:
+        return inferrer()
     sys.stderr.write(str(__doc__) + "\n")
     return 2
 

@@ -245,10 +245,10 @@ def run_agent(
             finally:
                 end_group(process)
             if last.get("event") == "error":
-                raise _mendable(last, job)
+                raise mendable(last, _paths(job), _version())
             if last.get("event") != "done":
                 errors.seek(0)
-                raise _died(process.returncode, errors.read().decode("utf-8", "replace"))
+                raise died(process.returncode, errors.read().decode("utf-8", "replace"))
         return _read_result(out, last["sha256"])
 
 
@@ -288,10 +288,7 @@ def _follow(process: subprocess.Popen[bytes], limit_s: float, progress: Callable
     last: Table = {}
     while True:
         if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
-            raise DeployError(
-                f"the measuring agent did not end within {limit_s:.0f} s.",
-                f"lower measure.max_seconds (check.max_seconds in a check), or {DOCTOR}.",
-            )
+            raise astray(limit_s)
         part = os.read(pipe, 1 << 16)
         if not part:
             process.wait()
@@ -321,20 +318,35 @@ def _read_result(out: Path, expected: str) -> Table:
     return table
 
 
-def _died(code: int, said: str) -> DeployError:
+def astray(limit_s: float) -> DeployError:
+    """The user's error for an agent that did not end in its time."""
+    return DeployError(
+        f"the measuring agent did not end within {limit_s:.0f} s.",
+        f"lower measure.max_seconds (check.max_seconds in a check), or {DOCTOR}.",
+    )
+
+
+def died(code: int, said: str) -> DeployError:
+    """The user's error for an agent that ended without a word. code: as of subprocess; said: its stderr."""
     lines = said.strip().splitlines()
     how = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
     return DeployError(f"the measuring agent {how}{': ' + lines[-1] if lines else ''}.", DOCTOR)
 
 
-def _mendable(event: Mapping[str, Any], job: Mapping[str, Any]) -> DeployError:
-    """The user's error for what the agent reported."""
+def _paths(job: Mapping[str, Any]) -> dict[str, str]:
+    return {model["name"]: model["path"] for model in job["models"] if isinstance(model, dict)}
+
+
+def mendable(event: Mapping[str, Any], paths: Mapping[str, str], version: str) -> DeployError:
+    """The user's error for what the agent reported.
+
+    paths: of models, by what the agent calls them; version: of the runtime on the device.
+    """
     kind, message, name = event["kind"], str(event["message"]).rstrip("."), event["model"]
-    paths = {model["name"]: model["path"] for model in job["models"] if isinstance(model, dict)}
     where = paths.get(name, name)
     if kind == "model":
         hint = "export the network again, or check the file."
-        return DeployError(f"ONNX Runtime {_version()} cannot run '{where}': {message}.", hint)
+        return DeployError(f"ONNX Runtime {version} cannot run '{where}': {message}.", hint)
     if kind == "memory":
         about = f"'{name}'" if name else "the networks"
         return DeployError(

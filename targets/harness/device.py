@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,13 @@ def lease_condition(holder: str | None) -> Condition:
     why = "one measurement at a time runs on a device, so the next one waits"
     mend = "wait until then, or end that process; its lease ends with it."
     return Condition("lease", "free" if holder is None else f"held by {holder}", holder is None, why, mend)
+
+
+def providers_condition(asked: Sequence[str], there: Sequence[str]) -> Condition:
+    """Whether the runtime on the device can run where the profile asks for."""
+    lacking = [name for name in asked if name not in there]
+    why, mend = "the runtime would run elsewhere than asked", f"set providers to some of {', '.join(there)}."
+    return Condition("providers", ", ".join(asked), not lacking, why, mend, fatal=True)
 
 
 def _load(seen: dict[str, Any], spec: MeasureSpec) -> Condition:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from boards import TestBoard, lacking
 from onnx import TensorProto, helper, numpy_helper
 
 from profiles.schema import MeasureSpec, Profile, load_profile
@@ -70,3 +71,23 @@ def local() -> Profile:
 def simulated() -> Profile:
     """The profile of the simulated device."""
     return load_profile("simulated")
+
+
+@pytest.fixture(scope="session")
+def whole_board() -> Iterator[TestBoard]:
+    """A board in a namespace of this machine, for all tests; skipped where none can be brought up."""
+    reason = lacking()
+    if reason:
+        pytest.skip(reason)
+    board = TestBoard()
+    yield board
+    board.down()
+
+
+@pytest.fixture
+def board(whole_board: TestBoard) -> Iterator[TestBoard]:
+    """That board with a sound link; afterwards nothing of ours runs on it, and nothing is left there to be fetched."""
+    yield whole_board
+    whole_board.mend()
+    assert whole_board.quiet()
+    assert whole_board.jobs() == []

@@ -15,6 +15,7 @@ import pytest
 
 from profiles.errors import DeployError, UndecidedError
 from targets.harness import lease as leases
+from targets.harness.agent import start_ticks
 from targets.harness.lease import holder, lease
 
 ROOT = Path(__file__).parents[2]
@@ -144,15 +145,15 @@ def test_a_process_that_only_has_the_orphans_number_is_left_alone(tmp_path):
 
 def test_a_process_that_is_no_agent_is_left_alone_whatever_the_file_says(tmp_path):
     other = agent_of(tmp_path, "database.py")
-    assert spares(tmp_path, other, leases._start_ticks(other.pid))
+    assert spares(tmp_path, other, start_ticks(other.pid))
     named = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "agent.py"], start_new_session=True)
-    assert spares(tmp_path, named, leases._start_ticks(named.pid))
+    assert spares(tmp_path, named, start_ticks(named.pid))
 
 
 def test_an_agent_of_another_user_is_left_alone(tmp_path, monkeypatch):
     other = agent_of(tmp_path)
     monkeypatch.setattr(leases.os, "geteuid", lambda: os.getuid() + 1)
-    assert spares(tmp_path, other, leases._start_ticks(other.pid))
+    assert spares(tmp_path, other, start_ticks(other.pid))
 
 
 JUNK = [

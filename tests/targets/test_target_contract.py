@@ -22,7 +22,13 @@ TARGETS = plugins.names("targets")
 def target(request, tmp_path, monkeypatch):
     (tmp_path / "lock").mkdir()
     monkeypatch.setattr(leases, "lease_folder", lambda: tmp_path / "lock")
-    return load_target(load_profile("local", {"target": request.param}), tmp_path / ".deploy")
+    if request.param != "ssh":
+        yield load_target(load_profile("local", {"target": request.param}), tmp_path / ".deploy")
+        return
+    target = load_target(request.getfixturevalue("board").profile(), tmp_path / ".deploy")
+    (tmp_path / ".deploy").mkdir()
+    yield target
+    target.board.close()
 
 
 def test_the_folder_lists_its_targets():

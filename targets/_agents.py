@@ -1,0 +1,111 @@
+"""A device with a measuring agent: what every target that has one asks of it, wherever the agent runs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from profiles.errors import UsageError
+from profiles.schema import MeasureSpec, Profile
+from targets.base import LayerTime, Progress, RowTimes, Target
+from targets.harness import bench, device
+from targets.harness.device import Fingerprint, Preflight
+from targets.harness.measurement import Session
+from targets.runtimes.base import load_runtime
+
+ROWS_LIMIT_S = 600.0
+LAYERS_LIMIT_S = 600.0
+Table = dict[str, Any]
+Verb = Literal["drive", "rows", "layers"]
+Look = Callable[[Mapping[str, Any]], object]
+"""Called with the device's state once it is leased; what it raises ends the job."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished job. result: the agent's; facts and state: of the device when the job began, in a `drive` only.
+
+    owner: who held the lease; started: UTC, ISO 8601.
+    """
+
+    result: Table
+    facts: Table
+    state: Table
+    owner: str
+    started: str
+
+
+class AgentTarget(Target):
+    """A device that an agent measures. A subclass says how the agent is reached."""
+
+    def __init__(self, profile: Profile, state: Path) -> None:
+        super().__init__(profile, state)
+        self.runtime = load_runtime(profile.runtime)
+        if profile.runtime != "ort":
+            raise UsageError(
+                f"target '{profile.target}' runs the runtime 'ort', "
+                f"the profile '{profile.name}' asks for '{profile.runtime}'."
+            )
+
+    @abstractmethod
+    def _facts(self) -> Table:
+        """What `agent.facts` reads on the device."""
+
+    @abstractmethod
+    def _state(self) -> Table:
+        """What `agent.state` reads on the device."""
+
+    @abstractmethod
+    def _run(
+        self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
+    ) -> Answer:
+        """Have the agent do a job while the device is leased. The paths in it are files of this machine."""
+
+    def fingerprint(self) -> Fingerprint:
+        """The device, its ONNX Runtime and the profile's threading."""
+        return self._fingerprint(self.profile.measure)
+
+    def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
+        return device.fingerprint(self._facts(), self.profile.providers, spec)
+
+    def preflight(self) -> Preflight:
+        """How busy, hot and full the device is."""
+        return device.preflight(self.profile.measure, self._state())
+
+    def measure(
+        self,
+        artifacts: Mapping[str, Path],
+        spec: MeasureSpec,
+        mode: Literal["rank", "accept"],
+        progress: Progress | None = None,
+    ) -> Session:
+        """Time all artifacts interleaved, in fresh processes."""
+        hashes = bench.hash_artifacts(artifacts)
+        job = bench.drive_job(artifacts, hashes, spec, mode, self.profile.providers)
+        done = self._run(
+            "drive", job, bench.session_limit_s(spec), progress, lambda seen: device.preflight(spec, seen).require()
+        )
+        fingerprint = device.fingerprint(done.facts, self.profile.providers, spec)
+        preflight = device.preflight(spec, done.state)
+        setting = bench.Setting(fingerprint, preflight, spec, mode, done.owner, done.started)
+        return bench.session_of(done.result, hashes, setting)
+
+    def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
+        """Time small models in turn with five sessions of the reference."""
+        bench.hash_artifacts({path.name: path for path in (*models, reference)})
+        job = bench.rows_job(models, reference, rounds, self.profile.measure, self.profile.providers)
+        result = self._run("rows", job, ROWS_LIMIT_S).result
+        ms = np.array(result["rows"], dtype=np.float64).reshape(len(models), rounds) * 1e-6
+        return RowTimes(ms, np.median(np.array(result["reference"], dtype=np.float64), axis=0) * 1e-6)
+
+    def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:
+        """What ONNX Runtime's profiler counts, several short sessions of every artifact in turn."""
+        hashes = bench.hash_artifacts(artifacts)
+        job = bench.layers_job(artifacts, hashes, spec, self.profile.providers)
+        result = self._run("layers", job, LAYERS_LIMIT_S).result
+        return {name: tuple(LayerTime(**row) for row in result["layers"][name]) for name in artifacts}

@@ -1,0 +1,165 @@
+"""A Linux board behind OpenSSH: ONNX Runtime on its processor, measured by an agent that runs on the board."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from profiles.errors import DeployError, UsageError
+from profiles.schema import Profile
+from targets._agents import AgentTarget, Answer, Look, Table, Verb
+from targets.base import Array, Progress, Target
+from targets.harness import agent, device, lease
+from targets.harness.device import Condition
+from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refusal, refused
+from targets.runtimes.base import Opened, Port, infer
+from targets.runtimes.ort import unreadable
+
+
+class Ssh(AgentTarget):
+    """A board, reached as the profile's `host` and `[ssh]` say."""
+
+    def __init__(self, profile: Profile, state: Path) -> None:
+        super().__init__(profile, state)
+        if profile.host is None:
+            raise UsageError(
+                f"the profile '{profile.name}' names no board.",
+                'write a file robot-7.toml with extends = "ssh" and host = "robot-7", then --target robot-7.toml',
+            )
+        self.board = Board(Place(profile.host, profile.ssh))
+        self._opened: dict[tuple[str, int, int], RemoteSession] = {}
+
+    def _facts(self) -> Table:
+        return self.board.ask({"do": "facts"})[0]
+
+    def _state(self) -> Table:
+        return self.board.ask({"do": "state", "device": DEVICE})[0]
+
+    def _run(
+        self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
+    ) -> Answer:
+        named = {str(path): agent.sha256(str(path)) for path in dict.fromkeys(_paths(job))}
+        files = {digest: Path(path) for path, digest in named.items()}
+        names = {m["name"]: m["path"] for m in job["models"] if isinstance(m, dict)}
+        done = self.board.run(verb, _placed(job, named), files, names, limit_s, progress, look)
+        facts, state = done.seen.get("facts", {}), done.seen.get("state", {})
+        return Answer(done.result, facts, state, lease.owner(), done.started)
+
+    def build(self, onnx: Path, out: Path) -> Path:
+        """The ONNX file itself, opened and run once on the board."""
+        opened = self._open(onnx)
+        arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
+        opened.run(arrays)
+        try:
+            if onnx.resolve() != out.resolve():
+                out.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(onnx, out)
+        except OSError as error:
+            raise DeployError(
+                f"cannot write '{out}': {error.strerror}.", "free space or choose another folder."
+            ) from None
+        return out
+
+    def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
+        """Outputs for a numpy batch of any size, computed on the board."""
+        return infer(self._open(artifact), batch, artifact.name)
+
+    def _open(self, artifact: Path) -> RemoteSession:
+        if not artifact.is_file():
+            raise DeployError(f"there is no file '{artifact}'.")
+        stat = artifact.stat()
+        key = (str(artifact.resolve()), stat.st_mtime_ns, stat.st_size)
+        if key not in self._opened:
+            self._opened[key] = RemoteSession(self.board, artifact, self.profile.providers)
+        return self._opened[key]
+
+    def doctor(self) -> list[Condition]:
+        """The connection, the lease, the preflight, and the runtime on the board with its providers."""
+        try:
+            hello, seen = self.board.hello, self._state()
+        except DeployError as error:
+            why = "nothing can be done without it"
+            return [Condition("connection", error.message.rstrip("."), False, why, error.hint, fatal=True)]
+        here = f"python {hello['python']} in {hello['folder']}"
+        found = [Condition("connection", str(self.profile.host), True), Condition("agent", here, True)]
+        found += [device.lease_condition(seen["holder"])]
+        found += device.preflight(self.profile.measure, seen).conditions
+        try:
+            facts, there = self._facts(), self.board.ask({"do": "providers"})[0]["there"]
+        except DeployError as error:
+            why = "nothing can be measured without it"
+            return [*found, Condition("runtime", error.message.rstrip("."), False, why, error.hint, fatal=True)]
+        found += [Condition("runtime", f"{facts['runtime']} {facts['runtime_version']}", True)]
+        return [*found, device.providers_condition(self.profile.providers, there)]
+
+
+class RemoteSession(Opened):
+    """An ONNX file that a board runs. The batch is free here: the board runs a fixed one over what it is given."""
+
+    def __init__(self, board: Board, artifact: Path, providers: Sequence[str]) -> None:
+        self._board, self._artifact, self._digest = board, artifact, agent.sha256(str(artifact))
+        self._options = {"threads": 0, "spin": False, "providers": list(providers)}
+        found = self._ask(None, b"")[0]
+        self.inputs = tuple(_port(table) for table in found["inputs"])
+        self.outputs = tuple(_port(table) for table in found["outputs"])
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """Outputs for arrays of the declared shapes."""
+        table, data = agent.pack_arrays([np.ascontiguousarray(array) for array in arrays])
+        answer, found = self._ask(table["arrays"], data)
+        return list(agent.unpack_arrays(answer["arrays"], found))
+
+    def _ask(self, arrays: list[Table] | None, data: bytes) -> tuple[Table, bytes]:
+        request = {
+            "do": "infer", "sha256": self._digest, "options": self._options, "arrays": arrays, "bytes": len(data),
+            "device": DEVICE, "owner": lease.owner(), "wait_s": WAIT_S,
+        }  # fmt: skip
+        try:
+            try:
+                return self._board.try_to(request, data)
+            except Refusal as error:
+                if error.event["kind"] != "missing":
+                    raise
+            self._board.send({self._digest: self._artifact})
+            return self._board.try_to(request, data, HASH_S)
+        except Refusal as error:
+            raise self._explain(error.event) from None
+
+    def _explain(self, event: Table) -> DeployError:
+        """The user's error for what the board says of this file."""
+        place, message = self._board.place, str(event["message"]).rstrip(".")
+        if event["kind"] == "model":
+            version = str(self._board.ask({"do": "facts"})[0]["runtime_version"])
+            if event["step"] == "open":
+                return unreadable(str(self._artifact), version, message)
+            return DeployError(f"'{self._artifact}' opens in ONNX Runtime {version} but does not run: {message}.")
+        if event["kind"] in ("killed", "lost", "memory"):
+            hint = "free memory on the board, or export the network again."
+            return DeployError(f"the inferring process of '{self._artifact}' on '{place.host}' {message}.", hint)
+        return refused(place, event, {self._digest: str(self._artifact)})
+
+
+def _port(table: Mapping[str, object]) -> Port:
+    shape = table["shape"]
+    assert isinstance(shape, list)
+    return Port(str(table["name"]), (None, *shape[1:]) if shape else (), str(table["dtype"]))
+
+
+def _paths(job: Table) -> list[Path]:
+    models = [Path(m["path"] if isinstance(m, dict) else m) for m in job["models"]]
+    return [*models, Path(job["reference"])] if "reference" in job else models
+
+
+def _placed(job: Table, digest: Mapping[str, str]) -> Table:
+    """The job with SHA-256 in the place of paths."""
+    models = [{**m, "path": digest[m["path"]]} if isinstance(m, dict) else digest[m] for m in job["models"]]
+    placed = {**job, "models": models}
+    return {**placed, "reference": digest[job["reference"]]} if "reference" in job else placed
+
+
+def target(profile: Profile, state: Path) -> Target:
+    """The plug-in."""
+    return Ssh(profile, state)

@@ -1,7 +1,7 @@
 """The whole pipeline on one page, read from top to bottom: a trained network becomes a bundle that keeps its budget.
 
     capture → dense ONNX → rankings → table → values → search (choose, narrow, measure, correct)
-            → repair → recover → export → measure → gate → bundle
+            → repair → recover → export → candidates → measure → gate → bundle
 
 Each step is a stage with a key; what is measured is journalled, so a run that was killed ends with the same bundle.
 """
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -24,9 +26,11 @@ from safetensors.torch import load_file, save
 from torch import fx, nn
 
 from pipeline import outcome
+from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow, narrow_file
 from pipeline.graph.optimize import PassLog, optimize
+from pipeline.graph.rewriting import Timing, choose
 from pipeline.graph.rows import Rows
 from pipeline.graph.verify import check_model
 from pipeline.latency.solvers.base import Solver
@@ -36,24 +40,28 @@ from pipeline.latency.timing import Tally
 from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.project import Project, load_project, predict_torch
 from pipeline.prune.capture import capture
+from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from pipeline.prune.evidence import Evidence, Samples, divergence, first
 from pipeline.prune.groups import find_groups
+from pipeline.prune.hashing import adaptive
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank
+from pipeline.prune.repair import NEED_INPUTS, repair
 from pipeline.prune.repair import affordable as repair_limit
-from pipeline.prune.repair import repair
 from pipeline.prune.sensitivity import LossProbe, Probe, RepairProbe, measure
 from pipeline.prune.sensitivity import affordable as probe_limit
 from pipeline.prune.surgery import prune, restore
 from pipeline.prune.taps import DenseTaps
 from pipeline.recover.train import RecoverData, recover
+from pipeline.report import numbers
+from pipeline.report.data import Agreement
 from pipeline.run import BuildRequest, Run
 from pipeline.search import Found, Loop, Measured, Search
 from pipeline.stage import Outcome, Stage, run_or_reuse
-from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
+from pipeline.work import AGAIN, DENSE, PRUNED, PRUNED_AGAIN, BuildResult, Work
 from profiles import plugins
-from profiles.errors import DeployError
-from profiles.schema import Budget, load_profile
+from profiles.errors import DeployError, UsageError
+from profiles.schema import Budget, Profile, PruneSpec, load_profile
 from targets.base import Target, load_target
 from targets.harness.measurement import Judgement, Session, judge
 
@@ -65,9 +73,13 @@ as many are the most that a plan should take."""
 SHORT_STEPS = 16
 """Training steps of the short recovery that some solvers judge a choice by (NetAdapt's idea)."""
 REPORTED = ("none", "bn", "least-squares")
+DATA_FREE = {"criterion": "red", "repair": "merge"}
+"""What ranks and repairs where there are no calibration samples and nothing else was asked for."""
+MOST_OFFERS = 6
+"""Rewritten networks that are measured in one session, beside the network without."""
 ATTEMPTS, STEP_BACK = 3, 0.985
 """Where the accepting measurement does not find the budget kept, the loop goes on with a tighter one, so often."""
-
+log = logging.getLogger(__name__)
 
 
 def build(request: BuildRequest) -> BuildResult:
@@ -76,22 +88,24 @@ def build(request: BuildRequest) -> BuildResult:
     Raises DeployError for what the user can mend; a missed budget or accuracy is a result, not an error.
     """
     project = load_project(request.project)
-    profile = load_profile(request.target, _merged(project.overrides, request.overrides))
+    profile, notes = _asked(project, load_profile(request.target, _merged(project.overrides, request.overrides)))
     budget = Budget.parse(request.budget) if request.budget else profile.budget
     if budget is None:
         raise DeployError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
     target = load_target(profile, request.root / ".deploy")
     model = project.model()
-    samples = _samples(project, profile.prune.calibration)
+    samples = _samples(project, profile.prune)
     run = Run.resume(request.root, request.out, console=request.console) if request.resume else None
     run = run or Run.create(request.root, profile, out=request.out, request=request)
     with run:
+        for note in notes:
+            _say(run, f"note: {note}")
         begun = run.seconds
         network = find_groups(capture(model, project.example()), freeze=profile.prune.freeze)
         offered = f"{len(network.topology.offered)} groups, {len(network.topology.removable)} blocks proved"
         run.finished("capture", run.seconds - begun, offered)
         samples = samples.first(repair_limit(network))
-        work = Work(run, profile, budget, target, project, network, samples)
+        work = Work(run, profile, budget, target, project, network, samples, notes)
         return _dry(work) if request.dry_run else _release(work)
 
 
@@ -103,9 +117,59 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _samples(project: Project, limit: int) -> Samples:
-    batches = project.calibration(limit)
+def _asked(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
+    """The profile as it can be kept with this project, and a sentence for everything that its missing data changes.
+
+    Without calibration samples DATA_FREE takes the place of what was not asked for; raises UsageError where what was
+    asked for needs them, or does not exist.
+    """
+    for name in profile.graph.candidates:
+        plugins.load(CANDIDATES, name)
+    lacking = project.lacks("calibration")
+    if lacking:
+        spec = profile.prune
+        spec = spec.model_copy(update={k: v for k, v in DATA_FREE.items() if k not in spec.model_fields_set})
+        _refuse_needs(spec, lacking)
+        profile = profile.model_copy(update={"prune": spec})
+    ways = f"ranked by '{profile.prune.criterion}' and repaired by '{profile.prune.repair}', which need none"
+    told = {
+        "calibration": f"channels are {ways}; losses are measured on noise",
+        "train": "nothing is trained after the repair",
+        "evaluate": "the accuracy is not judged",
+    }
+    notes: dict[str, list[str]] = {}
+    for key, what in told.items():
+        notes.setdefault(project.lacks(key), []).append(what)
+    return profile, tuple(f"{why}: {'; '.join(what)}." for why, what in notes.items() if why)
+
+
+def _refuse_needs(spec: PruneSpec, lacking: str) -> None:
+    """Raise UsageError for a criterion or a repair that cannot do without calibration samples."""
+    found = {
+        "criterion": plugins.load(CRITERIA, spec.criterion).NEEDS and spec.criterion,
+        "repair": spec.repair in NEED_INPUTS and spec.repair,
+    }
+    needy = {kind: name for kind, name in found.items() if name}
+    if needy:
+        told = " and ".join(f"the {kind} '{name}'" for kind, name in needy.items())
+        instead = " ".join(f"--{kind} {DATA_FREE[kind]}" for kind in needy)
+        message = f"{told} need{'s' if len(needy) == 1 else ''} calibration inputs, and {lacking}."
+        raise UsageError(message, f"add data.calibration to deploy.toml, or {instead}.")
+
+
+def _samples(project: Project, spec: PruneSpec) -> Samples:
+    """Calibration samples. Raises UsageError for a criterion that needs labels which they have not."""
+    batches = project.calibration(spec.calibration)
+    if batches.targets is None and "targets" in plugins.load(CRITERIA, spec.criterion).NEEDS:
+        message = f"the criterion '{spec.criterion}' needs labels, and data.calibration gives none."
+        raise UsageError(message, "yield (inputs, targets), or --criterion fisher.")
     return Samples(batches.inputs, batches.targets)
+
+
+def _say(run: Run, text: str) -> None:
+    """One line on the console and in the run's log."""
+    log.info(text)
+    run.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 # --- the steps, in order -------------------------------------------------------------------------------------------
@@ -132,15 +196,16 @@ def _release(work: Work) -> BuildResult:
     return outcome.release(work, ending)
 
 
-def _finish(work: Work, dense: Outcome, found: Found, accuracy_dense: float) -> outcome.Ending:
+def _finish(work: Work, dense: Outcome, found: Found, accuracy_dense: float | None) -> outcome.Ending:
     """The chosen plan carried out: repaired, recovered, exported, judged."""
     assert found.chosen is not None
     plan = found.chosen.plan
     recovered = _recover(work, plan, _repair(work, plan))
-    final = _export(work, plan, recovered)
+    final = _candidates(work, _export(work, plan, recovered))
     accuracy = _accuracy(work, final.path("onnx"), "pruned")
+    agreement = _agreement(work, dense, final)
     session, judged = _accept(work, dense, final)
-    return outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy)
+    return outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy, agreement)
 
 
 def _dry(work: Work) -> BuildResult:
@@ -164,8 +229,13 @@ def _dense(work: Work) -> Outcome:
         return {"onnx": folder / "dense.onnx", "passes": json.loads(log.to_json())}
 
     return work.run.stage(
-        Stage("dense"), work.profile.graph, {"project": work.source}, make, tools=TOOLS, detail=_nodes
+        Stage("dense"), _written(work), {"project": work.source}, make, tools=TOOLS, detail=_nodes
     )
+
+
+def _written(work: Work) -> dict[str, Any]:
+    """What an exported file depends on of the profile; candidates come later."""
+    return work.profile.graph.model_dump(exclude={"candidates", "hash_error"})
 
 
 def _nodes(done: Outcome) -> str:
@@ -173,8 +243,10 @@ def _nodes(done: Outcome) -> str:
     return f"{log['nodes_before']} nodes, {log['nodes_after']} after passes"
 
 
-def _accuracy(work: Work, model: Path, name: str) -> float:
-    """The project's metric of an artifact on the device."""
+def _accuracy(work: Work, model: Path, name: str) -> float | None:
+    """The project's metric of an artifact on the device, None where it has none."""
+    if work.project.lacks("evaluate"):
+        return None
 
     def make(folder: Path) -> dict[str, Any]:
         artifact = work.target.build(model, folder / "artifact")
@@ -186,6 +258,27 @@ def _accuracy(work: Work, model: Path, name: str) -> float:
         fingerprint=work.target.fingerprint().digest(), detail=lambda d: f"{d['accuracy']:.4f}",
     )  # fmt: skip
     return float(done["accuracy"])
+
+
+def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
+    """How far the artifact's outputs are those of the dense one on the device, where no metric judges it."""
+    if not work.project.lacks("evaluate"):
+        return None
+    samples = work.loss_samples
+
+    def make(folder: Path) -> dict[str, Any]:
+        before, after = (
+            np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
+            for built in (work.target.build(each.path("onnx"), folder / each.key) for each in (dense, final))
+        )
+        return asdict(outcome.agreement(before, after, work.loss_samples_are))
+
+    inputs = {"project": work.source, "dense": dense.files["onnx"], "model": final.files["onnx"]}
+    done = work.run.stage(
+        Stage("agreement"), {"samples": samples.count}, inputs, make, tools=TOOLS,
+        fingerprint=work.target.fingerprint().digest(), detail=lambda d: numbers.agreement(Agreement(**d.values)),
+    )  # fmt: skip
+    return Agreement(**done.values)
 
 
 def _predict(target: Target, artifact: Path) -> Callable[..., Any]:
@@ -249,10 +342,11 @@ def _probe(work: Work) -> Probing:
     """What measures losses, on as many samples as it can hold; made when first asked for."""
 
     def make() -> Probe:
-        samples, mode = work.samples.first(_probed(work)), work.profile.prune.repair
+        samples, mode = work.loss_samples.first(_probed(work)), work.profile.prune.repair
         if mode == "least-squares":
             return LossProbe(work.network, samples)
-        return RepairProbe(work.network, samples, mode, work.rankings)
+        fitted = work.samples.first(_probed(work))  # noise tells losses, and repairs nothing
+        return RepairProbe(work.network, samples, fitted, mode, work.rankings)
 
     return cache(make)
 
@@ -267,7 +361,7 @@ def _probing(work: Work) -> dict[str, Any]:
 def _probed(work: Work) -> int:
     """Samples that losses are measured on: fewer where one costs much, but not too few to tell plans apart."""
     worth = max(FEWEST_SAMPLES, round(4 * EFFORT_MACS / max(1, work.macs)))
-    return min(VALUE_SAMPLES, worth, probe_limit(work.network), work.samples.count)
+    return min(VALUE_SAMPLES, worth, probe_limit(work.network), work.loss_samples.count)
 
 
 def _loss(work: Work, name: str, params: Mapping[str, Any], plan: PruningPlan, find: Callable[[], float]) -> float:
@@ -288,17 +382,18 @@ def _loss(work: Work, name: str, params: Mapping[str, Any], plan: PruningPlan, f
 
 def _short_recovery(work: Work, probe: Probing, plan: PruningPlan) -> float:
     """Loss of a plan after repair and a few steps of recovery; after repair alone without training data."""
-    train, samples = work.project.train, work.samples.first(_probed(work))
+    train, few = work.project.train, _probed(work)
     if train is None:
         return probe().loss(plan)
     mode = work.profile.prune.repair
-    fixed = repair(prune(work.network, plan), work.network, plan, samples, mode, rankings=work.rankings)
+    pruned = prune(work.network, plan)
+    fixed = repair(pruned, work.network, plan, work.samples.first(few), mode, rankings=work.rankings)
     data = RecoverData(lambda epoch, seed: islice(train(epoch, seed), SHORT_STEPS), work.project.loss, None)
     spec = work.profile.recover.model_copy(update={"epochs": 1, "hooks": ()})
     file = work.scratch("short.checkpoint")
     file.unlink(missing_ok=True)
     done = recover(fixed, work.network.graph, data, spec, file)
-    return _divergence(work, cast(fx.GraphModule, done.module), samples)
+    return _divergence(work, cast(fx.GraphModule, done.module), work.loss_samples.first(few))
 
 
 def _values(work: Work, probe: Probing, table: LatencyTable) -> Sensitivity:
@@ -421,12 +516,14 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
     pruned = prune(work.network, plan)
 
     def make(folder: Path) -> dict[str, Any]:
-        taps = DenseTaps(work.network, work.samples.joined())
+        taps = DenseTaps(work.network, work.samples.joined()) if work.samples.count else None
         told = {}
         for mode in dict.fromkeys((*REPORTED, chosen)):
+            if mode in NEED_INPUTS and taps is None:
+                continue
             fixed = repair(pruned, work.network, plan, work.samples, mode, rankings=work.rankings, taps=taps)
             accuracy = work.project.validate(predict_torch(fixed))
-            told[mode] = {"loss": _divergence(work, fixed, work.samples), "accuracy": accuracy}
+            told[mode] = {"loss": _divergence(work, fixed, work.loss_samples), "accuracy": accuracy}
             if mode == chosen:
                 (folder / "repaired.safetensors").write_bytes(save(_state(fixed)))
         return {"weights": folder / "repaired.safetensors", "told": told}
@@ -503,7 +600,50 @@ def _export(work: Work, plan: PruningPlan, model: fx.GraphModule) -> Outcome:
         return {"onnx": folder / "model.onnx", "weights": weights, "passes": passes}
 
     inputs = {"project": work.source, "plan": plan.to_json(), "weights": _hashes(model)}
-    return work.run.stage(Stage("export"), work.profile.graph, inputs, make, tools=TOOLS, detail=_nodes)
+    return work.run.stage(Stage("export"), _written(work), inputs, make, tools=TOOLS, detail=_nodes)
+
+
+def _candidates(work: Work, final: Outcome) -> Outcome:
+    """The exported network with those rewrites that the device measures faster than it is without them."""
+    names, error = work.profile.graph.candidates, work.profile.graph.hash_error
+    if not names:
+        return final
+    begun, plain = work.run.seconds, final.path("onnx")
+
+    def measured(models: Sequence[onnx.ModelProto]) -> list[Timing]:
+        files = [work.scratch(f"candidate-{number}.onnx") for number in range(1, len(models) + 1)]
+        for file, model in zip(files, models, strict=True):
+            onnx.save_model(model, str(file))
+        found = []
+        for start in range(0, len(files), MOST_OFFERS):
+            some = {file.stem: file for file in files[start : start + MOST_OFFERS]}
+            name = f"candidates {start // MOST_OFFERS + 1}"
+            session = _session(work, name, {PRUNED: plain, PRUNED_AGAIN: plain, **some}, "rank")
+            found += [_timing(session, label) for label in some]
+        return found
+
+    hashing = (lambda weights: adaptive(weights, error).weights) if error else None
+    choice = choose(onnx.load_model(str(plain)), names, measured, hashing)
+    told, taken = choice.to_table() | {"hash_error": error}, sum(len(each.edits) for each in choice.tried if each.taken)
+    left = sum(len(reasons) for reasons in choice.refused.values())
+    said = f"{len(choice.tried)} measured, {taken} taken, {left} refused"
+    work.run.finished("candidates", work.run.seconds - begun, said)
+
+    def make(folder: Path) -> dict[str, Any]:
+        onnx.save_model(choice.model, str(folder / "model.onnx"))
+        passes = {**final["passes"], "candidates": told}
+        return {"onnx": folder / "model.onnx", "weights": final.path("weights"), "passes": passes}
+
+    inputs = {"project": work.source, "model": final.files["onnx"]}
+    return work.run.stage(Stage("rewrite"), {"candidates": told}, inputs, make, tools=TOOLS)
+
+
+def _timing(session: Session, name: str) -> Timing:
+    """A rewritten network against the one without; that stands in the session twice, and both are its reference."""
+    one, two = session.ratio(name, PRUNED), session.ratio(name, PRUNED_AGAIN)
+    before_ms, after_ms = (session.measurement(each).p50_ms for each in (PRUNED, name))
+    ratio = math.sqrt(one.center * two.center)
+    return Timing(before_ms, after_ms, ratio, min(one.low, two.low), max(one.high, two.high))
 
 
 def _accept(work: Work, dense: Outcome, final: Outcome) -> tuple[Session, Judgement]:

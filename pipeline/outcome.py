@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import fx
 
@@ -26,8 +27,12 @@ from pipeline.prune.repair import repair
 from pipeline.prune.surgery import prune
 from pipeline.release.bundle import Contents, licence_texts, write_bundle
 from pipeline.release.manifest import Accuracy, Latency, TensorSpec
+from pipeline.release.manifest import Agreement as AgreementEntry
+from pipeline.report import numbers
 from pipeline.report.data import (
+    Agreement,
     BlockRow,
+    CandidateRow,
     Distribution,
     Figures,
     GroupRow,
@@ -48,12 +53,13 @@ from profiles.schema import Budget
 from targets.harness.measurement import STATISTICS, Judgement, Measurement, Session, Statistic
 
 PLOTTED = 2000
+SIMULATED = "Run on the simulated device: no number here is real."
 EXIT = {"met": 0, "missed": 3, "accuracy missed": 3, "undecided": 4}
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Everything that the last steps left."""
+    """Everything that the last steps left. accuracies: None without a metric; then `agreement` stands in for them."""
 
     dense: Outcome
     final: Outcome
@@ -62,8 +68,21 @@ class Ending:
     model: fx.GraphModule
     session: Session
     judged: Judgement
-    accuracy_dense: float
-    accuracy: float
+    accuracy_dense: float | None
+    accuracy: float | None
+    agreement: Agreement | None
+
+
+def agreement(dense: NDArray[Any], pruned: NDArray[Any], on: str) -> Agreement:
+    """How far outputs agree, samples first; logits (N, K > 1) by their argmax too. on: what the inputs were."""
+    wide = dense.astype(np.float64)
+    spread = float(np.square(wide - wide.mean(0)).sum())
+    r2 = 1.0 - float(np.square(wide - pruned).sum()) / max(spread, 1e-12)
+    argmax = constant = None
+    if dense.ndim == 2 and dense.shape[1] > 1:
+        wanted = dense.argmax(1)
+        argmax, constant = float((wanted == pruned.argmax(1)).mean()), float(np.bincount(wanted).max()) / len(wanted)
+    return Agreement(r2, argmax, constant, len(dense), on)
 
 
 def release(work: Work, ending: Ending) -> BuildResult:
@@ -78,15 +97,22 @@ def release(work: Work, ending: Ending) -> BuildResult:
 
 
 def _gate(work: Work, ending: Ending) -> tuple[str, str]:
-    """The verdict on latency, then on accuracy, with the numbers of both."""
+    """The verdict on latency, then on accuracy where a metric judges it, with the numbers of both."""
     allowed, verdict = work.project.max_drop, str(ending.judged.verdict)
+    if ending.accuracy_dense is None or ending.accuracy is None:
+        told = f"accuracy not judged: {work.project.lacks('evaluate')}"
+        if ending.agreement is not None:
+            told = f"{told}; outputs agree with the dense network's: {numbers.agreement(ending.agreement)}"
+        return verdict, f"{ending.judged.reason}; {told}"
     if verdict == "met" and ending.accuracy_dense - ending.accuracy > allowed + 1e-12:
         verdict = "accuracy missed"
     told = f"accuracy {ending.accuracy:.4f} against {ending.accuracy_dense:.4f} dense, allowed drop {allowed:g}"
     return verdict, f"{ending.judged.reason}; {told}"
 
 
-def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float, found: Found, ratio: float) -> BuildResult:
+def nothing_fits(
+    work: Work, dense: Outcome, accuracy_dense: float | None, found: Found, ratio: float
+) -> BuildResult:
     """No candidate was measured to keep the budget: report the nearest."""
     nearest = min((c.measured for c in found.tried if c.measured), key=lambda m: m.high, default=None)
     said, budget_ms = "nothing could be measured", 0.0
@@ -100,8 +126,9 @@ def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float, found: Found
         network=work.project.references["model.factory"].text, target=work.profile.name, budget=str(work.budget),
         budget_ms=budget_ms, verdict="missed", dense=figures, pruned=pruned,
         reason=said, run=str(work.run.path), percentile=work.budget.percentile, max_drop=work.project.max_drop,
+        unjudged=work.project.lacks("evaluate"), loss_name=_loss_name(work),
         seconds=work.run.seconds, rounds=_rounds(found, unit), stages=_stages(work),
-        notes=("More rounds may find one: --rounds.", *_cheapest(work, found)),
+        notes=(*work.notes, "More rounds may find one: --rounds.", *_cheapest(work, found)),
     )  # fmt: skip
     return _close(work, data, None)
 
@@ -121,7 +148,7 @@ def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float) -> Bu
         "groups": groups, "removed_blocks": sorted(solution.dropped), "sites": len(table.sites),
         "table_rows": sum(len(site.ms) + len(site.dropped_ms) for site in table.sites),
         "predicted_ratio": solution.predicted_ms / table.dense_ms, "budget_ratio": ratio,
-        "loss": solution.loss, "gap": solution.gap, "seconds": round(work.run.seconds, 1),
+        "loss": solution.loss, "gap": solution.gap, "seconds": round(work.run.seconds, 1), "notes": list(work.notes),
     }  # fmt: skip
     work.run.finish("done", told)
     return BuildResult(told, None, None, 0)
@@ -157,9 +184,7 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         inputs=_specs(model.graph.input),
         outputs=_specs(model.graph.output),
         latency=_latency(work.budget, data),
-        accuracy=Accuracy(
-            metric=data.metric, dense=ending.accuracy_dense, pruned=ending.accuracy, max_drop=work.project.max_drop
-        ),
+        accuracy=_accuracy(work, ending, data),
         versions=work.run.versions,
         sources={"project": work.source},
         chain=work.run.chain(),
@@ -167,10 +192,21 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
     )
 
 
+def _accuracy(work: Work, ending: Ending, data: ReportData) -> Accuracy:
+    return Accuracy(
+        metric=data.metric,
+        dense=ending.accuracy_dense,
+        pruned=ending.accuracy,
+        max_drop=work.project.max_drop,
+        unjudged=data.unjudged,
+        agreement=AgreementEntry(**asdict(ending.agreement)) if ending.agreement else None,
+    )
+
+
 def _sample(work: Work, model: Path) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
-    """One calibration input and what the artifact gives for it."""
+    """One calibration input, or noise, and what the artifact gives for it."""
     spec = work.project.inputs
-    batch = [x[: s.shape[0]].numpy() for x, s in zip(work.samples.inputs[0], spec, strict=True)]
+    batch = [x[: s.shape[0]].numpy() for x, s in zip(work.loss_samples.inputs[0], spec, strict=True)]
     artifact = work.target.build(model, work.scratch("sample.artifact"))
     outputs = work.target.infer(artifact, batch)
     names = [value.name for value in onnx.load_model(str(model), load_external_data=False).graph.output]
@@ -233,6 +269,9 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         bundle=str(folder),
         percentile=budget.percentile,
         max_drop=work.project.max_drop,
+        unjudged=work.project.lacks("evaluate"),
+        agreement=ending.agreement,
+        loss_name=_loss_name(work),
         ratio=ratio.center,
         ratio_interval=(ratio.low, ratio.high),
         process_ratios=session.process_ratios(PRUNED, DENSE, budget.percentile),
@@ -246,12 +285,13 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         distributions=tuple(_distribution(m) for m in session.measurements.values()),
         repairs=_repairs(work),
         passes=_passes(ending.final["passes"]),
+        candidates=_candidates(ending.final["passes"]),
         stages=_stages(work),
         conditions=_conditions(session)
         | {"dense against itself": f"{control.center:.4f}x ({control.low:.4f} to {control.high:.4f})"},
         versions=work.run.versions,
         settings=_settings(work),
-        notes=("Run on the simulated device: no number here is real.",) if session.simulated else (),
+        notes=(*work.notes, *_hashed(ending.final["passes"]), *((SIMULATED,) if session.simulated else ())),
     )
 
 
@@ -264,8 +304,12 @@ def _parameters(model: fx.GraphModule) -> int:
     return sum(value.numel() for value in model.parameters())
 
 
+def _loss_name(work: Work) -> str:
+    return "calibration loss" if work.samples.count else "loss on noise"
+
+
 def _dense_figures(
-    work: Work, accuracy: float, unit: float, measured: tuple[float | None, tuple[float, float] | None] | None
+    work: Work, accuracy: float | None, unit: float, measured: tuple[float | None, tuple[float, float] | None] | None
 ) -> Figures:
     value, interval = measured or (None, None)
     return Figures(accuracy, _parameters(work.network.graph), work.macs, value or unit, value, interval)
@@ -355,7 +399,31 @@ def _passes(log: Mapping[str, Any]) -> tuple[PassRow, ...]:
         steps = [step for step in log["steps"] if step["name"] == name]
         refused = {f"{r['node']}: {r['reason']}" for step in steps for r in step["refused"]}
         rows.append(PassRow(name, sum(step["changed"] for step in steps), tuple(sorted(refused))))
+    asked = log.get("candidates", {"refused": {}, "tried": ()})
+    for name, reasons in asked["refused"].items():
+        edits = [edit for each in asked["tried"] if each["taken"] for edit in each["edits"]]
+        refused = {f"{r['node']}: {r['reason']}" for r in reasons}
+        rows.append(PassRow(f"{name} (candidate)", sum(edit[0] == name for edit in edits), tuple(sorted(refused))))
     return tuple(rows)
+
+
+def _candidates(log: Mapping[str, Any]) -> tuple[CandidateRow, ...]:
+    rows = []
+    for each in log.get("candidates", {}).get("tried", ()):
+        names, nodes = (", ".join(dict.fromkeys(part)) for part in zip(*each["edits"], strict=True))
+        bounds = (each["low"], math.inf if each["high"] is None else each["high"])
+        times = each["before_ms"], each["after_ms"], each["ratio"]
+        rows.append(CandidateRow(names, nodes, *times, bounds, each["taken"]))
+    return tuple(rows)
+
+
+def _hashed(log: Mapping[str, Any]) -> tuple[str, ...]:
+    asked = log.get("candidates", {"hash_error": 0.0, "tried": ()})
+    nodes = ", ".join(node for each in asked["tried"] if each["taken"] for _, node in each["edits"])
+    if not nodes or not asked["hash_error"]:
+        return ()
+    told = f"the weights of {nodes} were hashed for the rewrite, with a relative error of up to"
+    return (f"{told} {asked['hash_error']:g}; pruned.safetensors has them as they were.",)
 
 
 def _stages(work: Work) -> tuple[StageRow, ...]:
@@ -378,7 +446,7 @@ def _settings(work: Work) -> dict[str, str]:
     spec = work.profile.prune
     return {
         "criterion": spec.criterion, "solver": spec.solver, "repair": spec.repair,
-        "calibration samples": str(work.samples.count),
+        "calibration samples": str(work.samples.count or "none"),
         "recovery epochs": str(work.profile.recover.epochs), "seed": str(spec.seed),
     }  # fmt: skip
 

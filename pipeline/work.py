@@ -20,6 +20,9 @@ from targets.base import Target
 
 DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
 """Names of the networks in a measuring session; the dense one stands in it twice."""
+PRUNED_AGAIN = "pruned-again"
+"""Where rewrites of the pruned network are measured, it stands in the session twice."""
+NOISE_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class BuildResult:
 class Work:
     """What every step needs.
 
-    rankings: the order in which units go, filled by the step that ranks. repairs: loss and accuracy of each way of
-    repairing, filled by the step that tries it.
+    samples: calibration samples for rankings and repair, none at all where the project names none. notes: what was
+    decided for the user, a sentence each. rankings: the order in which units go, filled by the step that ranks.
+    repairs: loss and accuracy of each way of repairing, filled by the step that tries it.
     """
 
     run: Run
@@ -47,6 +51,7 @@ class Work:
     project: Project
     network: Network
     samples: Samples
+    notes: tuple[str, ...] = ()
     rankings: dict[str, Ranking] = field(default_factory=dict)
     repairs: dict[str, Any] = field(default_factory=dict)
 
@@ -54,6 +59,16 @@ class Work:
     def topology(self) -> Topology:
         """The network's topology."""
         return self.network.topology
+
+    @cached_property
+    def loss_samples(self) -> Samples:
+        """What losses are measured on: the calibration samples, seeded noise where there are none."""
+        return self.samples if self.samples.count else Samples(self.project.noise(NOISE_SAMPLES).inputs)
+
+    @property
+    def loss_samples_are(self) -> str:
+        """`calibration samples` or `noise`."""
+        return "calibration samples" if self.samples.count else "noise"
 
     @cached_property
     def operations(self) -> Operations:

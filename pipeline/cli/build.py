@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--budget", metavar="8ms|0.5x", help="Latency to keep: absolute, or a share of the dense network's.")
 @click.option("--criterion", metavar="C", help="What orders the channels of a group (deploy list criteria).")
 @click.option("--solver", metavar="S", help="What chooses the widths (deploy list solvers).")
-@click.option("--repair", metavar="R", help="none, bn or least-squares.")
+@click.option("--repair", metavar="R", help="none, bn, merge, layerwise or least-squares.")
 @click.option("--rounds", type=int, metavar="N", help="Most turns of predict, measure, correct.")
 @with_settings
 @click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="Folder of the run.  [runs/DATE-TARGET]")
@@ -72,6 +72,8 @@ def _request(
     exists("criteria", profile.prune.criterion)
     exists("solvers", profile.prune.solver)
     exists("targets", profile.target)
+    for name in profile.graph.candidates:
+        exists("candidates", name)
     if budget is None and profile.budget is None:
         raise UsageError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
     if not (project / "deploy.toml").is_file():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLUGINS = {
+    "candidates": "pipeline.graph.candidates",
     "criteria": "pipeline.prune.criteria",
     "encoders": "pipeline.release.encoders",
     "hooks": "pipeline.recover.hooks",

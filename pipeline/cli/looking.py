@@ -56,7 +56,10 @@ def show(run: Path, as_json: bool) -> int:
 @click.argument("kind", metavar="KIND")
 @everywhere
 def list_(kind: str, as_json: bool) -> int:
-    """List what there is of a kind: targets, profiles, criteria, solvers, passes, runtimes, hooks, encoders, rules."""
+    """List what there is of a kind.
+
+    Kinds: targets, profiles, criteria, solvers, passes, candidates, runtimes, hooks, encoders, rules.
+    """
     kinds = sorted([*PLUGINS, "profiles"])
     if kind not in kinds:
         raise UsageError(f"no kind named '{kind}'. {near_miss(kind, kinds)}", f"deploy list {'|'.join(kinds)}")

@@ -122,6 +122,8 @@ def verify(bundle: Path, target: str | None, settings: tuple[str, ...], as_json:
 
     problems = check.verify(bundle, load_target(load_profile("local"), STATE).infer)
     told: dict[str, Any] = {"bundle": str(bundle), "problems": problems}
+    if not problems:
+        told["accuracy_unjudged"] = check.read_manifest(bundle).accuracy.unjudged
     code = 1 if problems else 0
     if target is not None and not problems:
         device = load_target(load_profile(target, overrides_of(settings)), STATE)
@@ -138,6 +140,8 @@ def verify(bundle: Path, target: str | None, settings: tuple[str, ...], as_json:
         say(console, problem)
     if not problems:
         say(console, f"{bundle} is whole: checksums, schema, graphs and the sample's output agree.")
+        if told["accuracy_unjudged"]:
+            say(console, f"its accuracy was not judged: {told['accuracy_unjudged']}.")
     if "verdict" in told:
         say(console, f"{told['verdict']}: {told['reason']}")
     return code

@@ -79,8 +79,8 @@ def optimize_model(
 ) -> tuple[onnx.ModelProto, PassLog]:
     """`optimize` in memory; the model that comes in is left as it is."""
     rewrites = {name: plugins.load(PACKAGE, name).rewrite for name in passes}
-    check = _Check(model, seed, tolerance)
-    work = _Work(model)
+    check = Proof(model, seed, tolerance)
+    work = Draft(model)
     steps: list[PassStep] = []
     for turn in range(1, MOST_TURNS + 1):
         for name in passes:
@@ -103,7 +103,7 @@ def optimize_model(
             f"the graph passes have not settled after {MOST_TURNS} turns; still changing: {last}.",
             "take one out of graph.passes.",
         )
-    final = _finish(model, work.model)
+    final = finish(model, work.model)
     return final, PassLog(tuple(passes), tuple(steps), len(model.graph.node), len(final.graph.node))
 
 
@@ -113,16 +113,21 @@ def _story(before: Sequence[str], hint: str) -> str:
     return " ".join(part for part in (done, hint, "Take it out of graph.passes to go on without it.") if part)
 
 
-class _Work:
+class Draft:
     """The model between passes: as a protocol buffer, and as the graph that passes edit, read again after a change."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         self._graph: gs.Graph | None = None
 
+    @property
+    def graph(self) -> gs.Graph:
+        """The model as a graph with shapes; what is changed in it is kept by `apply` alone."""
+        return self._graph or gs.import_onnx(with_shapes(self.model))
+
     def apply(self, rewrite: Callable[[gs.Graph], PassResult]) -> PassResult:
         """Run one pass; versions and metadata stay."""
-        graph = self._graph or gs.import_onnx(with_shapes(self.model))
+        graph = self.graph
         result = rewrite(graph)
         self._graph = None if result.changed else graph
         if result.changed:
@@ -140,10 +145,13 @@ class _Work:
         return proto
 
 
-class _Check:
-    """Compares models with the first one, whose outputs are kept."""
+class Proof:
+    """Compares models with the first one, whose outputs are kept: `proof(model)` raises DeployError where they differ.
 
-    def __init__(self, first: onnx.ModelProto, seed: int, tolerance: float) -> None:
+    tolerance: largest relative difference of an output that rounding may make.
+    """
+
+    def __init__(self, first: onnx.ModelProto, seed: int = 0, tolerance: float = 1e-4) -> None:
         self._feeds = seeded_inputs(first, seed)
         self._tolerance = tolerance
         session = open_session(first)
@@ -159,8 +167,8 @@ class _Check:
         return gap
 
 
-def _finish(before: onnx.ModelProto, after: onnx.ModelProto) -> onnx.ModelProto:
-    """Note in the metadata which parameters went into others."""
+def finish(before: onnx.ModelProto, after: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that notes in its metadata which parameters went into others."""
     result = onnx.ModelProto()
     result.CopyFrom(after)
     left = {tensor.name for tensor in after.graph.initializer}

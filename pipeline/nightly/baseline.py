@@ -261,7 +261,9 @@ def _bundle(bundle: Path, name: str, run: Path | None = None) -> tuple[Pin, Path
         told = {str(file): str(entry["sha256"]) for file, entry in manifest["files"].items()}
         sha256, _, device = told["model.onnx"], told["measurement.json"], dict(manifest["device"])
         latency, accuracy = dict(manifest["latency"]), dict(manifest["accuracy"])
-        drop = float(accuracy["dense"]) - float(accuracy["pruned"]) - float(accuracy["max_drop"])
+        drop = 0.0
+        if accuracy["dense"] is not None:  # a project without a metric: the latency alone was accepted
+            drop = float(accuracy["dense"]) - float(accuracy["pruned"]) - float(accuracy["max_drop"])
         budget, names = Budget.parse(str(latency["budget"])), (str(latency["network"]), str(latency["reference"]))
     except FileNotFoundError:
         raise DeployError(f"there is no bundle in '{bundle}'.", "deploy build makes it anew.") from None

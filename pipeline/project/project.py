@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.project.batches import Batches, TrainBatches, a, collect, declared, pair
+from pipeline.project.batches import Batches, TrainBatches, a, collect, declared, grouped, natural_noise, pair
 from pipeline.project.schema import FILE, ProjectFile, read_project_file
 from pipeline.project.usercode import Reference, UserCode
 from pipeline.project.weights import load_weights, make_hint, read_weights
@@ -85,6 +85,12 @@ class Project:
     def _state(self) -> dict[str, Tensor] | None:
         return read_weights(self.weights) if self.weights else None
 
+    def lacks(self, key: str) -> str:
+        """Why there is no `data.<key>`: `the project has no [data]`, or no such key there. Empty where there is one."""
+        if f"data.{key}" in self.references:
+            return ""
+        return f"the project has no {f'data.{key}' if 'data' in self.file.model_fields_set else '[data]'}"
+
     def model(self) -> nn.Module:
         """A fresh dense network with its weights, in eval mode, that has been seen to take the declared inputs.
 
@@ -126,9 +132,25 @@ class Project:
             message = f"the network gives {a(out)}, not a tensor or a tuple of tensors."
             raise DeployError(message, "let forward return tensors.")
 
+    def noise(self, samples: int) -> Batches:
+        """Seeded inputs that stand in for data: `natural_noise`, and 0 and 1 where integers are asked."""
+        generator = torch.Generator().manual_seed(0)
+        columns = []
+        for spec in self.inputs:
+            shape = (samples, *spec.shape[1:])
+            whole = spec.dtype == "int64"
+            drawn = torch.randint(0, 2, shape, generator=generator) if whole else natural_noise(shape, generator)
+            columns.append(drawn)
+        return Batches(grouped(columns), None)
+
     def calibration(self, limit: int) -> Batches:
-        """The first `limit` calibration samples, the same at every call. Raises DeployError for an empty or odd set."""
-        reference = self.references["data.calibration"]
+        """The first `limit` calibration samples, the same at every call; none where the project names none.
+
+        Raises DeployError for an empty or odd set.
+        """
+        reference = self.references.get("data.calibration")
+        if reference is None:
+            return Batches([], None)
         with seeded(0):
             return collect(self._read(reference, self._call(reference)), self.inputs, limit, reference.place)
 
@@ -167,13 +189,16 @@ class Project:
         """Whether the project names a `validate`."""
         return "data.validate" in self.references
 
-    def evaluate(self, predict: Predict) -> float:
-        """The user's metric of a network, higher is better. Raises DeployError where it fails or is not finite."""
-        return self._metric(self.references["data.evaluate"], predict)
+    def evaluate(self, predict: Predict) -> float | None:
+        """The user's metric of a network, higher is better, or None where the project names none.
+
+        Raises DeployError where it fails or is not finite.
+        """
+        return self._metric("data.evaluate", predict)
 
     def validate(self, predict: Predict) -> float | None:
         """Like `evaluate` on other samples, or None where the project names none."""
-        return self._metric(self.references["data.validate"], predict) if self.validates else None
+        return self._metric("data.validate", predict)
 
     def digest(self) -> str:
         """SHA-256 over the names and contents of deploy.toml, the weights and every Python file of the project."""
@@ -188,7 +213,11 @@ class Project:
         with self.code.blame(reference.text):
             return reference.call(*arguments)
 
-    def _metric(self, reference: Reference, predict: Predict) -> float:
+    def _metric(self, key: str, predict: Predict) -> float | None:
+        reference = self.references.get(key)
+        if reference is None:
+            return None
+
         def typed(*arrays: Any) -> Any:
             given, known, place = len(arrays), len(self.inputs), reference.place
             if given != known:

@@ -23,10 +23,14 @@ class ModelTable(Spec):
 
 
 class DataTable(Spec):
-    """`[data]`: functions of the user's, as "module:function"."""
+    """`[data]`: functions of the user's, as "module:function". Each may be left out, and so may the table.
 
-    calibration: str
-    evaluate: str
+    Without `calibration` only weights can rank and repair, without `train` nothing is trained, and without `evaluate`
+    the accuracy is not judged, which the report says.
+    """
+
+    calibration: str | None = None
+    evaluate: str | None = None
     train: str | None = None
     validate_with: str | None = Field(default=None, alias="validate")
     loss: str | None = None
@@ -48,7 +52,7 @@ class ProjectFile(Spec):
     version: Literal[1]
     path: tuple[str, ...] = ()
     model: ModelTable
-    data: DataTable
+    data: DataTable = DataTable()
     accuracy: AccuracyTable = AccuracyTable()
     prune: PruneSpec = PruneSpec()
     recover: RecoverSpec = RecoverSpec()

@@ -56,10 +56,15 @@ class LossProbe:
 
 
 class RepairProbe:
-    """Measures the loss of edits after a whole repair of another kind than least squares; as slow as that repair."""
+    """Measures the loss of edits after a whole repair of another kind than least squares; as slow as that repair.
 
-    def __init__(self, network: Network, samples: Samples, mode: str, rankings: Mapping[str, Ranking]) -> None:
-        self.network, self.samples, self.mode, self.rankings = network, samples, mode, rankings
+    samples: what losses are measured on. fitted: what the repair learns from; none at all where there is no data.
+    """
+
+    def __init__(
+        self, network: Network, samples: Samples, fitted: Samples, mode: str, rankings: Mapping[str, Ranking]
+    ) -> None:
+        self.network, self.fitted, self.mode, self.rankings = network, fitted, mode, rankings
         self.inputs = samples.joined()
         with torch.no_grad():
             self.dense = first(network.graph(*self.inputs))
@@ -68,7 +73,7 @@ class RepairProbe:
     def loss(self, plan: PruningPlan) -> float:
         """Mean divergence of a plan after repair; infinite if not finite."""
         pruned = carry_out(self.network.graph, resolve(self.network.topology, plan))
-        fixed = repair(pruned, self.network, plan, self.samples, self.mode, rankings=self.rankings)
+        fixed = repair(pruned, self.network, plan, self.fitted, self.mode, rankings=self.rankings)
         loss = float(divergence(first(fixed(*self.inputs)), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
 

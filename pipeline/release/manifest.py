@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from profiles.schema import Spec
 
@@ -60,13 +60,38 @@ class Latency(Spec):
     reference: str
 
 
+class Agreement(Spec):
+    """How far the outputs of both networks agree, which is no accuracy.
+
+    r2: 1 - squared error / variance of the dense outputs. argmax: share of samples with the same largest logit, and
+    constant: that of always answering the dense network's most frequent class. on: `noise` or `calibration samples`.
+    """
+
+    r2: float
+    argmax: float | None
+    constant: float | None
+    samples: int = Field(ge=1)
+    on: str
+
+
 class Accuracy(Spec):
-    """The project's own metric, higher is better, before and after."""
+    """The project's own metric, higher is better, before and after.
+
+    Both are None where no metric judged the networks; then `unjudged` says why and `agreement` what is known instead.
+    """
 
     metric: str
-    dense: float
-    pruned: float
+    dense: float | None
+    pruned: float | None
     max_drop: float = Field(ge=0)
+    unjudged: str = ""
+    agreement: Agreement | None = None
+
+    @model_validator(mode="after")
+    def _judged_or_said(self) -> Accuracy:
+        if (self.dense is None, self.pruned is None) != (bool(self.unjudged),) * 2:
+            raise ValueError("dense and pruned are numbers, or null with the reason in unjudged")
+        return self
 
 
 class Sample(Spec):

@@ -43,9 +43,9 @@ def _around(measured: Sequence[RoundRow]) -> list[list[float]]:
 
 
 def points(data: ReportData, *, loss: bool) -> str:
-    """Networks that were tried: latency against accuracy, or against the calibration loss where only that is known."""
+    """Networks that were tried: latency against accuracy, or against the loss where only that is known."""
     rows = [row for row in data.points if (row.loss if loss else row.accuracy) is not None]
-    title = f"Latency and {'calibration loss' if loss else 'accuracy'} of every network tried"
+    title = f"Latency and {data.loss_name if loss else 'accuracy'} of every network tried"
     with drawn(title, (5.2, 3.1)) as (axes, out):
         floor = -np.inf if loss else _floor(data, rows)
         middle = float(np.mean([min(row.latency_ms for row in rows), max(row.latency_ms for row in rows)]))
@@ -54,7 +54,7 @@ def points(data: ReportData, *, loss: bool) -> str:
         limit(axes, data.budget_ms, "budget", horizontal=False)
         if not loss and data.max_drop is not None and data.dense.accuracy is not None:
             limit(axes, data.dense.accuracy - data.max_drop, "lowest agreed", horizontal=True)
-        axes.set(xlabel=f"{data.percentile} latency, ms", ylabel="calibration loss" if loss else short(data.metric))
+        axes.set(xlabel=f"{data.percentile} latency, ms", ylabel=data.loss_name if loss else short(data.metric))
         axes.margins(0.16)
     return out[0]
 

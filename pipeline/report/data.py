@@ -33,6 +33,22 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How far the outputs of the pruned network are those of the dense one, where no metric judged them. No accuracy.
+
+    r2: 1 - squared error / variance of the dense outputs. argmax: share of samples whose largest logit is the same one,
+    and constant: the share that always answering the dense network's most frequent class reaches; both None where the
+    outputs are no logits. on: `noise` or `calibration samples`.
+    """
+
+    r2: float
+    argmax: float | None
+    constant: float | None
+    samples: int
+    on: str
+
+
+@dataclass(frozen=True)
 class GroupRow:
     """One channel group. stage: heading that it is listed under, e.g. `layer2`. frozen: why it was not offered.
 
@@ -122,11 +138,27 @@ class RepairRow:
 
 @dataclass(frozen=True)
 class PassRow:
-    """A graph pass: how many nodes it changed, and what it refused with the reasons."""
+    """A graph pass or candidate: how many nodes it changed, and what it refused with the reasons."""
 
     name: str
     changed: int
     refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """A rewrite that was measured beside the network without it. taken: the ratio's upper bound showed it faster.
+
+    node: what it rewrites; several where they were measured together.
+    """
+
+    name: str
+    node: str
+    before_ms: float
+    after_ms: float
+    ratio: float
+    interval: Interval
+    taken: bool
 
 
 @dataclass(frozen=True)
@@ -147,6 +179,8 @@ class ReportData:
     ratio, ratio_interval: measured / dense of the accepting session; process_ratios: one a fresh process.
     conditions: device fingerprint and what was found before measuring, by label. leaves: (module, why channels stay).
     notes: what a release engineer should know, one sentence each. bundle: path of the bundle or of the rejected point.
+    unjudged: why the accuracy was not judged, empty where it was; `agreement` is then what is known instead.
+    loss_name: what `loss` is everywhere in it, `calibration loss` or `loss on noise`.
     """
 
     network: str
@@ -162,6 +196,9 @@ class ReportData:
     bundle: str | None = None
     percentile: str = "p50"
     max_drop: float | None = None
+    unjudged: str = ""
+    agreement: Agreement | None = None
+    loss_name: str = "calibration loss"
     ratio: float | None = None
     ratio_interval: Interval | None = None
     process_ratios: tuple[float, ...] = ()
@@ -176,6 +213,7 @@ class ReportData:
     distributions: tuple[Distribution, ...] = ()
     repairs: tuple[RepairRow, ...] = ()
     passes: tuple[PassRow, ...] = ()
+    candidates: tuple[CandidateRow, ...] = ()
     stages: tuple[StageRow, ...] = ()
     conditions: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -219,6 +257,8 @@ def summary(data: ReportData) -> dict[str, Any]:
         "percentile": data.percentile,
         "accuracy_dense": data.dense.accuracy,
         "accuracy": data.pruned.accuracy,
+        "accuracy_judged": not data.unjudged,
+        "agreement": asdict(data.agreement) if data.agreement else None,
         "parameters_dense": data.dense.parameters,
         "parameters": data.pruned.parameters,
         "macs_dense": data.dense.macs,

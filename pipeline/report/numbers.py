@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.data import Interval
+from pipeline.report.data import Agreement, Interval
 from targets.harness import measurement
 
 NONE = "not measured"
@@ -85,6 +85,14 @@ def strict(value: Any) -> Any:
 def score(value: float | None) -> str:
     """A value of the project's own metric, four digits."""
     return NONE if value is None else f"{value:.4g}"
+
+
+def agreement(value: Agreement) -> str:
+    """How far outputs agree, said as what it is: `R² 0.931 on 256 noise samples, equal argmax on 91.4 % (…)`."""
+    told = f"R² {value.r2:.3f} on {value.samples} {'noise samples' if value.on == 'noise' else value.on}"
+    if value.argmax is None:
+        return told
+    return f"{told}, equal argmax on {share(value.argmax)} (one class always: {share(value.constant)})"
 
 
 def change(before: float | None, after: float | None) -> str:

@@ -22,7 +22,7 @@ def closing_table(data: ReportData) -> Table:
     for column in ("", "dense", "pruned", "change"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     drop = numbers.difference(dense.accuracy, pruned.accuracy)
-    table.add_row("accuracy", numbers.score(dense.accuracy), numbers.score(pruned.accuracy), drop)
+    table.add_row("accuracy", *(_score(data, figures.accuracy) for figures in (dense, pruned)), drop)
     sizes = (("parameters", dense.parameters, pruned.parameters), ("MACs", dense.macs, pruned.macs))
     for label, before, after in sizes:
         table.add_row(label, numbers.count(before), numbers.count(after), numbers.change(before, after))
@@ -92,6 +92,10 @@ def listing(rows: Iterable[tuple[str, str]]) -> Table:
     for name, about in rows:
         table.add_row(Text(name, style="bold"), Text(about))
     return table
+
+
+def _score(data: ReportData, value: float | None) -> str:
+    return "not judged" if data.unjudged else numbers.score(value)
 
 
 def _ms(value: float | None) -> str:

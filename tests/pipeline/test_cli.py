@@ -113,7 +113,7 @@ MISTAKES = [
     ("show runs/gone", "there is no run in 'runs/gone'.", "deploy show RUN, with a folder of runs/."),
     ("verify gone", "there is no bundle in 'gone'.", "deploy verify BUNDLE, with the bundle/ of a run."),
     ("list solver", "no kind named 'solver'. Did you mean 'solvers'?",
-     "deploy list criteria|encoders|hooks|passes|profiles|rules|runtimes|solvers|targets"),
+     "deploy list candidates|criteria|encoders|hooks|passes|profiles|rules|runtimes|solvers|targets"),
 ]  # fmt: skip
 
 

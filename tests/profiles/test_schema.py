@@ -105,7 +105,7 @@ def test_an_unknown_key_names_its_table_and_its_near_miss(tmp_path):
 
 def test_an_unknown_key_that_is_near_to_none_lists_all(tmp_path):
     path = write(tmp_path, 'extends = "local"\n[graph]\nzzz = 2\n')
-    assert refusal(path) == f"{path}: no key named 'graph.zzz'. Known: opset, passes."
+    assert refusal(path) == f"{path}: no key named 'graph.zzz'. Known: candidates, hash_error, opset, passes."
 
 
 def test_an_unknown_key_at_the_top_is_named(tmp_path):

@@ -66,6 +66,16 @@ def test_a_run_becomes_the_baseline_of_a_profile_and_its_network_comes_back(stat
     assert baseline_of(state, "local") is None and profiles_with_baseline(state) == ["jetson"]
 
 
+def test_a_bundle_whose_accuracy_nothing_judged_is_accepted_for_its_latency(state: Path, run: Path):
+    path = run / "bundle" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["accuracy"] |= {"dense": None, "pruned": None, "unjudged": "the project has no [data]"}
+    path.write_text(json.dumps(manifest))
+    pin, artifact = from_run(run)
+    accept(state, "jetson", pin, artifact)
+    assert baseline_of(state, "jetson") is not None and pin.budget == "1000x"
+
+
 def test_earlier_baselines_stay_in_order_and_are_all_kept_by_gc(state: Path, tmp_path: Path):
     cache, loose = Cache(state), Cache(state).put_bytes(b"nobody names this")
     pins = []

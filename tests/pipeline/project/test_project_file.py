@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from sample_project import TOML
 
@@ -68,14 +69,50 @@ def test_a_key_that_makes_no_sense_is_answered_with_its_near_miss(world, old, ne
     assert refusal(folder).message == f"{folder / 'deploy.toml'}: {sentence}"
 
 
-@pytest.mark.parametrize(
-    ("key", "line"), [("model.factory", 'factory = "nets:net"'), ("data.evaluate", 'evaluate = "data:evaluate"')]
-)
-def test_a_missing_key_is_named_with_what_to_add(world, key, line):
-    folder = world(TOML.replace(line, ""))
+def test_a_missing_key_is_named_with_what_to_add(world):
+    folder = world(TOML.replace('factory = "nets:net"', ""))
     error = refusal(folder)
-    assert error.message == f"{folder / 'deploy.toml'}: the key '{key}' is missing."
-    assert error.hint == f"add '{key.split('.')[1]} = …' to {folder / 'deploy.toml'}."
+    assert error.message == f"{folder / 'deploy.toml'}: the key 'model.factory' is missing."
+    assert error.hint == f"add 'factory = …' to {folder / 'deploy.toml'}."
+
+
+def test_data_may_be_left_out_whole_or_in_part_and_what_is_lacking_is_named(world):
+    bare, part = TOML.split("[data]")[0], TOML.replace('evaluate = "data:evaluate"', "")
+    told = {
+        toml: [load_project(world(toml)).lacks(key) for key in ("calibration", "evaluate")]
+        for toml in (TOML, part, bare)
+    }
+    assert told[TOML] == ["", ""]
+    assert told[part] == ["", "the project has no data.evaluate"]
+    assert told[bare] == ["the project has no [data]"] * 2
+    project = load_project(world(bare))
+    assert project.calibration(8).inputs == [] and project.train is None
+    assert project.evaluate(lambda x: x) is project.validate(lambda x: x) is None
+
+
+def test_noise_has_the_shapes_and_kinds_of_the_inputs_and_is_the_same_every_time(world):
+    inputs = '[[model.inputs]]\nname = "a"\nshape = [1, 3]\n'
+    inputs += '[[model.inputs]]\nname = "b"\nshape = [4, 2]\ndtype = "int64"\n'
+    project = load_project(world(TOML.replace("input = { shape = [1, 3, 8, 8] }", "").split("[data]")[0] + inputs))
+    first, again = (project.noise(100).inputs for _ in range(2))
+    assert [[list(x.shape) for x in batch] for batch in first] == [[[64, 3], [64, 2]], [[36, 3], [36, 2]]]
+    floats, whole = (torch.cat(column) for column in zip(*first, strict=True))
+    assert abs(floats.mean()) < 0.2 and 0.8 < floats.std() < 1.2
+    assert whole.dtype == torch.int64 and set(whole.flatten().tolist()) == {0, 1}
+    assert all(torch.equal(x, y) for one, two in zip(first, again, strict=True) for x, y in zip(one, two, strict=True))
+
+
+def test_noise_on_maps_has_neighbours_that_are_alike_as_in_images(world):
+    project = load_project(world(TOML.split("[data]")[0]))
+    (noise,) = (torch.cat(column) for column in zip(*project.noise(128).inputs, strict=True))
+    assert noise.shape == (128, 3, 8, 8) and abs(noise.mean()) < 1e-4 and abs(noise.std() - 1) < 1e-4
+
+    def alike(one, other):
+        return float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])
+
+    beside, below = alike(noise[..., 1:], noise[..., :-1]), alike(noise[..., 1:, :], noise[..., :-1, :])
+    assert beside > 0.4 and below > 0.4 and alike(noise[..., 4:], noise[..., :4]) < beside
+    assert abs(alike(noise[:, 0], noise[:, 1])) < 0.1 and abs(alike(noise[1:], noise[:-1])) < 0.1
 
 
 def test_a_network_without_declared_input_is_refused(world):
@@ -114,8 +151,6 @@ def test_a_missing_weights_file_is_named_with_the_script_that_makes_it(world):
 
 
 def test_a_variable_in_a_path_is_read_from_the_environment_or_has_a_default(world, tmp_path, monkeypatch):
-    import torch
-
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         save_file({"w": torch.zeros(1)}, tmp_path / place / "net.safetensors")
@@ -139,8 +174,6 @@ def test_a_folder_of_path_that_does_not_exist_is_named(world):
 
 
 def test_the_digest_follows_the_file_the_weights_and_every_python_file_and_nothing_else(world, tmp_path):
-    import torch
-
     save_file({"w": torch.zeros(1)}, tmp_path / "net.safetensors")
     folder = world(TOML.replace('"nets:net"', '"nets:net"\nweights = "../net.safetensors"'), more="A = 1\n")
     first = load_project(folder).digest()

@@ -32,6 +32,11 @@ def places(reader: Reader, group: ChannelGroup) -> NDArray[np.int64] | None:
     return np.stack(found) if len({len(f) for f in found}) == 1 else None
 
 
+def readers(network: Network, group: ChannelGroup) -> list[Reader]:
+    """The readers that see the whole group, in the order of its maps."""
+    return [reader for reader in network.readers if places(reader, group) is not None]
+
+
 @torch.no_grad()
 def maps(network: Network, inputs: tuple[Tensor, ...]) -> Maps:
     """The maps of every offered group. A reader that flattened its input gives the flattened positions as height."""
@@ -59,7 +64,7 @@ def affordable(network: Network) -> int:
     each = 0
     for reader in network.readers:
         source = nodes[reader.op].all_input_nodes[0]
-        each += 4 * math.prod(network.shapes[source.name][1:])
+        each += 4 * math.prod(network.shapes[source.name]) // len(network.example[0])
     return max(4, (MAPS_MIB << 20) // max(1, each))
 
 
@@ -67,8 +72,8 @@ def affordable(network: Network) -> int:
 class Gram:
     """Second moments of what a layer reads: X holds the patch of each output position, one a row.
 
-    covariance: (X - mean)ᵀ (X - mean) / rows, shape (groups, d, d). mean: (groups, d). columns: for a layer that is not
-    grouped the unit of each of the d columns, -1 for none. rows: how many there were.
+    covariance: (X - mean)ᵀ (X - mean) / rows, shape (groups, d, d). mean: (groups, d). columns: the unit of each of the
+    d columns, the same in every group, -1 for none. rows: how many there were.
     """
 
     covariance: Tensor
@@ -76,23 +81,37 @@ class Gram:
     columns: NDArray[np.int64]
     rows: int
 
+    def joined(self, other: Gram) -> Gram:
+        """The moments of the rows of both."""
+        rows = self.rows + other.rows
+        share, apart = other.rows / rows, other.mean - self.mean
+        covariance = (1 - share) * self.covariance + share * other.covariance
+        between = share * (1 - share) * apart[:, :, None] * apart[:, None, :]
+        return Gram(covariance + between, self.mean + share * apart, self.columns, rows)
+
 
 @torch.no_grad()
 def grams(network: Network, inputs: tuple[Tensor, ...]) -> dict[str, Gram]:
-    """Layer name -> its Gram matrix, for every convolution and linear layer that mixes channels of some unit."""
+    """Layer name -> its Gram matrix, for every convolution and linear layer that mixes channels of some unit.
+
+    A layer that is used several times has one, over all its uses.
+    """
     found: dict[str, Gram] = {}
     nodes = {node.name: node for node in network.graph.graph.nodes}
 
     def keep(reader: Reader, x: Tensor) -> Tensor:
         node = nodes[reader.op]
         if is_layer(network.graph, node):
-            layer = network.graph.get_submodule(str(node.target))
+            name = str(node.target)
+            layer = network.graph.get_submodule(name)
             seen = patches(layer, x, GRAM_ROWS)
             mean = seen.mean(0)
             centred = (seen - mean).transpose(0, 1)
             covariance = centred.transpose(1, 2) @ centred / len(seen)
             taps = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)  # type: ignore[arg-type]
-            found[str(node.target)] = Gram(covariance, mean, np.repeat(reader.ids, taps).astype(np.int64), len(seen))
+            units = network.topology.params[f"{name}.weight"][1]
+            own = Gram(covariance, mean, np.repeat(units, taps).astype(np.int64), len(seen))
+            found[name] = found[name].joined(own) if name in found else own
         return x
 
     TouchedRun(network.graph, network.readers, keep).run(*inputs)

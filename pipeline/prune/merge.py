@@ -1,9 +1,10 @@
 """Repairs that change the dense network's weights before the cut: stand-ins take over, or layers are solved alone.
 
 merge       A removed unit r hands what the next layers read of it to its twin t (Ranking.twin): W[:, t] += a W[:, r],
-            the bias += b Σ W[:, r], with F_r ≈ a F_t + b fitted over the calibration samples where the layer reads it
-            ("absorb": QSFM's twin, Neuron Merging, Kim et al., NeurIPS 2020). Without samples a = 1 and b = 0. "mean":
-            the pair becomes the mean of both, so a = 1 by construction (RED, Yvinec et al., NeurIPS 2021).
+            the bias += the layer's mean answer to b in r, with F_r ≈ a F_t + b fitted over the calibration samples
+            where the layer reads it ("absorb": QSFM's twin, Neuron Merging, Kim et al., NeurIPS 2020). Without samples
+            a = 1 and b = 0. "mean": the pair becomes the mean of both, so a = 1 by construction (RED, Yvinec et al.,
+            NeurIPS 2021).
 layerwise   Each layer that loses inputs alone, on the dense network's activations, from its Gram matrix C:
             W_k' = W_k + W_r C_rk (C_kk + λ I)⁻¹. What ThiNet, OSSCAR and entropic regression D(w) Λ do for the kept
             set; sequential least squares (repair.py) sees the errors of earlier layers as well.
@@ -12,23 +13,28 @@ layerwise   Each layer that loses inputs alone, on the dense network's activatio
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from pipeline.nouns import PruningPlan, Ranking
+from pipeline.nouns import Cut, PruningPlan, Ranking
 from pipeline.prune.capture import Network
 from pipeline.prune.execute import TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.maps import Gram
 from pipeline.prune.plan import kept_units, resolve
 from pipeline.prune.surgery import carry_out
-from pipeline.prune.taps import find_tap, is_layer, set_bias
+from pipeline.prune.taps import find_tap, set_bias
 
 RIDGE = 1e-3
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+FLAT = 1e-9
+"""A map whose variance is below this share of its mean square is a constant."""
 
 
 @torch.no_grad()
@@ -48,175 +54,268 @@ def merge(
         pairs |= found
         if ranking.merged == "mean":
             means |= found
-    fits = _fits(network, pairs, inputs) if inputs is not None else {}
-    _average(network, graph, means)
-    for reader, layer in _layers(network, graph):
-        _absorb(network, graph, reader, layer, pairs, means, fits.get(reader.op, {}))
-    return carry_out(graph, resolve(network.topology, plan))
+    layers = mixers(network, graph)
+    fits = _fits(network, layers, {r: t for r, t in pairs.items() if r not in means}, inputs)
+    _average(network, graph, layers, means)
+    shifts = {layer.target: _absorb(network, layer, pairs, fits.get(layer.target, {})) for layer in layers}
+    return _shifted(graph, resolve(network.topology, plan), shifts)
 
 
 @torch.no_grad()
 def layerwise(network: Network, plan: PruningPlan, grams: Mapping[str, Gram]) -> fx.GraphModule:
     """The pruned network whose layers were each solved for the outputs that they gave before."""
     graph = copy.deepcopy(network.graph)
-    keep = kept_units(network.topology, plan)
-    for _, layer in _layers(network, graph):
-        gram = grams.get(str(layer.target))
+    keep, shifts = kept_units(network.topology, plan), {}
+    for mixer in mixers(network, graph):
+        gram = grams.get(mixer.target)
         stays = None if gram is None else torch.from_numpy(keep[gram.columns])
         if gram is None or stays is None or bool(stays.all()) or not bool(stays.any()):
             continue
-        module = graph.get_submodule(str(layer.target))
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]
-        flat = weight.detach().reshape(len(weight), -1).double()
-        second, mean = gram.covariance[0].double(), gram.mean[0].double()
-        inner = second[stays][:, stays]
-        inner = inner + torch.eye(len(inner)) * (RIDGE * inner.diagonal().mean() + 1e-8)
-        across = second[~stays][:, stays]
-        step = torch.linalg.solve(inner, (flat[:, ~stays] @ across).T).T
-        new = flat.clone()
-        new[:, stays] += step
-        lost = flat @ mean - new[:, stays] @ mean[stays]
-        weight.data.copy_(new.reshape(weight.shape).float())
-        _shift(graph, layer, lost.float())
-    return carry_out(graph, resolve(network.topology, plan))
+        weight = mixer.weight
+        second, mean = gram.covariance.double(), gram.mean.double()
+        flat = weight.reshape(len(second), -1, len(stays)).double()  # (groups, outputs of each, d)
+        inner = second[:, stays][:, :, stays]
+        ridge = RIDGE * inner.diagonal(dim1=1, dim2=2).mean(1) + 1e-8
+        inner = inner + torch.diag_embed(ridge[:, None].expand(-1, inner.shape[1]))
+        across = second[:, ~stays][:, :, stays]
+        step = torch.linalg.solve(inner, (flat[:, :, ~stays] @ across).transpose(1, 2)).transpose(1, 2)
+        lost = flat[:, :, ~stays] @ mean[:, ~stays, None] - step @ mean[:, stays, None]
+        flat[:, :, stays] += step
+        weight.copy_(flat.reshape(weight.shape).float())
+        shifts[mixer.target] = lost.reshape(-1).float()
+    return _shifted(graph, resolve(network.topology, plan), shifts)
 
 
-def _layers(network: Network, graph: fx.GraphModule) -> list[tuple[Reader, fx.Node]]:
-    """Readers that are layers whose weight's second axis is the reader's axis."""
+# --- layers that mix channels ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A layer that mixes channels: it reads units, and what it reads of one can be handed to another.
+
+    node: its first use. readers: one for each use. axis: the axis of its weight that lies on the inputs; units: along
+    that axis (in a grouped convolution along one group's inputs, the same units for every group).
+    """
+
+    target: str
+    layer: nn.Module
+    node: fx.Node
+    readers: tuple[Reader, ...]
+    axis: int
+    units: NDArray[np.int32]
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, to be changed in place."""
+        weight: Tensor = self.layer.weight  # type: ignore[assignment]
+        return weight.data
+
+    @property
+    def groups(self) -> int:
+        """How often the units of `units` lie among the inputs, one group after the other."""
+        return len(self.readers[0].ids) // len(self.units)
+
+    def here(self, pairs: Mapping[int, int]) -> dict[int, int]:
+        """The pairs of which both units are read."""
+        present = set(self.units.tolist())
+        return {removed: twin for removed, twin in pairs.items() if removed in present and twin in present}
+
+    def at(self, unit: int) -> Tensor:
+        """Positions of a unit among the inputs, shape (groups, times)."""
+        return torch.from_numpy(np.flatnonzero(self.readers[0].ids == unit)).reshape(self.groups, -1)
+
+
+def mixers(network: Network, graph: fx.GraphModule) -> list[Mixer]:
+    """Every layer of the graph (the network's or a copy) that mixes channels, in order of first use, each memory once.
+
+    Products of activations have no weights that could take anything over.
+    """
     nodes = {node.name: node for node in graph.graph.nodes}
-    found = []
+    uses: dict[int, list[Reader]] = {}
     for reader in network.readers:
         node = nodes[reader.op]
-        if is_layer(graph, node) and graph.get_parameter(f"{node.target}.weight").shape[1] == len(reader.ids):
-            found.append((reader, node))
+        layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)):
+            uses.setdefault(id(layer.weight), []).append(reader)
+    found = []
+    for readers in uses.values():
+        first = nodes[readers[0].op]
+        layer = graph.get_submodule(str(first.target))
+        axis = 0 if isinstance(layer, TRANSPOSED) else 1
+        units = network.topology.params[f"{first.target}.weight"][axis]
+        found.append(Mixer(str(first.target), layer, first, tuple(readers), axis, units))
     return found
 
 
-def _shift(graph: fx.GraphModule, layer: fx.Node, by: Tensor) -> None:
-    """Add a constant to each output of a layer."""
-    module = graph.get_submodule(str(layer.target))
-    tap = find_tap(graph, layer, {node.name for node in graph.graph.nodes})
-    norm = graph.get_submodule(tap.norm) if tap.norm else None
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
-    before = torch.zeros_like(by) if bias is None else bias.detach()
-    set_bias(module, norm, before + by, before)
+def _shifted(graph: fx.GraphModule, cut: Cut, shifts: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The graph cut, and a constant added to each output of some layers: to a bias, or in the norm behind it."""
+    pruned = carry_out(graph, cut)
+    done = {node.name for node in pruned.graph.nodes}
+    uses: dict[str, list[fx.Node]] = {}
+    for node in pruned.graph.nodes:
+        if node.op == "call_module" and str(node.target) in shifts:
+            uses.setdefault(str(node.target), []).append(node)
+    for target, nodes in uses.items():
+        layer = pruned.get_submodule(target)
+        kept = cut.params.get(f"{target}.weight", {}).get(1 if isinstance(layer, TRANSPOSED) else 0)
+        by = shifts[target] if kept is None else shifts[target][torch.from_numpy(kept)]
+        if bool(by.any()):
+            norm = find_tap(pruned, nodes[0], done).norm if len(nodes) == 1 else None
+            bias: Tensor | None = layer.bias  # type: ignore[assignment]
+            before = torch.zeros_like(by) if bias is None else bias.detach()
+            set_bias(layer, pruned.get_submodule(norm) if norm else None, before + by, before)
+    return pruned
 
+
+# --- handing over ---------------------------------------------------------------------------------------------------
 
 Fit = dict[int, tuple[Tensor, Tensor]]
-"""Removed unit -> (gain, offset) on its twin."""
+"""Removed unit -> (gain, offset) on its twin, each of shape (groups,)."""
 
 
-def _fits(network: Network, pairs: Mapping[int, int], inputs: tuple[Tensor, ...]) -> dict[str, Fit]:
-    """For every reader the straight line of each removed unit on its twin, over all samples and positions."""
-    found: dict[str, Fit] = {}
+def _fits(
+    network: Network, layers: Sequence[Mixer], pairs: Mapping[int, int], inputs: tuple[Tensor, ...] | None
+) -> dict[str, Fit]:
+    """For every layer the straight line of each removed unit on its twin, over all uses, samples and positions."""
+    by_op = {reader.op: mixer for mixer in layers for reader in mixer.readers}
+    sums: dict[str, dict[int, Tensor]] = {mixer.target: {} for mixer in layers}
+    if inputs is None or not pairs:
+        return {}
 
     def keep(reader: Reader, x: Tensor) -> Tensor:
-        own: Fit = {}
-        moved = x.movedim(reader.axis, 0)
-        for removed, twin in _present(reader, pairs).items():
-            r, t = (moved[torch.from_numpy(np.flatnonzero(reader.ids == unit))].double() for unit in (removed, twin))
-            spread = (t - t.mean()).square().mean()
-            gain = ((t - t.mean()) * (r - r.mean())).mean() / spread if spread > 1e-12 else torch.zeros(())
-            own[removed] = (gain.float(), (r.mean() - gain * t.mean()).float())
-        found[reader.op] = own
+        mixer = by_op.get(reader.op)
+        if mixer is not None:
+            own, moved = sums[mixer.target], x.movedim(reader.axis, 0)
+            for removed, twin in mixer.here(pairs).items():
+                own[removed] = own.get(removed, torch.zeros(())) + _sums(mixer, moved, removed, twin)
         return x
 
     TouchedRun(network.graph, network.readers, keep).run(*inputs)
-    return found
+    return {target: {unit: _line(five) for unit, five in own.items()} for target, own in sums.items()}
 
 
-def _present(reader: Reader, pairs: Mapping[int, int]) -> dict[int, int]:
-    here = set(reader.ids.tolist())
-    return {removed: twin for removed, twin in pairs.items() if removed in here and twin in here}
+def _sums(mixer: Mixer, x: Tensor, removed: int, twin: int) -> Tensor:
+    """What a straight line needs, shape (groups, 5): Σ 1, Σ r, Σ t, Σ r t, Σ t²; x has its channels first."""
+    r, t = (x[mixer.at(unit).reshape(-1)].double().reshape(mixer.groups, -1) for unit in (removed, twin))
+    return torch.stack([torch.ones_like(r).sum(1), r.sum(1), t.sum(1), (r * t).sum(1), (t * t).sum(1)], 1)
 
 
-def _absorb(
-    network: Network,
-    graph: fx.GraphModule,
-    reader: Reader,
-    layer: fx.Node,
-    pairs: Mapping[int, int],
-    means: Mapping[int, int],
-    fit: Fit,
-) -> None:
-    """Add what a layer read of each removed unit to what it reads of its twin."""
-    module = graph.get_submodule(str(layer.target))
-    weight: Tensor = module.weight.data  # type: ignore[assignment]
-    moved = torch.zeros(weight.shape[0])
-    for removed, twin in _present(reader, pairs).items():
-        r, t = (torch.from_numpy(np.flatnonzero(reader.ids == unit)) for unit in (removed, twin))
-        if len(r) != len(t):
-            continue
-        gain, offset = (torch.ones(()), torch.zeros(())) if removed in means else fit.get(removed, _ALONE)
-        weight[:, t] += gain * weight[:, r]
-        moved += offset * weight[:, r].flatten(1).sum(1)
-    if bool(moved.any()):
-        _shift(graph, layer, moved)
+def _line(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and offset by least squares; a constant twin gives the mean alone."""
+    count, r, t, product, square = sums.unbind(1)
+    r, t, product, square = r / count, t / count, product / count, square / count
+    spread = square - t * t
+    flat = spread <= FLAT * square
+    gain = torch.where(flat, 0.0, (product - r * t) / torch.where(flat, 1.0, spread))
+    return gain.float(), (r - gain * t).float()
 
 
-_ALONE = (torch.ones(()), torch.zeros(()))
+def _absorb(network: Network, mixer: Mixer, pairs: Mapping[int, int], fit: Fit) -> Tensor:
+    """Add what a layer reads of each removed unit to what it reads of its twin; the constant to add to its outputs."""
+    weight = mixer.weight.movedim(mixer.axis, 0)
+    constant = torch.zeros(len(mixer.readers[0].ids))
+    for removed, twin in mixer.here(pairs).items():
+        gain, offset = fit.get(removed, (torch.ones(mixer.groups), torch.zeros(mixer.groups)))
+        constant[mixer.at(removed)] = offset[:, None]
+        r, t = (torch.from_numpy(np.flatnonzero(mixer.units == unit)) for unit in (removed, twin))
+        each = gain.repeat_interleave(weight.shape[1] // mixer.groups)
+        weight[t] += each.reshape(1, -1, *[1] * (weight.dim() - 2)) * weight[r]
+    return _answer(network, mixer, constant)
 
 
-def _average(network: Network, graph: fx.GraphModule, means: Mapping[int, int]) -> None:
-    """Every twin becomes the mean of the units that it stands for and itself, in all layers that produce it."""
+def _answer(network: Network, mixer: Mixer, constant: Tensor) -> Tensor:
+    """What a layer gives for a constant in each input channel, without its bias: mean over positions, (outputs,).
+
+    A mean, since at a padded border some of the kernel reads zeros.
+    """
+    shape, axis = network.shapes[mixer.node.all_input_nodes[0].name], mixer.readers[0].axis
+    full = constant.reshape([-1 if a == axis else 1 for a in range(len(shape))]).expand(1, *shape[1:])
+    lost: Tensor = mixer.layer(full) - mixer.layer(torch.zeros_like(full))
+    return lost.movedim(axis, 0).flatten(1).mean(1)
+
+
+# --- averaging ------------------------------------------------------------------------------------------------------
+
+
+def _average(network: Network, graph: fx.GraphModule, layers: Sequence[Mixer], means: Mapping[int, int]) -> None:
+    """Every twin becomes the mean of the units that it stands for and itself, in everything that makes its channels.
+
+    A batch norm's scale and shift are averaged as such, and together with the layer before it where it has one.
+    """
     if not means:
         return
     clusters: dict[int, list[int]] = {}
     for removed, twin in means.items():
         clusters.setdefault(twin, [twin]).append(removed)
-    nodes = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
-    read = {f"{layer.target}.weight" for _, layer in _layers(network, graph)}
-    tensors = dict(graph.named_parameters()) | dict(graph.named_buffers())
-    done: set[str] = set()
-    for name, axes in network.topology.params.items():
-        owner = name.rpartition(".")[0]
-        if name not in tensors or name in done or owner not in nodes:
+    params = network.topology.params
+    tensors = dict(graph.named_parameters(remove_duplicate=False)) | dict(graph.named_buffers(remove_duplicate=False))
+
+    def slots(module: str | None, *parts: str, axis: int = 0) -> set[tuple[int, int]]:
+        return {(id(tensors[f"{module}.{part}"]), axis) for part in parts if f"{module}.{part}" in tensors}
+
+    done = {slot for layer in layers for slot in slots(layer.target, "weight", axis=layer.axis)}  # handed over
+    for node in graph.graph.nodes:
+        norm = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        units = params.get(f"{node.target}.weight", {}).get(0)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None or units is None:
             continue
-        module = graph.get_submodule(owner)
-        if 0 in axes and name.endswith("weight") and is_layer(graph, nodes[owner]):
-            tap = find_tap(graph, nodes[owner], set(nodes))
-            norm = graph.get_submodule(tap.norm) if tap.norm else None
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine and norm.running_var is not None:
-                _average_folded(module, norm, axes[0], clusters)
-                done |= {f"{owner}.bias", *(f"{tap.norm}.{part}" for part, _ in norm.named_parameters())}
-                done |= {f"{tap.norm}.{part}" for part, _ in norm.named_buffers()}
-                continue
+        own = slots(str(node.target), "weight", "bias", "running_mean", "running_var")
+        if own & done:  # a norm that is used again
+            continue
+        name = _maker(graph, node)
+        maker = None if name is None else graph.get_submodule(name)
+        made = slots(name, "weight", axis=1 if isinstance(maker, TRANSPOSED) else 0)
+        _average_norm(norm, units, clusters, None if made & done else maker)
+        done |= own | made | slots(name, "bias")
+    for name, axes in params.items():
         for axis, units in axes.items():
-            if axis == 1 and name in read:
-                continue
-            _average_axis(tensors[name].data, axis, units, clusters)
+            if name in tensors and (id(tensors[name]), axis) not in done:
+                done.add((id(tensors[name]), axis))
+                moved = tensors[name].data.movedim(axis, 0)
+                for at in _members(units, clusters):
+                    moved[at[0]] = moved[at].mean(0)
 
 
-def _average_axis(
-    tensor: Tensor, axis: int, units: NDArray[np.int32], clusters: Mapping[int, list[int]]
+def _maker(graph: fx.GraphModule, norm: fx.Node) -> str | None:
+    """The layer that only this norm reads."""
+    source = norm.args[0]
+    if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+        return None
+    layer = graph.get_submodule(str(source.target))
+    return str(source.target) if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)) else None
+
+
+def _members(units: NDArray[np.int32], clusters: Mapping[int, list[int]]) -> list[Tensor]:
+    """Positions of every cluster whose units all lie on the axis, shape (members, times), the twin's first."""
+    found = [[np.flatnonzero(units == unit) for unit in members] for members in clusters.values()]
+    return [torch.from_numpy(np.stack(at)) for at in found if len(at[0]) and len({len(a) for a in at}) == 1]
+
+
+def _average_norm(
+    norm: nn.modules.batchnorm._BatchNorm,
+    units: NDArray[np.int32],
+    clusters: Mapping[int, list[int]],
+    maker: nn.Module | None,
 ) -> None:
-    moved = tensor.movedim(axis, 0)
-    for members in clusters.values():
-        at = [np.flatnonzero(units == unit) for unit in members]
-        if len(at[0]) and len({len(a) for a in at}) == 1:
-            moved[torch.from_numpy(at[0])] = torch.stack([moved[torch.from_numpy(a)] for a in at]).mean(0)
+    """The mean of s (of s W with a maker) and of h, s = γ / σ and h = β + s (b - μ), written into the twin's γ and β.
 
-
-def _average_folded(
-    layer: nn.Module, norm: nn.modules.batchnorm._BatchNorm, units: NDArray[np.int32], clusters: Mapping[int, list[int]]
-) -> None:
-    """The mean of s W and of h, s = γ / σ and h = β + s (b - μ), written into the twin's W and β."""
-    assert norm.running_var is not None and norm.running_mean is not None
-    weight: Tensor = layer.weight.data  # type: ignore[assignment]
-    bias: Tensor | None = layer.bias  # type: ignore[assignment]
-    scale = norm.weight.data / torch.sqrt(norm.running_var + norm.eps)
-    view = [-1] + [1] * (weight.dim() - 1)
-    folded = weight * scale.reshape(view)
-    own = torch.zeros_like(scale) if bias is None else bias.detach()
-    shift = norm.bias.data + scale * (own - norm.running_mean)
-    for members in clusters.values():
-        at = [int(np.flatnonzero(units == unit)[0]) for unit in members if (units == unit).any()]
-        if len(at) != len(members):
-            continue
+    The twin's γ stays where W can take the mean.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    deviation = torch.sqrt(norm.running_var + norm.eps)
+    bias: Tensor | None = None if maker is None else maker.bias  # type: ignore[assignment]
+    offset = (torch.zeros_like(deviation) if bias is None else bias.detach()) - norm.running_mean
+    scale = norm.weight.data / deviation
+    shift = norm.bias.data + scale * offset
+    for at in _members(units, clusters):
         twin = at[0]
-        own_scale = scale[twin]
-        if own_scale.abs() < 1e-6:  # a dead twin comes alive with the mean of the others
-            norm.weight.data[twin] = torch.sqrt(norm.running_var[twin] + norm.eps)
-            own_scale = torch.ones(())
-        weight[twin] = folded[at].mean(0) / own_scale
-        norm.bias.data[twin] = shift[at].mean() - own_scale * (own[twin] - norm.running_mean[twin])
+        kept = scale[at].mean(0)
+        if maker is not None:
+            weight: Tensor = maker.weight.data  # type: ignore[assignment]
+            weight = weight.movedim(1 if isinstance(maker, TRANSPOSED) else 0, 0)
+            view = [*at.shape, *[1] * (weight.dim() - 1)]
+            dead = scale[twin].abs() < 1e-6  # comes alive with the mean of the others
+            kept = torch.where(dead, 1.0, scale[twin])
+            weight[twin] = (scale[at].reshape(view) * weight[at]).mean(0) / kept.reshape(view[1:])
+        norm.weight.data[twin] = kept * deviation[twin]
+        norm.bias.data[twin] = shift[at].mean(0) - kept * offset[twin]

@@ -4,6 +4,8 @@ NEEDS names what the project must give: "inputs" for calibration inputs, "target
 all for a criterion that looks at weights alone. A criterion decides the order in which units of one group go; how many
 go is decided by measured values (sensitivity.py) and the solver. Scores are non-negative and finite, and do not depend
 on the order of channels: permuted units give permuted rankings. The same evidence and seed give the same ranking.
+A criterion of redundancy may promise DUPLICATES_FIRST = True (False where it says nothing): of units with the same
+weights and maps all but one go first, at no loss, and where it names twins, each to one of the same kind.
 """
 
 from __future__ import annotations

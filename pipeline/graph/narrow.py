@@ -57,6 +57,7 @@ def narrow(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
     _remove_dead(graph)
     _resize_shortcuts(graph)
     _fix_groups(graph, model)
+    _reopen(graph)
     return result
 
 
@@ -346,6 +347,28 @@ def _inferred_channels(graph: onnx.GraphProto, name: str) -> int:
             return int(info.type.tensor_type.shape.dim[1].dim_value)
     hint = "take shortcut-conv out of graph.passes."
     raise DeployError(f"the number of channels of '{name}' cannot be inferred.", hint)
+
+
+def _reopen(graph: onnx.GraphProto) -> None:
+    """Folded shapes of tensors that have no constant of their own: behind group norms, and of resized maps.
+
+    A group norm is written as reshape, instance norm, reshape: the second takes the channels that there are. A resize
+    to a size names its channels too.
+    """
+    if not {"InstanceNormalization", "Resize"} & {node.op_type for node in graph.node}:
+        return
+    makers = {out: node for node in graph.node for out in node.output}
+    stored = {tensor.name for tensor in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type == "Reshape" and node.input[1] in stored:
+            source = makers.get(node.input[0])
+            target = _integers(graph, node, 1)
+            if source is not None and source.op_type == "InstanceNormalization" and min(target) > 0 and len(target) > 2:
+                _set(graph, node, 1, "shape", [target[0], -1, *target[2:]])
+        elif node.op_type == "Resize" and len(node.input) > 3 and node.input[3] in stored:
+            sizes, channels = _integers(graph, node, 3), _channels(graph, node.input[0])
+            if sizes[1] != channels:
+                _set(graph, node, 3, "sizes", [sizes[0], channels, *sizes[2:]])
 
 
 def _fix_groups(graph: onnx.GraphProto, dense: onnx.ModelProto) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +18,8 @@ Touch = Callable[[Reader, Tensor], Tensor]
 class TouchedRun(fx.Interpreter):
     """Runs a graph; the input of every reader passes through `touch` first.
 
-    skip: additions that give one operand only.
+    What `touch` is given has the samples first: where they are folded into the leading axis (windows of attention),
+    they are unfolded for it. skip: additions that give one operand only.
     """
 
     def __init__(
@@ -25,6 +28,12 @@ class TouchedRun(fx.Interpreter):
         super().__init__(graph)
         self.readers = {reader.op: reader for reader in readers}
         self.touch, self.skip = touch, skip or {}
+        self.samples = 0
+
+    def run(self, *args: Any, initial_env: dict[fx.Node, Any] | None = None, enable_io_processing: bool = True) -> Any:
+        """What the graph gives for these inputs; the first says how many samples there are."""
+        self.samples = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 0
+        return super().run(*args, initial_env=initial_env, enable_io_processing=enable_io_processing)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.skip:
@@ -37,12 +46,18 @@ class TouchedRun(fx.Interpreter):
             return super().run_node(n)
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            touched = self.touch(reader, args[0])
-            return getattr(self, n.op)(n.target, (touched, *args[1:]), kwargs)
+            return getattr(self, n.op)(n.target, (self._touched(reader, args[0]), *args[1:]), kwargs)
+
+    def _touched(self, reader: Reader, x: Tensor) -> Tensor:
+        folded = self.samples and reader.axis and len(x) > self.samples and len(x) % self.samples == 0
+        if not folded:
+            return self.touch(reader, x)
+        open_ = dataclasses.replace(reader, axis=reader.axis + 1)
+        return self.touch(open_, x.reshape(self.samples, -1, *x.shape[1:])).flatten(0, 1)
 
 
 class MaskedRun(TouchedRun):
-    """Runs a graph with some units zeroed at every reader; norms over channels take their statistics over the rest."""
+    """Runs a graph with some units gone at every reader: zeroed, or left out of its statistics (`Reader.how`)."""
 
     def __init__(
         self, graph: fx.GraphModule, readers: tuple[Reader, ...], keep: Tensor, skip: Mapping[str, int] | None = None
@@ -57,39 +72,51 @@ class MaskedRun(TouchedRun):
         return mask.reshape(view)
 
     def _mask(self, reader: Reader, x: Tensor) -> Tensor:
-        return x * self._vector(reader, x)
+        mask = self._vector(reader, x)
+        if reader.how in FILLS:
+            return x.masked_fill(mask == 0, FILLS[reader.how])
+        return x * mask
 
     def run_node(self, n: fx.Node) -> Any:
         reader = self.readers.get(n.name)
-        module = self.submodules.get(str(n.target)) if n.op == "call_module" else None
-        if reader is None or not isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            return super().run_node(n)
-        (x, *_), _ = self.fetch_args_kwargs_from_env(n)
-        return masked_norm(module, x, self._vector(reader, x))
+        if reader is not None and reader.how == "statistics":
+            (x, *_), _ = self.fetch_args_kwargs_from_env(n)
+            module = self.submodules[str(n.target)]
+            assert isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
+            return masked_norm(module, x, self._vector(reader, x))
+        result = super().run_node(n)
+        if reader is not None and reader.how == "mean":
+            kept = self.keep[torch.from_numpy(reader.ids).long()]
+            return result * (kept.numel() / kept.sum())
+        return result
 
 
-def masked_norm(module: nn.LayerNorm | nn.GroupNorm, x: Tensor, mask: Tensor) -> Tensor:
-    """A layer or group norm whose mean and variance see only the unmasked channels.
+FILLS = {"softmax": -math.inf, "amax": -math.inf, "amin": math.inf}
 
-    x (N, …), mask broadcastable to x.
+
+def masked_norm(module: nn.LayerNorm | nn.GroupNorm | nn.RMSNorm, x: Tensor, mask: Tensor) -> Tensor:
+    """A norm over channels whose statistics see only the unmasked ones.
+
+    x (N, …), mask broadcastable to x. An RMS norm takes no mean away.
     """
     mask = mask.expand_as(x)
-    if isinstance(module, nn.LayerNorm):
-        y = _standardised(x, mask, x.dim() - 1, module.eps)
-        view = [1] * (x.dim() - 1) + [-1]
-    else:
+    if isinstance(module, nn.GroupNorm):
         folded = (x.shape[0], module.num_groups, -1)
-        y = _standardised(x.reshape(folded), mask.reshape(folded), 2, module.eps).reshape(x.shape)
+        y = _standardised(x.reshape(folded), mask.reshape(folded), (2,), module.eps).reshape(x.shape)
         view = [1, -1] + [1] * (x.dim() - 2)
+    else:
+        axes = tuple(range(x.dim() - len(module.normalized_shape), x.dim()))
+        eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
+        y = _standardised(x, mask, axes, eps, centred=isinstance(module, nn.LayerNorm))
+        view = [1] * axes[0] + list(module.normalized_shape)
     if module.weight is not None:
         y = y * module.weight.reshape(view)
-    if module.bias is not None:
-        y = y + module.bias.reshape(view)
-    return y
+    bias = getattr(module, "bias", None)
+    return y if bias is None else y + bias.reshape(view)
 
 
-def _standardised(x: Tensor, mask: Tensor, axis: int, eps: float) -> Tensor:
-    count = mask.sum(axis, keepdim=True)
-    mean = (x * mask).sum(axis, keepdim=True) / count
-    variance = ((x - mean) ** 2 * mask).sum(axis, keepdim=True) / count
+def _standardised(x: Tensor, mask: Tensor, axes: tuple[int, ...], eps: float, *, centred: bool = True) -> Tensor:
+    count = mask.sum(axes, keepdim=True)
+    mean = (x * mask).sum(axes, keepdim=True) / count if centred else torch.zeros_like(count)
+    variance = ((x - mean) ** 2 * mask).sum(axes, keepdim=True) / count
     return (x - mean) / torch.sqrt(variance + eps)

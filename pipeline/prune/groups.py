@@ -24,9 +24,9 @@ from pipeline.prune.neutral import describe, layers
 from pipeline.prune.rules.base import rules, unknown
 
 
-def propagate(network: Network) -> LabelSpace:
-    """Run every rule over the network."""
-    space, table = LabelSpace(), rules()
+def propagate(network: Network, *, heads: bool = False) -> LabelSpace:
+    """Run every rule over the network. heads: cut attention by whole heads instead of channels of every head."""
+    space, table = LabelSpace(_aliases(network), heads=heads), rules()
     for op in describe(network):
         if op.kind == "input":
             ids = space.fresh(op.out_shape[1]) if len(op.out_shape) > 1 else np.zeros(0, dtype=np.int64)
@@ -37,28 +37,43 @@ def propagate(network: Network) -> LabelSpace:
                 space.freeze(space.tensors[name], "it is an output of the network")
         elif op.kind == "parameter":
             _parameter(op, space)
-        elif op.kind != "piece":
+        elif op.kind == "piece":
+            space.tensors.setdefault(op.output, NONE)
+        else:
             table.get(op.kind, unknown)(op, space)
     return space
 
 
+def _aliases(network: Network) -> dict[str, str]:
+    """Name of a parameter that has several -> the first of them."""
+    first: dict[int, str] = {}
+    graph = network.graph
+    named = [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(value), name) for name, value in named}
+
+
 def _parameter(op: Op, space: LabelSpace) -> None:
     """A parameter used directly (layer scale, position embedding): a label along every axis longer than one."""
-    axes = tuple(axis for axis, size in enumerate(op.out_shape) if size > 1)
-    if len(axes) != 1:
-        space.tensors[op.output] = NONE
-        return
-    ids = space.fresh(op.out_shape[axes[0]])
-    space.param(op.params["value"], axes[0], ids)
-    space.tensors[op.output] = Labels(axes, ids)
+    name = op.params["value"]
+    space.direct[op.output] = name
+    found = {}
+    for axis, size in enumerate(op.out_shape):
+        if size > 1:
+            known = space.params.get((space.aliases.get(name, name), axis))
+            found[axis] = space.fresh(size) if known is None else known
+            space.param(name, axis, found[axis])
+    space.tensors[op.output] = Labels(found)
 
 
-def find_groups(network: Network, *, freeze: Sequence[str] = (), prove: bool = True, seed: int = 0) -> Network:
+def find_groups(
+    network: Network, *, freeze: Sequence[str] = (), prove: bool = True, seed: int = 0, heads: bool = False
+) -> Network:
     """The network with its topology: proved groups and blocks.
 
-    freeze: names of layers (prefixes) that stay as they are.
+    freeze: names of layers (prefixes) that stay as they are. heads: whole attention heads are the units of attention,
+    instead of the channels of every head alike (those of q and k, and those of v).
     """
-    space = propagate(network)
+    space = propagate(network, heads=heads)
     component = space.units()
     topology, readers = _topology(network, space, component)
     topology = _freeze_named(topology, freeze)
@@ -95,17 +110,19 @@ def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topo
     params: dict[str, dict[int, Units]] = defaultdict(dict)
     for (name, axis), ids in space.params.items():
         params[name][axis] = units(ids)  # type: ignore[assignment]
-    constants = tuple(
-        Constant(c.node, c.kind, c.axis, tuple(units(ids) for ids in c.ids), c.sizes, c.indices)  # type: ignore[arg-type]
-        for c in space.constants
-    )
     frozen: dict[int, str] = {}
     for ids, reason in space.frozen:
         for unit in np.unique(component[ids]):
             frozen.setdefault(int(unit), reason)
+    constants = tuple(
+        Constant(c.node, c.kind, c.axis, tuple(units(ids) for ids in c.ids), c.sizes, c.indices)  # type: ignore[arg-type]
+        for c in space.constants
+        if any(set(np.unique(component[ids[ids >= 0]])) - frozen.keys() for ids in c.ids if ids is not None)
+    )
     blocks = find_blocks(network)
     produced = {f"{name}[{axis}]" for name, axis in space.produced}
-    groups = _groups(params, produced, frozen, blocks)
+    direct = {f"{name}[{axis}]" for name in space.direct.values() for axis in params.get(name, {})}
+    groups = tuple(g for g in _groups(params, produced, frozen, blocks) if not g.frozen or set(g.members) - direct)
     readers = tuple(dataclasses.replace(r, ids=units(r.ids)) for r in space.readers)  # type: ignore[arg-type]
     leaves = tuple(network.leaves.items())
     return Topology(groups, blocks, dict(params), constants, leaves, layers(network)), readers
@@ -196,10 +213,11 @@ def _branch(network: Network, add: fx.Node, reach: dict[fx.Node, frozenset[fx.No
     if len(entries) != 1 or not closed or any(node.op in ("placeholder", "get_attr") for node in nodes):
         return None
     ordered = [node for node in network.graph.graph.nodes if node in nodes]
+    shared = {node.target for node in network.graph.graph.nodes if node.op == "call_module" and node not in nodes}
     params = tuple(
         f"{node.target}.{name}"
         for node in ordered
-        if node.op == "call_module"
+        if node.op == "call_module" and node.target not in shared
         for name, _ in [
             *network.graph.get_submodule(str(node.target)).named_parameters(),
             *network.graph.get_submodule(str(node.target)).named_buffers(),

@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from pipeline.nouns import Block, ChannelGroup, DropBlock, KeepUnits, PruningPlan, Topology
-from pipeline.prune.capture import Network
+from pipeline.prune.capture import Network, tensors
 from pipeline.prune.execute import MaskedRun, TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.plan import kept_units, resolve
@@ -68,7 +69,7 @@ class _Proof:
         plan = PruningPlan(tuple(edits))
         try:
             cut = resolve(self.topology, plan)
-            pruned = carry_out(self.graph, cut)
+            pruned = carry_out(self.graph, cut, share=True)
             keep = torch.from_numpy(kept_units(self.topology, plan))
             skip = {block.add: block.skip for block in cut.dropped}
             with torch.no_grad():
@@ -114,32 +115,50 @@ def _random_like(x: Tensor, source: torch.Generator) -> Tensor:
 
 
 def _flat(outputs: object) -> Tensor:
-    tensors = [outputs] if isinstance(outputs, Tensor) else [t for t in outputs if isinstance(t, Tensor)]  # type: ignore[attr-defined]
-    return torch.cat([t.reshape(-1) for t in tensors])
+    return torch.cat([t.reshape(-1) for t in tensors(outputs) if t.is_floating_point()])
 
 
 def _train_step(pruned: nn.Module, inputs: tuple[Tensor, ...]) -> str | None:
-    student = copy.deepcopy(pruned).train()
-    _flat(student(*inputs)).square().mean().backward()  # type: ignore[no-untyped-call]
-    for name, value in student.named_parameters():
-        if value.grad is not None and not bool(torch.isfinite(value.grad).all()):
+    named = [(name, value) for name, value in pruned.named_parameters() if value.requires_grad]
+    loss = _flat(pruned.train()(*inputs)).square().mean()
+    gradients = torch.autograd.grad(loss, [value for _, value in named], allow_unused=True)
+    for (name, _), gradient in zip(named, gradients, strict=True):
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
             return f"a training step gives a gradient of '{name}' that is not finite"
     return None
 
 
-def _reactions(graph: fx.GraphModule, readers: tuple[Reader, ...], inputs: tuple[Tensor, ...], units: int) -> Tensor:
-    """Absolute gradient of a random read-out of the outputs to the gate of every unit, shape (units,)."""
-    gates = torch.ones(units + 1, dtype=torch.float64, requires_grad=True)
+class _Gated(TouchedRun):
+    """Runs a graph with a gate on every unit where it is read, and one on what every block adds."""
 
-    def gate(reader: Reader, x: Tensor) -> Tensor:
+    def __init__(
+        self, graph: fx.GraphModule, readers: tuple[Reader, ...], gates: Tensor, blocks: Sequence[Block], each: Tensor
+    ) -> None:
+        super().__init__(graph, readers, self._gate)
+        self.gates, self.each = gates, each
+        self.blocks = {block.add: (index, 1 - block.skip) for index, block in enumerate(blocks)}
+
+    def _gate(self, reader: Reader, x: Tensor) -> Tensor:
         view = [1] * x.dim()
         view[reader.axis] = -1
-        return x * gates[torch.from_numpy(reader.ids).long()].reshape(view)
+        return x * self.gates[torch.from_numpy(reader.ids).long()].reshape(view)
 
-    outputs = _flat(TouchedRun(graph, readers, gate).run(*inputs))
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.blocks:
+            index, branch = self.blocks[target]
+            args = tuple(x * self.each[index] if i == branch else x for i, x in enumerate(args))
+        return super().call_module(target, args, kwargs)
+
+
+def _reactions(proof: _Proof, units: int, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+    """Absolute gradient of a random read-out of the outputs to the gate of every unit, and of every block."""
+    gates = torch.ones(units + 1, dtype=torch.float64, requires_grad=True)
+    each = torch.ones(len(blocks), dtype=torch.float64, requires_grad=True)
+    outputs = _flat(_Gated(proof.graph, proof.readers, gates, blocks, each).run(*proof.inputs))
     weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (outputs * weights).sum().backward()  # type: ignore[no-untyped-call]
-    return gates.grad.abs() if gates.grad is not None else torch.zeros(units + 1)
+    found = torch.autograd.grad((outputs * weights).sum(), (gates, each), allow_unused=True)
+    unit, block = (torch.zeros_like(x) if g is None else g.abs() for g, x in zip(found, (gates, each), strict=True))
+    return unit, block
 
 
 def refute(network: Network, *, seed: int = 0) -> dict[str, str]:
@@ -147,30 +166,22 @@ def refute(network: Network, *, seed: int = 0) -> dict[str, str]:
     proof = _Proof(network, seed)
     topology: Topology = network.topology
     top = max((max(g.units) for g in topology.groups if g.units), default=-1) + 1
-    reactions = _reactions(proof.graph, network.readers, proof.inputs, top)
+    blocks = list(topology.removable)
+    reactions, moves = _reactions(proof, top, blocks)
     groups: list[Item] = []
     for group in topology.offered:
         if float(reactions[list(group.units)].max()) > 0:
             groups.append(group)
         else:
             proof.reasons[group.id] = "the outputs do not react to it"
-    groups = proof.accept(groups, train=False)
     groups = proof.accept(groups, train=True)
-    blocks = proof.accept([b for b in topology.removable if _reacts(proof, b)], train=True)
-    inner = {block.id for block in blocks}
-    proof.accept([*blocks, *(g for g in groups if not (isinstance(g, ChannelGroup) and g.block in inner))], train=False)
+    moving: list[Item] = []
+    for block, move in zip(blocks, moves.tolist(), strict=True):
+        if move > 0:
+            moving.append(block)
+        else:
+            proof.reasons[block.id] = "the outputs do not react to it"
+    stays = proof.accept(moving, train=True)
+    inner = {block.id for block in stays}
+    proof.accept([*stays, *(g for g in groups if not (isinstance(g, ChannelGroup) and g.block in inner))], train=False)
     return proof.reasons
-
-
-def _reacts(proof: _Proof, block: Block) -> bool:
-    """The outputs change when the block goes."""
-    everything = torch.ones(
-        max((max(g.units) for g in proof.topology.groups if g.units), default=0) + 2, dtype=torch.bool
-    )
-    with torch.no_grad():
-        whole = _flat(proof.graph(*proof.inputs))
-        without = _flat(MaskedRun(proof.graph, (), everything, {block.add: block.skip}).run(*proof.inputs))
-    if torch.equal(whole, without):
-        proof.reasons[block.id] = "the outputs do not react to it"
-        return False
-    return True

@@ -18,6 +18,8 @@ from pipeline.prune.capture import Network
 from pipeline.prune.plan import resolve
 from profiles.errors import DeployError
 
+Shared = dict[int, tuple[Tensor, Tensor]]
+
 
 def prune(network: Network, plan: PruningPlan) -> fx.GraphModule:
     """A trainable copy of the network with the plan carried out; the network itself is never touched.
@@ -27,13 +29,17 @@ def prune(network: Network, plan: PruningPlan) -> fx.GraphModule:
     return carry_out(network.graph, resolve(network.topology, plan))
 
 
-def carry_out(graph: fx.GraphModule, cut: Cut) -> fx.GraphModule:
-    """Copy a captured graph and cut it."""
-    pruned = copy.deepcopy(graph)
+def carry_out(graph: fx.GraphModule, cut: Cut, *, share: bool = False) -> fx.GraphModule:
+    """Copy a captured graph and cut it. share: parameters that are not cut stay those of the graph."""
+    pruned = copy.deepcopy(graph, {id(p): p for p in graph.parameters()} if share else {})
     if cut.dropped:
         _drop_blocks(pruned, cut)
+    shared: Shared = {}
+    left = dict(pruned.named_modules())
     for name, axes in cut.params.items():
-        _slice(pruned, name, {axis: torch.from_numpy(kept) for axis, kept in axes.items()})
+        if name.rpartition(".")[0] not in left:  # a layer that only removed blocks shared
+            continue
+        _slice(pruned, name, {axis: torch.from_numpy(kept) for axis, kept in axes.items()}, shared)
     for node, (kind, _, value) in cut.constants.items():
         _rewrite(pruned.get_submodule(node), kind, value)
     for module in pruned.modules():
@@ -51,17 +57,23 @@ def _drop_blocks(pruned: fx.GraphModule, cut: Cut) -> None:
     pruned.delete_all_unused_submodules()
 
 
-def _slice(pruned: fx.GraphModule, name: str, axes: dict[int, Tensor]) -> None:
+def _slice(pruned: fx.GraphModule, name: str, axes: dict[int, Tensor], shared: Shared) -> None:
+    """Cut one tensor. shared: id of a tensor that was cut -> (kept alive) itself and what it became, for its names."""
     path, _, leaf = name.rpartition(".")
     owner = pruned.get_submodule(path)
     value: Tensor = getattr(owner, leaf)
+    if id(value) in shared:
+        setattr(owner, leaf, shared[id(value)][1])
+        return
     cut = value.detach()
     for axis, kept in axes.items():
         cut = cut.index_select(axis, kept)
     if isinstance(value, nn.Parameter):
-        setattr(owner, leaf, nn.Parameter(cut.clone(), requires_grad=value.requires_grad))
+        made: Tensor = nn.Parameter(cut.clone(), requires_grad=value.requires_grad)
     else:
-        setattr(owner, leaf, cut.clone())
+        made = cut.clone()
+    shared[id(value)] = (value, made)
+    setattr(owner, leaf, made)
 
 
 def _rewrite(module: nn.Module, kind: str, value: tuple[int, ...]) -> None:
@@ -72,7 +84,7 @@ def _rewrite(module: nn.Module, kind: str, value: tuple[int, ...]) -> None:
     elif isinstance(module, operators.ChannelSlice):
         module.start, module.stop = value
     elif isinstance(module, operators.Reshape):
-        module.sizes = value[1:]
+        module.sizes = value
     elif isinstance(module, operators.ChannelGather):
         module.indices = torch.tensor(value, dtype=torch.int64)
     else:
@@ -88,6 +100,8 @@ def _refit(module: nn.Module) -> None:
             module.groups = out // (module.out_channels // module.groups)
         module.out_channels, module.in_channels = out, into * module.groups
     elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        if module.groups > 1 and weight.shape[1] == 1 and module.groups == module.in_channels:
+            module.groups = weight.shape[0]
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
@@ -97,8 +111,10 @@ def _refit(module: nn.Module) -> None:
         module.num_features = weight.shape[0]
     elif isinstance(module, nn.GroupNorm) and weight is not None:
         module.num_channels = weight.shape[0]
-    elif isinstance(module, nn.LayerNorm) and weight is not None:
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and weight is not None:
         module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.numel()
 

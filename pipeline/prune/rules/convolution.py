@@ -2,7 +2,7 @@
 
 Weight (out, in / groups, k…), transposed (in, out / groups, k…). With groups the position j inside a group goes from
 every group at once, so that all groups stay equal; a depthwise convolution with multiplier m repeats each label
-m times.
+m times. A transposed convolution with groups is tied on both sides in the same way.
 """
 
 from __future__ import annotations
@@ -25,21 +25,27 @@ def apply(op: Op, space: LabelSpace) -> None:
     """Propagate labels through a convolution over (N, C, spatial…)."""
     groups, weight = int(op.attrs["groups"]), op.params["weight"]
     channels_in, channels_out = op.in_shapes[0][1], op.out_shape[1]
+    labels = space.tensors[op.inputs[0]]
+    space.only(op, labels, (1,))
     into, out_of = (1, 0) if op.kind == "conv" else (0, 1)
-    if op.kind == "conv" and groups == channels_in and groups > 1:
+    if groups > 1 and groups == channels_in:
         out = np.repeat(space.along(op, 0, 1), channels_out // groups)
-        space.param(weight, 0, out)
+        if op.kind == "conv" or channels_out == groups:
+            space.param(weight, 0, out)
+        else:
+            space.freeze(out, f"'{op.name}' is a transposed depthwise convolution with a multiplier")
     elif groups == 1:
-        space.param(weight, into, space.read(op, 0, 1))
+        space.param(weight, into, space.read(op, 1))
         out = space.produce(weight, out_of, channels_out)
     elif op.kind == "conv":
-        space.param(weight, 1, _tied(space.read(op, 0, 1), groups, space))
+        space.param(weight, 1, _tied(space.read(op, 1), groups, space))
         out = space.produce(weight, 0, channels_out)
         _tied(out, groups, space)
     else:
-        reason = f"'{op.name}' is a grouped transposed convolution"
-        space.freeze(space.along(op, 0, 1), reason)
-        out = np.full(channels_out, -1, dtype=np.int64)
+        ids = space.read(op, 1)
+        _tied(ids, groups, space)
+        space.param(weight, 0, ids)
+        out = np.tile(space.produce(weight, 1, channels_out // groups), groups)
     if "bias" in op.params:
         space.param(op.params["bias"], 0, out)
     space.tensors[op.output] = Labels.channels(out)

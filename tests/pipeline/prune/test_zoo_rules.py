@@ -1,0 +1,190 @@
+"""Every family of operators: captured, proved, cut, and cut in ONNX, with the coupling that each of them asks for."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+from zoo_nets import ZOO, Attention, Image, Sequence, SharedBranches, Stochastic, Tied, TwoInputs, WritesView, example
+
+from pipeline.graph.export import export
+from pipeline.graph.narrow import narrow_file
+from pipeline.graph.optimize import optimize
+from pipeline.nouns import DropBlock, KeepUnits, PruningPlan
+from pipeline.prune import proof
+from pipeline.prune.capture import Network, capture, tensors
+from pipeline.prune.execute import MaskedRun
+from pipeline.prune.groups import find_groups
+from pipeline.prune.operators import InTraining
+from pipeline.prune.plan import kept_units, resolve
+from pipeline.prune.surgery import carry_out, prune
+from profiles.errors import DeployError
+from profiles.schema import GraphSpec, InputSpec
+
+
+def found(name: str, *, heads: bool = False) -> Network:
+    torch.manual_seed(0)
+    make, shape = ZOO[name]
+    return find_groups(capture(make().eval(), example(shape)), heads=heads)
+
+
+def sizes(network: Network) -> dict[str, int]:
+    return {group.name: group.size for group in network.topology.offered}
+
+
+def every_second(network: Network) -> PruningPlan:
+    return PruningPlan(tuple(KeepUnits(g.id, tuple(range(0, g.size, 2))) for g in network.topology.offered))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_is_captured_computes_the_same_for_any_batch(name):
+    torch.manual_seed(0)
+    make, shape = ZOO[name]
+    model = make().eval()
+    network = capture(model, example(shape))
+    x = torch.randn(3, *shape[1:])
+    assert torch.allclose(network.graph(x), model(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_no_rule_is_refuted_and_all_groups_cut_together_equal_the_masked_network(name):
+    torch.manual_seed(0)
+    make, shape = ZOO[name]
+    bare = find_groups(capture(make().eval(), example(shape)), prove=False)
+    assert proof.refute(bare) == {}
+    network = find_groups(bare)
+    assert network.topology.offered
+    plan = every_second(network)
+    random = proof.randomised(network.graph, 3)
+    x = torch.randn(2, *shape[1:], dtype=torch.float64)
+    keep = torch.from_numpy(kept_units(network.topology, plan))
+    with torch.no_grad():
+        masked = MaskedRun(random, network.readers, keep).run(x)
+        got = carry_out(random, resolve(network.topology, plan))(x)
+    assert torch.allclose(masked, got, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "recurrent"])
+def test_the_narrowed_onnx_is_the_exported_one_of_the_cut_network(name, tmp_path):
+    network = found(name)
+    shape = ZOO[name][1]
+    inputs = (InputSpec(name="input", shape=shape),)
+    plan = every_second(network)
+    export(network.graph, inputs, tmp_path / "dense.onnx")
+    optimize(tmp_path / "dense.onnx", GraphSpec().passes, tmp_path / "optimized.onnx")
+    narrow_file(tmp_path / "optimized.onnx", resolve(network.topology, plan), tmp_path / "narrow.onnx")
+    session = ort.InferenceSession(str(tmp_path / "narrow.onnx"), providers=["CPUExecutionProvider"])
+    (x,) = example(shape)
+    with torch.no_grad():
+        expected = prune(network, plan)(x).numpy()
+    assert np.allclose(session.run(None, {"input": x.numpy()})[0], expected, atol=1e-4)
+
+
+def test_heads_stay_whole_and_every_head_loses_the_same_channels():
+    network = found("attention")
+    assert {g.size for g in network.topology.offered if "middle.qkv.weight[0]" in g.members} == {4}
+    q = network.topology.params["middle.qkv.weight"][0].reshape(3, 3, 4)
+    assert (q == q[:, :1]).all() and (q[0] == q[1]).all() and not (q[1] == q[2]).any()
+
+
+def test_whole_heads_are_the_units_where_they_are_wanted():
+    network = found("attention", heads=True)
+    (group,) = [g for g in network.topology.offered if "middle.qkv.weight[0]" in g.members]
+    assert group.size == 3 and "middle.proj.weight[1]" in group.members
+    pruned = prune(network, PruningPlan((KeepUnits(group.id, (0, 2)),)))
+    assert pruned.middle.qkv.weight.shape == (24, 12) and pruned.middle.proj.weight.shape == (12, 8)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention separate", "windows", "patch embedding"])
+def test_cutting_whole_heads_is_proved_too(name):
+    torch.manual_seed(0)
+    make, shape = ZOO[name]
+    network = find_groups(capture(make().eval(), example(shape)), prove=False, heads=True)
+    assert proof.refute(network) == {}
+
+
+def test_the_scale_of_attention_is_that_of_the_dense_network_after_a_cut():
+    network = found("attention")
+    pruned = prune(network, every_second(network))
+    assert pruned.attention_0.scale == network.graph.attention_0.scale == 4**-0.5
+
+
+def test_layers_that_share_a_weight_share_it_after_a_cut():
+    network = find_groups(capture(Sequence(Tied()).eval(), example((1, 6, 12))))
+    (group,) = [g for g in network.topology.offered if "middle.one.weight[0]" in g.members]
+    assert {"middle.one.weight[1]", "middle.two.weight[0]", "middle.two.weight[1]"} <= set(group.members)
+    pruned = prune(network, PruningPlan((KeepUnits(group.id, tuple(range(0, group.size, 2))),)))
+    assert pruned.middle.one.weight is pruned.middle.two.weight
+    assert pruned.middle.one.weight.shape == (group.size // 2, group.size // 2)
+
+
+def test_a_removed_branch_leaves_a_layer_that_another_branch_shares():
+    torch.manual_seed(0)
+    network = find_groups(capture(SharedBranches().eval(), example((1, 3, 8, 8))))
+    first, second = network.topology.removable
+    assert "conv.weight" not in (*first.params, *second.params)
+    inner = next(g for g in network.topology.offered if "conv.weight[0]" in g.members)
+    plan = PruningPlan((DropBlock(first.id), KeepUnits(inner.id, tuple(range(0, inner.size, 2)))))
+    assert prune(network, plan)(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+
+
+def test_stochastic_depth_still_acts_in_training():
+    graph = capture(Image(Stochastic()), example((1, 3, 8, 8))).graph
+    (kept,) = [m for m in graph.modules() if isinstance(m, InTraining)]
+    x = torch.ones(64, 12, 1, 1)
+    assert torch.equal(kept.eval()(x), x) and set(kept.train()(x).unique().tolist()) == {0.0, 2.0}
+
+
+def test_several_inputs_and_a_dict_of_lists_are_captured_and_cut():
+    torch.manual_seed(0)
+    model = TwoInputs().eval()
+    x, y = torch.randn(2, 1, 3, 8, 8)
+    network = find_groups(capture(model, (x, y)))
+    assert sizes(network)["a"] == 12
+    got = prune(network, every_second(network))(x, y)
+    assert set(got) == {"map", "levels"} and got["map"].shape == (1, 4, 8, 8)
+    before, after = tensors(model(x, y)), tensors(network.graph(x, y))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(before, after, strict=True))
+
+
+def test_a_recurrent_layer_is_a_leaf_with_a_reason_and_the_rest_is_offered():
+    network = found("recurrent")
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["a"] == "there is no rule for GRU 'cell'" and frozen["b"] is None
+
+
+def test_a_forward_that_writes_into_a_view_and_reads_the_whole_is_refused():
+    with pytest.raises(DeployError, match=r"it writes into a view of a tensor that it reads again \('mul_'\)"):
+        capture(WritesView().eval(), example((1, 3, 4, 4)))
+
+
+def test_a_weight_norm_is_folded_into_its_weight():
+    network = found("weight norm")
+    assert "middle.weight" in network.graph.state_dict() and sizes(network)["middle"] == 12
+
+
+def test_a_wrong_rule_is_caught_by_the_proof(monkeypatch):
+    """The channels of v, tied to those of q in the wrong order: every head shifted by one."""
+    from pipeline.prune.rules import movement
+
+    right = movement.folded
+
+    def wrong(op, labels, space):
+        result = right(op, labels, space)
+        moved = {axis: np.roll(ids, 1) if len(op.out_shape) == 3 else ids for axis, ids in result.by_axis.items()}
+        return type(result)(moved)
+
+    monkeypatch.setattr(movement, "folded", wrong)
+    network = find_groups(capture(Sequence(Attention()).eval(), example((1, 6, 12))), prove=False)
+    reasons = proof.refute(network)
+    assert any(reason.startswith("masking and cutting it differ by ") for reason in reasons.values())
+
+
+def test_the_reference_without_masked_statistics_would_refute_a_right_rule(monkeypatch):
+    """Statistics over what is left are part of the definition: zeroing alone is another network."""
+    bare = find_groups(capture(Image(nn.GroupNorm(3, 12)).eval(), example((1, 3, 8, 8))), prove=False)
+    import dataclasses
+
+    zeroed = tuple(dataclasses.replace(reader, how="zero") for reader in bare.readers)
+    assert proof.refute(dataclasses.replace(bare, readers=zeroed))
+    assert proof.refute(bare) == {}

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from profiles.schema import GraphSpec, InputSpec
 
 RESULTS = Path(__file__).resolve().parent / "results" / "zoo.jsonl"
 CUT = 0.3
-FIXED = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 224} | {
+FIXED = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 224, "s3d": 224} | {
     f"vgg{n}": 224 for n in (11, 13, 16, 19)
 }  # networks that ask for a size, or for at least one
 TIMM = """
@@ -78,6 +79,7 @@ def families() -> dict[str, Callable[[], list[str]]]:
     }
 
 
+@cache
 def _torchvision() -> Any:
     """torchvision beside a CPU build of torch: two operators that its compiled part would declare are declared here."""
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -249,7 +251,7 @@ def _cut(record: Record, network: Network, plan: PruningPlan) -> None:
         got = tensors(carry_out(random, resolve(network.topology, plan))(*inputs))
     worst = max(float((a - b).abs().max() / (1 + a.abs().max())) for a, b in zip(masked, got, strict=True))
     record["cut_difference"] = worst
-    record["cut_equal"] = worst < 1e-8
+    record["cut_equal"] = worst < 1e-7  # rounding in float64; a wrong coupling moves outputs by 1e-3 and more
     pruned.train()
     wide = tuple(torch.cat([x, x.flip(-1)]) for x in network.example)
     optimizer = torch.optim.SGD(pruned.parameters(), 1e-3)

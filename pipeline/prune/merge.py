@@ -13,6 +13,7 @@ layerwise   Each layer that loses inputs alone, on the dense network's activatio
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -240,7 +241,8 @@ def _answer(network: Network, mixer: Mixer, constant: Tensor) -> Tensor:
 def _average(network: Network, graph: fx.GraphModule, layers: Sequence[Mixer], means: Mapping[int, int]) -> None:
     """Every twin becomes the mean of the units that it stands for and itself, in everything that makes its channels.
 
-    A batch norm's scale and shift are averaged as such, and together with the layer before it where it has one.
+    A batch norm's scale and shift are averaged as such, and together with the layer before it where that is its only
+    use.
     """
     if not means:
         return
@@ -253,6 +255,7 @@ def _average(network: Network, graph: fx.GraphModule, layers: Sequence[Mixer], m
     def slots(module: str | None, *parts: str, axis: int = 0) -> set[tuple[int, int]]:
         return {(id(tensors[f"{module}.{part}"]), axis) for part in parts if f"{module}.{part}" in tensors}
 
+    uses = Counter(node.target for node in graph.graph.nodes)
     done = {slot for layer in layers for slot in slots(layer.target, "weight", axis=layer.axis)}  # handed over
     for node in graph.graph.nodes:
         norm = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -262,7 +265,7 @@ def _average(network: Network, graph: fx.GraphModule, layers: Sequence[Mixer], m
         own = slots(str(node.target), "weight", "bias", "running_mean", "running_var")
         if own & done:  # a norm that is used again
             continue
-        name = _maker(graph, node)
+        name = _maker(graph, node) if uses[node.target] == 1 else None
         maker = None if name is None else graph.get_submodule(name)
         made = slots(name, "weight", axis=1 if isinstance(maker, TRANSPOSED) else 0)
         _average_norm(norm, units, clusters, None if made & done else maker)

@@ -3,7 +3,8 @@
 The proof runs in float64 on a copy with random weights, norms, biases and layer scales (on trained or zero-initialised
 weights it can be vacuous), half of the units of every group removed. All groups are proved together; where that fails
 they are bisected, and what fails alone is refuted with its reason. The outputs must react to every group, seen from the
-gradient of its gates, and the cut net must survive a training step.
+gradient of its gates, and the cut net must survive a training step. Groups that stay silent because random weights of
+unit gain saturate a gate or a softmax behind them are proved again on smaller weights.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from pipeline.prune.surgery import carry_out
 from profiles.errors import DeployError
 
 TOLERANCE = 1e-8
+QUIET_GAIN = 0.2
 Item = ChannelGroup | Block
 
 
-def randomised(graph: fx.GraphModule, seed: int) -> fx.GraphModule:
-    """A float64 copy with random parameters: weights of unit gain, scales in 0.5 … 1.5, biases and means about 0.3."""
+def randomised(graph: fx.GraphModule, seed: int, gain: float = 1.0) -> fx.GraphModule:
+    """A float64 copy with random parameters: weights of this gain, scales in 0.5 … 1.5, biases and means about 0.3."""
     copied = copy.deepcopy(graph).double().eval()
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -39,7 +41,8 @@ def randomised(graph: fx.GraphModule, seed: int) -> fx.GraphModule:
                 continue
             if value.dim() > 1:
                 fan_in = max(1, value[0].numel())
-                value.copy_(torch.randn(value.shape, generator=source, dtype=torch.float64) * (2.0 / fan_in) ** 0.5)
+                spread = gain * (2.0 / fan_in) ** 0.5
+                value.copy_(torch.randn(value.shape, generator=source, dtype=torch.float64) * spread)
             elif name.endswith(("weight", "running_var")) or "." not in name:
                 value.copy_(torch.rand(value.shape, generator=source, dtype=torch.float64) + 0.5)
             else:
@@ -54,11 +57,11 @@ def _half(group: ChannelGroup, seed: int) -> KeepUnits:
 
 
 class _Proof:
-    def __init__(self, network: Network, seed: int) -> None:
+    def __init__(self, network: Network, seed: int, gain: float = 1.0) -> None:
         self.topology = network.topology
         self.readers = network.readers
         self.seed = seed
-        self.graph = randomised(network.graph, seed)
+        self.graph = randomised(network.graph, seed, gain)
         source = torch.Generator().manual_seed(seed)
         self.inputs = tuple(_random_like(x, source) for x in network.example)
         self.reasons: dict[str, str] = {}
@@ -161,6 +164,17 @@ def _reactions(proof: _Proof, units: int, blocks: Sequence[Block]) -> tuple[Tens
     return unit, block
 
 
+def _quiet(network: Network, proof: _Proof, groups: Sequence[ChannelGroup], units: int, seed: int) -> list[Item]:
+    """Those of the groups that pass on smaller weights, where gates and softmaxes are less often saturated."""
+    calm = _Proof(network, seed + 1, QUIET_GAIN)
+    reactions, _ = _reactions(calm, units, ())
+    heard: list[Item] = [g for g in groups if float(reactions[list(g.units)].max()) > 0]
+    passed = calm.accept(heard, train=True)
+    found = {item.id for item in heard}
+    proof.reasons |= calm.reasons | {g.id: "the outputs do not react to it" for g in groups if g.id not in found}
+    return passed
+
+
 def refute(network: Network, *, seed: int = 0) -> dict[str, str]:
     """Why each group or block that is not frozen yet cannot be offered; those that pass are not in the result."""
     proof = _Proof(network, seed)
@@ -168,13 +182,11 @@ def refute(network: Network, *, seed: int = 0) -> dict[str, str]:
     top = max((max(g.units) for g in topology.groups if g.units), default=-1) + 1
     blocks = list(topology.removable)
     reactions, moves = _reactions(proof, top, blocks)
-    groups: list[Item] = []
-    for group in topology.offered:
-        if float(reactions[list(group.units)].max()) > 0:
-            groups.append(group)
-        else:
-            proof.reasons[group.id] = "the outputs do not react to it"
+    groups: list[Item] = [g for g in topology.offered if float(reactions[list(g.units)].max()) > 0]
+    quiet = [g for g in topology.offered if float(reactions[list(g.units)].max()) == 0]
     groups = proof.accept(groups, train=True)
+    if quiet:
+        groups += _quiet(network, proof, quiet, top, seed)
     moving: list[Item] = []
     for block, move in zip(blocks, moves.tolist(), strict=True):
         if move > 0:

@@ -52,6 +52,17 @@ class NormFirst(nn.Module):
         return self.head(self.c(torch.relu(self.norm(self.a(x) + self.b(x)))))
 
 
+class NormTwice(nn.Module):
+    """A norm that follows a layer, and is used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.relu(self.norm(self.a(x)))))
+
+
 class Straight(nn.Module):
     """Two linear layers with nothing between them."""
 
@@ -76,7 +87,7 @@ class TwoReaders(nn.Module):
         return self.head(self.g(x)) + self.side(torch.relu(self.norm(self.up(x))))
 
 
-ALL = NETS | {"shared": Shared, "norm first": NormFirst, "two readers": TwoReaders}
+ALL = NETS | {"shared": Shared, "norm first": NormFirst, "norm twice": NormTwice, "two readers": TwoReaders}
 UNNORMED = [name for name in ALL if name != "normed"]
 """Norms over channels take their statistics over what is left, so that no copy goes without a trace there."""
 
@@ -232,12 +243,28 @@ def test_the_mean_of_two_units_is_taken_behind_the_norm():
     """With one reader and no non-linearity between, the mean of what two layers give is what comes out."""
     network = network_of("residual projection")
     group = named(network, "project")
-    merged = merge(network, without(group, 5), {group.id: towards(group, {5: 2}, "mean")}, None)
+    merged = merge(network, without(group, 5), {group.id: towards(group, {5: 2}, "mean")}, inputs())
     (x,) = inputs(4)
     dense, after = behind(network.graph, "bn2", x), behind(merged, "bn2", x)
     assert torch.allclose(after[:, 2], dense[:, [2, 5]].mean(1), atol=1e-5)
+    columns = network.graph.get_parameter("head.fc.weight")
+    assert torch.allclose(merged.get_parameter("head.fc.weight")[:, 2], columns[:, [2, 5]].sum(1), atol=1e-6)
     others = [unit for unit in range(group.size) if unit not in (2, 5)]
     assert torch.allclose(after[:, [0, 1, *range(3, 15)]], dense[:, others], atol=1e-5)
+
+
+def test_the_scale_of_a_norm_that_is_used_twice_is_averaged_once():
+    network = network_of("norm twice")
+    group = named(network, "a")
+    merged = merge(network, without(group, 5), {group.id: towards(group, {5: 2}, "mean")}, None)
+    dense, after = network.graph.get_submodule("norm"), merged.get_submodule("norm")
+    scale = dense.weight / torch.sqrt(dense.running_var + dense.eps)
+    level = dense.bias - scale * dense.running_mean
+    own = after.weight / torch.sqrt(after.running_var + after.eps)
+    assert torch.allclose(own[2], scale[[2, 5]].mean())
+    assert torch.allclose(after.bias[2] - own[2] * after.running_mean[2], level[[2, 5]].mean(), atol=1e-6)
+    rows = network.graph.get_parameter("a.weight")
+    assert torch.allclose(merged.get_parameter("a.weight")[2], rows[[2, 5]].mean(0))
 
 
 def test_a_dead_twin_comes_alive_with_the_mean():

@@ -101,7 +101,9 @@ def build(request: BuildRequest) -> BuildResult:
         for note in notes:
             _say(run, f"note: {note}")
         begun = run.seconds
-        network = find_groups(capture(model, project.example()), freeze=profile.prune.freeze)
+        spec = profile.prune
+        heads = spec.attention == "heads"
+        network = find_groups(capture(model, project.example()), freeze=spec.freeze, heads=heads)
         offered = f"{len(network.topology.offered)} groups, {len(network.topology.removable)} blocks proved"
         run.finished("capture", run.seconds - begun, offered)
         samples = samples.first(repair_limit(network))

@@ -82,8 +82,9 @@ class Work:
 
     @property
     def source(self) -> str:
-        """Hash of the project: what every stage's key begins with."""
-        return self.project.digest()
+        """Hash of the project, and what a unit of its attention is: what every stage's key begins with."""
+        attention = self.profile.prune.attention
+        return self.project.digest() + ("" if attention == "channels" else f":{attention}")
 
     def scratch(self, name: str) -> Path:
         """A file of this run that is not a result."""

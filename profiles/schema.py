@@ -85,6 +85,9 @@ class PruneSpec(Spec):
     value_widths: int = Field(default=3, ge=1, description="widths per group whose loss is measured")
     grid: int | None = Field(default=None, ge=1, description="width step; measured on the device if left out")
     freeze: tuple[str, ...] = ()
+    attention: Literal["channels", "heads"] = Field(
+        default="channels", description="what goes from an attention: channels inside its heads, or whole heads"
+    )
     solver_seconds: float = Field(default=15.0, gt=0)
     seed: int = 0
 

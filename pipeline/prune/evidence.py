@@ -164,22 +164,19 @@ def _gate_gradients(
 
     def tap(reader: Reader, x: Tensor) -> Tensor:
         tapped = x.detach().requires_grad_() if not x.requires_grad else x.view_as(x)
-        tapped.retain_grad()
         taken.append((reader, tapped))
         return tapped
 
     outputs = TouchedRun(network.graph, network.readers, tap).run(*batch)
     value = _loss(outputs, targets, loss, source)
-    value.backward()  # type: ignore[no-untyped-call]
+    gradients = torch.autograd.grad(value, [x for _, x in taken], materialize_grads=True)
     size = len(batch[0])
     result = torch.zeros(size, units + 1)
-    for reader, x in taken:
-        if x.grad is None:
-            continue
+    for (reader, x), gradient in zip(taken, gradients, strict=True):
         product = (
-            (x.grad * x).detach().movedim(reader.axis, 1).flatten(2)
+            (gradient * x).detach().movedim(reader.axis, 1).flatten(2)
             if x.dim() > 2
-            else (x.grad * x).detach().unsqueeze(2)
+            else (gradient * x).detach().unsqueeze(2)
         )
         columns = torch.from_numpy(reader.ids).long()
         result.index_add_(1, torch.where(columns < 0, units, columns), product.sum(2) * size)

@@ -191,7 +191,7 @@ class _Recovery:
             if story.step >= story.steps or self._time_is_up():
                 break
             rate = learning_rate(story.step, story.steps, self.spec.learning_rate / 2**story.attempt)
-            loss = self._step(self.student, self.optimizer, inputs, targets, rate)
+            loss = self._step(self.optimizer, inputs, targets, rate)
             if not math.isfinite(loss):
                 return math.nan, steps
             total, steps, story.step = total + loss, steps + 1, story.step + 1
@@ -199,24 +199,22 @@ class _Recovery:
                 self.progress(story.step, story.steps)
         return total / max(steps, 1), steps
 
-    def _step(
-        self, student: nn.Module, optimizer: torch.optim.SGD, inputs: tuple[Tensor, ...], targets: Any, rate: float
-    ) -> float:
+    def _step(self, optimizer: torch.optim.SGD, inputs: tuple[Tensor, ...], targets: Any, rate: float) -> float:
         inputs = tuple(x.to(self.device) for x in inputs)
         targets = _on(targets, self.device)
         with torch.inference_mode():
             seen = self.teacher(*inputs)
         teacher = seen.clone() if isinstance(seen, Tensor) else tuple(each.clone() for each in seen)
-        outputs = student(*inputs)
+        outputs = self.student(*inputs)
         spec = self.spec
         loss = distil(outputs, teacher, targets, self.data.loss, alpha=spec.alpha, temperature=spec.temperature)
         for hook in self.hooks:
-            loss = loss + hook.extra_loss(student, inputs, outputs, targets)
+            loss = loss + hook.extra_loss(self.student, inputs, outputs, targets)
         value = float(loss.detach())
         if math.isfinite(value):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(student.parameters(), _LARGEST_GRADIENT)
+            nn.utils.clip_grad_norm_(self.student.parameters(), _LARGEST_GRADIENT)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -295,7 +293,7 @@ class _Recovery:
     # --- beginning, storing, going on ---
 
     def _fresh(self) -> _Story:
-        """Score the start, count the batches of an epoch, time a few steps on a copy, and plan."""
+        """Score the start, count the batches of an epoch, time a few steps, and plan."""
         spec, before = self.spec, monotonic()
         score = self._score()
         story = _Story(0, 0, score, score)
@@ -323,20 +321,26 @@ class _Recovery:
         return total - len(self.held_out)
 
     def _time_step(self) -> float:
-        """Seconds of one step, its data included, on a copy that is thrown away; the first one warms up."""
+        """Seconds of one step, its data included; the first one warms up. Ends where it began.
+
+        The network itself takes the steps, since hooks are attached to it, with a learning rate of 0.
+        """
         _seed(self.spec.seed, 0, 0)
-        student = copy.deepcopy(self.student).train()
-        optimizer = _sgd(student, self.spec)
+        self.student.train()
+        optimizer = _sgd(self.student, self.spec)
         began, steps = monotonic(), 0
         for index, (inputs, targets) in enumerate(self._batches(0)):
-            self._step(student, optimizer, inputs, targets, 0.0)
+            self._step(optimizer, inputs, targets, 0.0)
             if index == 0:
                 warm = monotonic()
                 first = warm - began
             steps = index
             if index == _TIMED_STEPS:
                 break
-        return (monotonic() - warm) / steps if steps else first
+        seconds = (monotonic() - warm) / steps if steps else first
+        self.student.load_state_dict(self.start)
+        optimizer.zero_grad(set_to_none=True)
+        return seconds
 
     def _save(self) -> None:
         self.story.seconds = self._elapsed()

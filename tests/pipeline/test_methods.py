@@ -1,0 +1,53 @@
+"""Methods compose: any criterion with any solver, any repair and any hook, in whole builds on the simulated device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_project import request, write_project
+
+from pipeline.flow import build
+from pipeline.project import usercode
+from pipeline.release.verify import verify
+from pipeline.run import read_state
+from profiles.schema import load_profile
+from targets.base import load_target
+
+
+@pytest.fixture(autouse=True)
+def leave_no_project_behind():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    if usercode._active is not None:
+        usercode._active.leave()
+
+
+@pytest.mark.parametrize(
+    ("prune", "hooks"),
+    [
+        ({"criterion": "qsfm-psnr", "solver": "beam", "repair": "merge"}, ["ccm"]),
+        ({"criterion": "obs", "solver": "netadapt", "repair": "layerwise"}, []),
+        ({"criterion": "lda-deconv", "solver": "threshold", "normalise": "ms", "repair": "bn"}, ["push"]),
+        ({"criterion": "red", "solver": "genetic", "repair": "least-squares"}, ["l2-start"]),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "+".join(value) or "no hook",
+)
+def test_a_build_with_other_methods_keeps_the_budget_and_leaves_a_bundle_that_verifies(
+    tmp_path: Path, prune: dict[str, Any], hooks: list[str]
+):
+    project = write_project(tmp_path / "tiny")
+    overrides = {"prune": {**prune, "rounds": 2}, "recover": {"hooks": hooks}}
+    result = build(request(project, tmp_path / "root", overrides=overrides))
+    summary = result.summary
+    folder = Path(summary["run"])
+    assert summary["verdict"] in ("met", "accuracy missed"), summary
+    assert 0 < summary["latency_ratio"] <= summary["latency_ratio_interval"][1] <= 0.6
+    bundle = folder / ("bundle" if summary["verdict"] == "met" else "rejected")
+    assert verify(bundle, load_target(load_profile("simulated"), tmp_path).infer) == []
+    assert prune["repair"] in {row.name for row in result.report.repairs} if result.report else False
+    assert read_state(folder)["status"] == ("done" if summary["verdict"] == "met" else "missed")

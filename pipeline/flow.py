@@ -45,7 +45,7 @@ from pipeline.prune.evidence import Evidence, Samples, divergence, first
 from pipeline.prune.groups import find_groups
 from pipeline.prune.hashing import adaptive
 from pipeline.prune.plan import make_plan, resolve
-from pipeline.prune.ranking import rank
+from pipeline.prune.ranking import rank, require_labels
 from pipeline.prune.repair import NEED_INPUTS, repair
 from pipeline.prune.repair import affordable as repair_limit
 from pipeline.prune.sensitivity import LossProbe, Probe, RepairProbe, measure
@@ -162,10 +162,9 @@ def _refuse_needs(spec: PruneSpec, lacking: str) -> None:
 def _samples(project: Project, spec: PruneSpec) -> Samples:
     """Calibration samples. Raises UsageError for a criterion that needs labels which they have not."""
     batches = project.calibration(spec.calibration)
-    if batches.targets is None and "targets" in plugins.load(CRITERIA, spec.criterion).NEEDS:
-        message = f"the criterion '{spec.criterion}' needs labels, and data.calibration gives none."
-        raise UsageError(message, "yield (inputs, targets), or --criterion fisher.")
-    return Samples(batches.inputs, batches.targets)
+    samples = Samples(batches.inputs, batches.targets)
+    require_labels(spec.criterion, samples)
+    return samples
 
 
 def _say(run: Run, text: str) -> None:

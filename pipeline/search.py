@@ -116,7 +116,7 @@ class Trials:
 
     def loss(self, choice: Solution) -> float:
         """Calibration loss after local repair."""
-        return self.search.loss(choice)
+        return self.search._loss(self.number, choice.widths, choice.dropped)
 
     def recovered(self, choice: Solution) -> float:
         """Calibration loss after a short recovery."""
@@ -202,10 +202,6 @@ class Search:
             for key, measured in zip(part, results, strict=True):
                 self.tried[key] = replace(self.tried[key], measured=measured)
         return [self.tried[plan.to_json()].ratio * self.table.dense_ms for plan in plans]
-
-    def loss(self, choice: Solution) -> float:
-        """Measured loss of a choice."""
-        return self._loss(len(self.rounds) + 1, choice.widths, choice.dropped)
 
     def _edits(self) -> int:
         """About how many plans one turn of measuring values tries."""

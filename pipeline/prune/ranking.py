@@ -6,7 +6,7 @@ from typing import cast
 
 from pipeline.nouns import Ranking
 from pipeline.prune.criteria.base import PACKAGE, Criterion
-from pipeline.prune.evidence import Evidence
+from pipeline.prune.evidence import Evidence, Samples
 from profiles import plugins
 from profiles.errors import UsageError
 
@@ -19,9 +19,14 @@ def rank(evidence: Evidence, criterion: str) -> dict[str, Ranking]:
             f"the criterion '{criterion}' needs calibration inputs, and the project has no [data].",
             "add [data] with calibration to deploy.toml, or --criterion red, magnitude or lamp.",
         )
-    if "targets" in chosen.NEEDS and evidence.samples.targets is None:
+    require_labels(criterion, evidence.samples)
+    return {ranking.group: ranking for ranking in chosen.rank(evidence)}
+
+
+def require_labels(criterion: str, samples: Samples) -> None:
+    """Raise UsageError for a criterion that needs labels which the samples have not."""
+    if samples.targets is None and "targets" in plugins.load(PACKAGE, criterion).NEEDS:
         raise UsageError(
             f"the criterion '{criterion}' needs labels, and data.calibration gives none.",
             "yield (inputs, targets), or --criterion fisher.",
         )
-    return {ranking.group: ranking for ranking in chosen.rank(evidence)}

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from pipeline.nouns import Cut, PruningPlan, Ranking
 from pipeline.prune.capture import Network
 from pipeline.prune.evidence import Samples
-from pipeline.prune.maps import grams
+from pipeline.prune.maps import Gram, grams
 from pipeline.prune.merge import layerwise, merge
 from pipeline.prune.plan import resolve
 from pipeline.prune.taps import DenseTaps, Tap, aims, find_tap, is_layer, patches, rows, set_bias
@@ -55,13 +55,14 @@ def repair(
     *,
     rankings: Mapping[str, Ranking] | None = None,
     taps: DenseTaps | None = None,
+    moments: Mapping[str, Gram] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> fx.GraphModule:
     """A repaired copy of a pruned network, in eval mode; neither argument is touched.
 
-    mode: one of MODES; "merge" needs the rankings that the plan was made with. taps: dense values of the same samples,
-    to share between calls. "merge" and "layerwise" begin at the dense network's weights. Raises UsageError for a mode
-    that needs what is not there.
+    mode: one of MODES; "merge" needs the rankings that the plan was made with. taps, moments: dense values and Gram
+    matrices of the same samples, to share between calls. "merge" and "layerwise" begin at the dense network's weights.
+    Raises UsageError for a mode that needs what is not there.
     """
     if mode in NEED_INPUTS and not samples.count:
         hint = "add data.calibration to deploy.toml, or --set prune.repair=merge."
@@ -69,7 +70,7 @@ def repair(
     if mode == "merge":
         return merge(network, plan, rankings or {}, samples.joined() if samples.count else None).eval()
     if mode == "layerwise":
-        return layerwise(network, plan, grams(network, samples.joined())).eval()
+        return layerwise(network, plan, moments or grams(network, samples.joined())).eval()
     repaired = copy.deepcopy(pruned).eval()
     if mode == "bn":
         _recalibrate(repaired, samples)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from pipeline.nouns import Cut, DropBlock, KeepUnits, PruningPlan, Ranking, Sensitivity, Topology
 from pipeline.prune.capture import Network
 from pipeline.prune.evidence import Samples, divergence, first
+from pipeline.prune.maps import grams
 from pipeline.prune.plan import resolve
 from pipeline.prune.repair import SequentialFit, repair
 from pipeline.prune.surgery import carry_out
@@ -68,12 +69,15 @@ class RepairProbe:
         self.inputs = samples.joined()
         with torch.no_grad():
             self.dense = first(network.graph(*self.inputs))
+        self.moments = grams(network, fitted.joined()) if mode == "layerwise" else None
 
     @torch.no_grad()
     def loss(self, plan: PruningPlan) -> float:
         """Mean divergence of a plan after repair; infinite if not finite."""
         pruned = carry_out(self.network.graph, resolve(self.network.topology, plan))
-        fixed = repair(pruned, self.network, plan, self.fitted, self.mode, rankings=self.rankings)
+        fixed = repair(
+            pruned, self.network, plan, self.fitted, self.mode, rankings=self.rankings, moments=self.moments
+        )
         loss = float(divergence(first(fixed(*self.inputs)), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
 

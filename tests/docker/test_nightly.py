@@ -58,12 +58,6 @@ OUTCOMES = {0: "pass", 1: "", 2: "", 3: "fail", 4: "undecided"}
 PASSED = '<testsuite name="deploy check"><testcase classname="deploy.check.board" name="a against b"/></testsuite>'
 
 
-def hearing() -> None:
-    """Hear every signal, also where the tests themselves run with one ignored (nohup): a shell cannot undo that."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-
-
 @dataclass
 class Night:
     """A folder with baselines, and the stand-in in its own bin folder."""
@@ -118,7 +112,7 @@ class Night:
         """Begin it as cron does: no terminal, a session of its own."""
         return subprocess.Popen(
             self.arguments(*more), env=self.environment(**env), cwd=self.folder, text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hearing,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def run(self, *more: str, **env: str) -> tuple[int, str, str]:

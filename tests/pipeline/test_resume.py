@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +65,8 @@ def start(project: Path, root: Path, out: Path) -> subprocess.Popen[str]:
         "--budget", "0.6x", "--out", str(out), "--json", *SETTINGS,
     ]  # fmt: skip
     pipe = subprocess.PIPE
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs start with it ignored
     return subprocess.Popen(
-        command, cwd=root, env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe, preexec_fn=heard
+        command, cwd=root, env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe
     )
 
 

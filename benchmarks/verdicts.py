@@ -178,7 +178,8 @@ def quota(name: str | None) -> Iterator[None]:
             for path in Path("/proc").glob("[0-9]*/cmdline"):
                 try:
                     words = path.read_bytes().decode(errors="replace").split("\0")
-                    if any(w.endswith("agent.py") for w in words) and "worker" in words and (not name or name in words):
+                    ours = any(w.endswith("harness/agent") for w in words) and "worker" in words
+                    if ours and (not name or name in words):
                         (QUOTA / "cgroup.procs").write_text(path.parent.name)
                 except OSError:
                     continue

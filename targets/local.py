@@ -10,8 +10,9 @@ from profiles.errors import DeployError
 from profiles.schema import Profile
 from targets._agents import AgentTarget, Answer, Look, Table, Verb
 from targets.base import Array, Progress, Target
-from targets.harness import agent, bench, device
+from targets.harness import bench, device
 from targets.harness import lease as leases
+from targets.harness.agent.board import machine
 from targets.harness.device import Condition
 from targets.harness.lease import lease
 from targets.runtimes.base import Opened, infer
@@ -29,10 +30,10 @@ class Local(AgentTarget):
         self._opened: dict[tuple[str, int, int], Opened] = {}
 
     def _facts(self) -> Table:
-        return agent.facts(self.runtime.name)
+        return machine.facts(self.runtime.name)
 
     def _state(self) -> Table:
-        return agent.state(str(self.state))
+        return machine.state(str(self.state))
 
     def _run(
         self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
@@ -61,7 +62,7 @@ class Local(AgentTarget):
         if key not in self._opened:
             if len(self._opened) >= OPEN_SESSIONS:
                 del self._opened[next(iter(self._opened))]
-            self._opened[key] = self.runtime.open(artifact, self.profile.providers, agent.usable_cores())
+            self._opened[key] = self.runtime.open(artifact, self.profile.providers, machine.usable_cores())
         return self._opened[key]
 
     def doctor(self) -> list[Condition]:

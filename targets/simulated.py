@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from profiles.errors import DeployError
 from profiles.schema import MeasureSpec, Profile
 from targets.base import LayerTime, Progress, RowTimes, Target
-from targets.harness import agent, bench
+from targets.harness import bench, pack
 from targets.harness.device import Condition, Fingerprint, Preflight
 from targets.harness.measurement import Blocks, Measurement, Session, Warmup, pace_of
 from targets.local import Local
@@ -116,7 +116,7 @@ class Simulated(Local):
             ended=bench.utc_now(),
             lease_owner="nobody, simulated",
             protocol=f"simulated {mode} {pace_of(spec, mode)} {job['processes']}x{job['rounds']}",
-            agent_sha256=agent.sha256(str(bench.AGENT)),
+            agent_sha256=pack.digest(),
         )
 
     def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:

@@ -12,7 +12,9 @@ from profiles.errors import DeployError, UsageError
 from profiles.schema import Profile
 from targets._agents import AgentTarget, Answer, Look, Table, Verb
 from targets.base import Array, Progress, Target
-from targets.harness import agent, device, lease
+from targets.harness import device, lease
+from targets.harness.agent.board.files import sha256
+from targets.harness.agent.board.inferring import pack_arrays, unpack_arrays
 from targets.harness.device import Condition
 from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refusal, refused
 from targets.runtimes.base import Opened, Port, infer
@@ -41,7 +43,7 @@ class Ssh(AgentTarget):
     def _run(
         self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
     ) -> Answer:
-        named = {str(path): agent.sha256(str(path)) for path in dict.fromkeys(_paths(job))}
+        named = {str(path): sha256(str(path)) for path in dict.fromkeys(_paths(job))}
         files = {digest: Path(path) for path, digest in named.items()}
         names = {m["name"]: m["path"] for m in job["models"] if isinstance(m, dict)}
         done = self.board.run(verb, _placed(job, named), files, names, limit_s, progress, look)
@@ -100,7 +102,7 @@ class RemoteSession(Opened):
     """An ONNX file that a board runs. The batch is free here: the board runs a fixed one over what it is given."""
 
     def __init__(self, board: Board, artifact: Path, providers: Sequence[str]) -> None:
-        self._board, self._artifact, self._digest = board, artifact, agent.sha256(str(artifact))
+        self._board, self._artifact, self._digest = board, artifact, sha256(str(artifact))
         self._options = {"threads": 0, "spin": False, "providers": list(providers)}
         found = self._ask(None, b"")[0]
         self.inputs = tuple(_port(table) for table in found["inputs"])
@@ -108,9 +110,9 @@ class RemoteSession(Opened):
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         """Outputs for arrays of the declared shapes."""
-        table, data = agent.pack_arrays([np.ascontiguousarray(array) for array in arrays])
+        table, data = pack_arrays([np.ascontiguousarray(array) for array in arrays])
         answer, found = self._ask(table["arrays"], data)
-        return list(agent.unpack_arrays(answer["arrays"], found))
+        return list(unpack_arrays(answer["arrays"], found))
 
     def _ask(self, arrays: list[Table] | None, data: bytes) -> tuple[Table, bytes]:
         request = {

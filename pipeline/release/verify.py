@@ -29,7 +29,7 @@ from pipeline.release.manifest import Manifest, TensorSpec
 from profiles.errors import DeployError, UsageError
 from profiles.schema import Budget, explain
 from targets.base import Target
-from targets.harness import agent
+from targets.harness.agent.board.model import runtime_errors
 from targets.harness.measurement import Judgement, Session, judge
 
 MANIFEST_BYTES = 16 << 20
@@ -219,7 +219,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def _run_errors() -> tuple[type[Exception], ...]:
-    return (DeployError, *agent.runtime_errors())
+    return (DeployError, *runtime_errors())
 
 
 def _sample(bundle: Path, manifest: Manifest, infer: Infer) -> list[str]:

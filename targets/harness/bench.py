@@ -26,11 +26,12 @@ from typing import Any, Literal
 
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import MeasureSpec
-from targets.harness import agent
+from targets.harness import pack
+from targets.harness.agent.board import driver, machine
+from targets.harness.agent.board.files import sha256
 from targets.harness.device import Fingerprint, Preflight
 from targets.harness.measurement import Measurement, Session, block_from_table, pace_of
 
-AGENT = Path(agent.__file__)
 PROCESS_SAMPLES = 720
 """Inferences in each accepting process: with fewer than 662 its 99th percentile has no upper bound."""
 WINDOW_S = 0.5
@@ -163,7 +164,7 @@ def protocol(spec: MeasureSpec, mode: Mode, result: Mapping[str, Any]) -> str:
         first = result["repeats"][0]
         untimed = {name: result["dropped"] + count for name, count in first["untimed"].items()}
         blocks += f", the first 1x{len(first['order'])} of {_counts(untimed)}+{_counts(first['timed'])}"
-    return f"{agent.PROTOCOL} {mode} {pace_of(spec, mode)} {blocks} {flags}"
+    return f"{driver.PROTOCOL} {mode} {pace_of(spec, mode)} {blocks} {flags}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -197,7 +198,7 @@ def session_of(result: Mapping[str, Any], hashes: Mapping[str, str], setting: Se
         ended=utc_now(),
         lease_owner=setting.owner,
         protocol=protocol(setting.spec, setting.mode, result),
-        agent_sha256=agent.sha256(str(AGENT)),
+        agent_sha256=pack.digest(),
         telemetry=dict(result["telemetry"]),
     )
 
@@ -234,7 +235,7 @@ def run_agent(
         job_file, out = spool / "job.json", spool / "out.json"
         _write(job_file, json.dumps(job))
         with (spool / "stderr").open("w+b") as errors:
-            command = [sys.executable, str(AGENT), verb, str(job_file), str(out)]
+            command = [sys.executable, str(pack.FOLDER), verb, str(job_file), str(out)]
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, start_new_session=True
             )
@@ -369,7 +370,7 @@ def mendable(event: Mapping[str, Any], paths: Mapping[str, str], version: str) -
 
 
 def _version() -> str:
-    return agent.runtime_build("onnxruntime")[0]
+    return machine.runtime_build("onnxruntime")[0]
 
 
 def hash_artifacts(artifacts: Mapping[str, Path]) -> dict[str, str]:
@@ -379,4 +380,4 @@ def hash_artifacts(artifacts: Mapping[str, Path]) -> dict[str, str]:
     for name, path in artifacts.items():
         if not path.is_file():
             raise UsageError(f"'{name}' cannot be measured: there is no file '{path}'.")
-    return {name: agent.sha256(str(path)) for name, path in artifacts.items()}
+    return {name: sha256(str(path)) for name, path in artifacts.items()}

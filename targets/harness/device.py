@@ -1,7 +1,7 @@
 """Who the device is (`Fingerprint`) and what state it is in before a measurement (`Preflight`).
 
 A fingerprint holds nothing that moves between two runs on the same machine; whatever moves is a `Condition` of the
-preflight. Both are made from the plain tables that `agent.py facts` and `agent.py state` print on the device, so
+preflight. Both are made from the plain tables that the agent's `facts` and `state` print on the device, so
 that a board and the machine at hand are described by the same lines. measurement.md, section 3, rules 2, 8 and 9.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from profiles.errors import UndecidedError
 from profiles.schema import MeasureSpec
-from targets.harness import agent
+from targets.harness.agent.board import machine
 
 FREE_DISK_MIB = 256
 FREE_MEMORY_MIB = 256
@@ -131,7 +131,7 @@ def preflight(spec: MeasureSpec, state: Mapping[str, Any] | None = None, folder:
     Fatal are threads that spin against others, too few cores, too little memory or disk, a throttle counter that moves
     now, and a temperature above the one that the profile declares; the rest is advice and stays with the numbers.
     """
-    seen = dict(agent.state(str(folder or Path.cwd()))) if state is None else dict(state)
+    seen = dict(machine.state(str(folder or Path.cwd()))) if state is None else dict(state)
     makers = (
         _busy, _processes, _load, _steal, _cores, _quota, _governor, _clocks, _heat, _throttle, _memory, _disk
     )  # fmt: skip

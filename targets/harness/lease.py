@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from profiles.errors import DeployError, UndecidedError
-from targets.harness import agent
-from targets.harness.agent import describe_holder, read_holder, start_ticks, write_holder
+from targets.harness import pack
+from targets.harness.agent.board import lease as board
+from targets.harness.agent.board.lease import describe_holder, open_lease, read_holder, start_ticks, write_holder
 
 WAIT_S = 900.0
 POLL_S = 0.2
-AGENT = "agent.py"
+AGENT = (pack.FOLDER.name, pack.NAME)
 PATIENT_S = 2.0
 """Waits that are longer are told."""
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def lease_folder() -> Path:
     """Where lock files stand."""
-    return Path(agent.lease_folder())
+    return Path(board.lease_folder())
 
 
 def owner() -> str:
@@ -102,7 +103,7 @@ def holder(device: str, folder: Path | None = None) -> str | None:
 
 def _open(path: Path) -> int:
     try:
-        return agent.open_lease(str(path))
+        return open_lease(str(path))
     except OSError as error:
         hint = f"remove it, or make {path.parent} writable."
         raise DeployError(f"cannot open the lease file '{path}': {error.strerror}.", hint) from None
@@ -141,6 +142,6 @@ def _is_own_agent(pid: int) -> bool:
     place = Path(f"/proc/{pid}")
     try:
         words = place.joinpath("cmdline").read_bytes().decode("utf-8", "replace").split("\x00")
-        return place.stat().st_uid == os.geteuid() and any(Path(word).name == AGENT for word in words[1:2])
+        return place.stat().st_uid == os.geteuid() and any(Path(word).name in AGENT for word in words[1:2])
     except OSError:
         return False

@@ -1,6 +1,6 @@
 """The way to a board: one ssh process, the agent at its far end, JSON lines and raw bytes between.
 
-A `Link` is one connection. It pushes the agent, one file named by its hash, where it is not there yet. A `Board` keeps
+A `Link` is one connection. It pushes the agent, one zip named by its hash, where it is not there yet. A `Board` keeps
 a link and makes a new one when it is lost: files go on where they stopped, jobs and results are asked for by their id,
 so whatever is done twice has its effect once. No timing crosses a link (measurement.md, section 3, rule 10).
 """
@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import SshSpec
-from targets.harness import agent, bench, lease
-from targets.harness.agent import Lost, Peer
+from targets.harness import bench, lease, pack
+from targets.harness.agent.board.peer import MARK, Lost, Peer
 
 HELLO_S = 60.0
 """For a connection and for Python to start on a slow board."""
@@ -58,7 +58,7 @@ def whole():
         return False
 sha, size, home = sys.argv[1], int(sys.argv[2]), os.path.expanduser("~")
 home = os.path.join(home, os.path.expanduser(sys.argv[3]))
-path = os.path.join(home, "agent", sha[:16], "agent.py")
+path = os.path.join(home, "agent", sha[:16], "agent.pyz")
 if sys.version_info < (3, 6):
     tell(event="error", kind="python", message="%d.%d" % sys.version_info[:2])
     sys.exit(0)
@@ -128,8 +128,7 @@ class Link:
         self.place = place
         self.hello: Table = {}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed with the link
-        source = bench.AGENT.read_bytes()
-        digest = hashlib.sha256(source).hexdigest()
+        source, digest = pack.packed(), pack.digest()
         python = place.spec.python if re.fullmatch(r"[\w./~+-]+", place.spec.python) else shlex.quote(place.spec.python)
         remote = f"exec {python} -c {shlex.quote(BOOT)} {digest} {len(source)} {shlex.quote(place.spec.folder)}"
         try:
@@ -152,9 +151,9 @@ class Link:
     def _greet(self, source: bytes) -> None:
         while self.hello.get("event") != "hello":
             line = self.peer.line(HELLO_S).decode("utf-8", "replace")
-            if not line.startswith(agent.MARK):
+            if not line.startswith(MARK):
                 continue
-            self.hello = json.loads(line.removeprefix(agent.MARK))
+            self.hello = json.loads(line.removeprefix(MARK))
             if self.hello["event"] == "want":
                 self.peer.write(source)
             elif self.hello["event"] == "error":

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from profiles.errors import DeployError
-from targets.harness import agent
+from targets.harness.agent.board.model import NUMPY_TYPES, error_text, runtime_errors
 from targets.runtimes.base import Array, Opened, Port, Runtime
 
 
@@ -39,9 +39,9 @@ class OnnxRuntime(Runtime):
         arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
         try:
             opened.run(arrays)
-        except agent.runtime_errors() as error:
+        except runtime_errors() as error:
             raise DeployError(
-                f"'{onnx}' opens in ONNX Runtime {self.version()} but does not run: {agent.error_text(error)}."
+                f"'{onnx}' opens in ONNX Runtime {self.version()} but does not run: {error_text(error)}."
             ) from None
         try:
             if onnx.resolve() != out.resolve():
@@ -59,8 +59,8 @@ class OnnxRuntime(Runtime):
             raise DeployError(f"there is no file '{artifact}'.")
         try:
             return OrtSession(artifact, providers, threads)
-        except agent.runtime_errors() as error:
-            raise unreadable(str(artifact), self.version(), agent.error_text(error)) from None
+        except runtime_errors() as error:
+            raise unreadable(str(artifact), self.version(), error_text(error)) from None
 
 
 class OrtSession(Opened):
@@ -86,7 +86,7 @@ class OrtSession(Opened):
 
 def _port(value: Any) -> Port:
     shape = tuple(size if isinstance(size, int) else None for size in value.shape)
-    return Port(value.name, shape, agent.NUMPY_TYPES.get(value.type, value.type))
+    return Port(value.name, shape, NUMPY_TYPES.get(value.type, value.type))
 
 
 def unreadable(path: str, version: str, why: str) -> DeployError:

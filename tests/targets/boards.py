@@ -86,7 +86,7 @@ class TestBoard:
             try:
                 process = psutil.Process(int(pid))
                 words = process.cmdline()
-                if process.status() != psutil.STATUS_ZOMBIE and any(word.endswith("agent.py") for word in words):
+                if process.status() != psutil.STATUS_ZOMBIE and any(word.endswith("agent.pyz") for word in words):
                     found.append(process)
             except psutil.NoSuchProcess:
                 continue

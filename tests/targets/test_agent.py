@@ -1,4 +1,4 @@
-"""The agent file: what it needs, how it plans blocks, what it flags, how it answers."""
+"""The agent: what it needs, how it plans blocks, what it flags, how it answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ import pytest
 import simulated_nights as nights
 
 from profiles.schema import CheckSpec, MeasureSpec
-from targets.harness import agent, bench
+from targets.harness import bench, pack
+from targets.harness.agent.board import driver, layers, machine, plan
+from targets.harness.agent.board import model as model_part
+from targets.harness.agent.board.base import AgentError
+from targets.harness.agent.board.files import sha256, write_result
+from targets.harness.agent.board.flags import flag, usual_clocks
+from targets.harness.agent.board.model import SPIN_NS, Model, aligned
 from targets.harness.compare import AGAIN, BASELINE, CANDIDATE, confirm, screen, stage
 from targets.harness.device import Preflight
 
@@ -30,50 +36,61 @@ JOB = {
 
 def run_agent(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(bench.AGENT), *arguments], input=stdin, capture_output=True, text=True, timeout=60
+        [sys.executable, str(pack.FOLDER), *arguments], input=stdin, capture_output=True, text=True, timeout=60
     )
 
 
-def test_the_agent_is_one_file_of_python_3_6_that_imports_only_the_standard_library():
-    tree = ast.parse(bench.AGENT.read_text(encoding="utf-8"), feature_version=(3, 6))
-    at_start = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
-    at_start |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert at_start <= sys.stdlib_module_names
-    everywhere = {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+def test_the_agent_is_python_3_6_that_imports_the_standard_library_and_a_runtime_when_it_is_used():
+    everywhere = set()
+    for path in sorted(pack.FOLDER.glob("board/*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 6))
+        at_start = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
+        froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        at_start |= {str(node.module) for node in froms if not node.level}
+        assert at_start <= sys.stdlib_module_names, path
+        nodes = list(ast.walk(tree))
+        everywhere |= {a.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for a in node.names}
+        newer = {"removeprefix", "removesuffix"}
+        assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & newer, path
     assert everywhere - sys.stdlib_module_names == {"numpy", "onnxruntime"}
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & {"removeprefix", "removesuffix"}
-    assert not names
+
+
+def test_the_zip_says_what_the_folder_says_and_has_the_same_bytes_every_time(tmp_path):
+    file = tmp_path / pack.NAME
+    file.write_bytes(pack.packed())
+    done = subprocess.run([sys.executable, str(file), "facts"], capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout) == json.loads(run_agent("facts").stdout)
+    pack.packed.cache_clear()
+    assert pack.packed() == file.read_bytes() and pack.digest() == sha256(str(file))
 
 
 def test_the_agent_starts_without_the_runtime():
-    code = "import sys; import targets.harness.agent; print('numpy' in sys.modules, 'onnxruntime' in sys.modules)"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=bench.AGENT.parents[2]
-    )
+    code = "import sys; import board.commands; print('numpy' in sys.modules, 'onnxruntime' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=pack.FOLDER)
     assert out.stdout == "False False\n"
 
 
 def test_an_unknown_verb_prints_what_there_is_and_ends_with_2():
     done = run_agent("dance")
     assert done.returncode == 2
-    assert "agent.py drive JOB.json OUT.json" in done.stderr
+    assert "agent drive JOB.json OUT.json" in done.stderr
 
 
 def test_facts_and_state_are_lines_of_json(tmp_path):
     facts = json.loads(run_agent("facts").stdout)
-    assert facts == agent.facts("onnxruntime")
+    assert facts == machine.facts("onnxruntime")
     state = json.loads(run_agent("state", str(tmp_path)).stdout)
     assert state["folder"] == str(tmp_path) and state["runnable"] >= 0
 
 
 def test_a_block_holds_at_least_the_least_work_of_a_block():
-    rounds, dropped, timed = agent.plan_blocks(JOB, {"fast": 20_000, "slow": 900_000}, 1.0)
+    rounds, dropped, timed = plan.plan_blocks(JOB, {"fast": 20_000, "slow": 900_000}, 1.0)
     assert (rounds, dropped) == (30, 4)
     assert timed == {"fast": 250, "slow": 10}
 
 
 def test_blocks_shrink_before_rounds_where_the_cap_is_near():
-    rounds, dropped, timed = agent.plan_blocks({**JOB, "max_seconds": 60.0}, {"big": 50_000_000}, 1.0)
+    rounds, dropped, timed = plan.plan_blocks({**JOB, "max_seconds": 60.0}, {"big": 50_000_000}, 1.0)
     assert (rounds, dropped) == (30, 4)
     assert timed == {"big": 8}
     assert 3 * (1.0 + rounds * (dropped + timed["big"]) * 0.05) <= 60.0
@@ -84,8 +101,8 @@ def test_blocks_shrink_before_rounds_where_the_cap_is_near():
 def test_no_plan_takes_longer_than_the_cap(ms, networks):
     medians = {str(i): ms * 1_000_000 for i in range(networks)}
     try:
-        rounds, dropped, timed = agent.plan_blocks(JOB, medians, 2.0)
-    except agent.AgentError as error:
+        rounds, dropped, timed = plan.plan_blocks(JOB, medians, 2.0)
+    except AgentError as error:
         assert error.kind == "long" and ms == 5000 and networks == 5
         return
     assert rounds >= 3 and min(timed.values()) >= 1
@@ -96,47 +113,47 @@ def test_no_plan_takes_longer_than_the_cap(ms, networks):
 def test_a_paced_session_is_planned_in_whole_periods(networks):
     job = {**JOB, "period_ns": 33_000_000}
     medians = {str(i): 800_000 for i in range(networks)}
-    rounds, dropped, timed = agent.plan_blocks(job, medians, 1.0)
+    rounds, dropped, timed = plan.plan_blocks(job, medians, 1.0)
     assert (rounds, dropped, set(timed.values())) == (30, 4, {10})
     assert 3 * (1.0 + rounds * sum(dropped + n + 1 for n in timed.values()) * 0.033) <= 300.0
 
 
 def test_a_network_slower_than_the_period_takes_the_next_whole_one():
     job = {**JOB, "period_ns": 33_000_000, "max_seconds": 60.0}
-    rounds, dropped, timed = agent.plan_blocks(job, {"slow": 34_000_000}, 1.0)
+    rounds, dropped, timed = plan.plan_blocks(job, {"slow": 34_000_000}, 1.0)
     taken = 3 * (1.0 + rounds * ((dropped + timed["slow"]) * 0.066 + 0.033))
     assert rounds == 30 and 50.0 < taken <= 60.0
-    assert timed["slow"] < agent.plan_blocks(job, {"quick": 32_000_000}, 1.0)[2]["quick"]
+    assert timed["slow"] < plan.plan_blocks(job, {"quick": 32_000_000}, 1.0)[2]["quick"]
 
 
 @pytest.mark.parametrize("cap", [30.0, 60.0, 120.0, 300.0])
 def test_no_paced_plan_takes_longer_than_the_cap(cap):
     job = {**JOB, "period_ns": 33_000_000, "max_seconds": cap}
-    rounds, dropped, timed = agent.plan_blocks(job, {str(i): 40_000_000 for i in range(3)}, 1.0)
+    rounds, dropped, timed = plan.plan_blocks(job, {str(i): 40_000_000 for i in range(3)}, 1.0)
     assert 3 * (1.0 + rounds * sum((dropped + n) * 0.066 + 0.033 for n in timed.values())) <= cap
     assert rounds >= 3
 
 
 def test_a_sustained_process_keeps_a_limited_number_of_samples_and_loads_the_device_all_the_same():
     job = {"sustained_s": 600.0}
-    timed, untimed = agent.plan_sustained(job, {"fast": 20_000, "slow": 20_000_000}, {"fast": 250, "slow": 10})
+    timed, untimed = plan.plan_sustained(job, {"fast": 20_000, "slow": 20_000_000}, {"fast": 250, "slow": 10})
     assert timed["fast"] + untimed["fast"] == 4096 and (timed["slow"], untimed["slow"]) == (10, 0)
     rounds = 600.0 / (4096 * 20e-6 + 10 * 20e-3)
-    assert 0.9 * agent.SUSTAINED_SAMPLES < timed["fast"] * rounds <= agent.SUSTAINED_SAMPLES
+    assert 0.9 * plan.SUSTAINED_SAMPLES < timed["fast"] * rounds <= plan.SUSTAINED_SAMPLES
 
 
 def test_progress_weighs_the_sustained_process_by_its_time():
     plain, long = {**JOB, "processes": 4}, {**JOB, "processes": 4, "sustained_s": 600.0}
-    assert [agent.share(plain, n, 0.5) for n in range(4)] == pytest.approx([0.125, 0.375, 0.625, 0.875])
-    told = [agent.share(long, n, done) for n in range(4) for done in (0.0, 0.5, 1.0)]
+    assert [driver.share(plain, n, 0.5) for n in range(4)] == pytest.approx([0.125, 0.375, 0.625, 0.875])
+    told = [driver.share(long, n, done) for n in range(4) for done in (0.0, 0.5, 1.0)]
     assert told == sorted(told) and (told[0], told[-1]) == (0.0, pytest.approx(1.0))
-    assert agent.share(long, 0, 1.0) == pytest.approx(675 / 900)
+    assert driver.share(long, 0, 1.0) == pytest.approx(675 / 900)
 
 
 def test_blocks_of_the_sustained_process_last_a_tenth_of_a_second():
     job = {"sustained_s": 60.0}
-    assert agent.plan_sustained(job, {"net": 800_000}, {"net": 12}) == ({"net": 125}, {"net": 0})
-    assert agent.plan_sustained({**job, "period_ns": 33_000_000}, {"net": 800_000}, {"net": 12})[0] == {"net": 12}
+    assert plan.plan_sustained(job, {"net": 800_000}, {"net": 12}) == ({"net": 125}, {"net": 0})
+    assert plan.plan_sustained({**job, "period_ns": 33_000_000}, {"net": 800_000}, {"net": 12})[0] == {"net": 12}
 
 
 class Pretended:
@@ -166,9 +183,9 @@ class Pretended:
 def paced(monkeypatch, ms, dropped=0, oversleep_ms=0.0):
     """Nanoseconds, misses, and the pretended clock after inferences of `ms` paced at 20 ms."""
     clock = Pretended(ms, oversleep_ms)
-    monkeypatch.setattr(agent, "CLOCK", clock.clock)
-    monkeypatch.setattr(agent, "time", clock)
-    model = agent.Model.__new__(agent.Model)
+    monkeypatch.setattr(model_part, "CLOCK", clock.clock)
+    monkeypatch.setattr(model_part, "time", clock)
+    model = Model.__new__(Model)
     model.session, model.binding = clock, None
     ns, missed = model.paced(dropped, len(ms) - dropped, 20_000_000)
     return ns, missed, clock
@@ -190,7 +207,7 @@ def test_one_inference_starts_at_each_tick_and_its_own_time_is_kept(monkeypatch)
 def test_the_wait_is_slept_and_only_its_last_moment_is_spun(monkeypatch):
     _, _, clock = paced(monkeypatch, [1.0] * 5)
     idle = 13e-3 + 4 * 19e-3
-    assert idle - 5.1 * agent.SPIN_NS * 1e-9 < clock.slept < idle - 4.9 * agent.SPIN_NS * 1e-9
+    assert idle - 5.1 * SPIN_NS * 1e-9 < clock.slept < idle - 4.9 * SPIN_NS * 1e-9
 
 
 def test_an_inference_that_runs_over_its_tick_misses_and_the_ticks_it_ran_over_are_skipped(monkeypatch):
@@ -215,7 +232,7 @@ def block(switches=0, throttle=0, khz=()):
 
 def flags(blocks):
     repeats = [{"blocks": {"net": blocks}}]
-    agent.flag(repeats, ["net"])
+    flag(repeats, ["net"])
     return [b["flagged"] for b in blocks]
 
 
@@ -242,11 +259,11 @@ def test_cores_that_are_locked_at_different_clocks_are_each_held_to_their_own():
     assert flags(little_and_big) == [False] * 5
     slowed = block(khz=(1_500_000, 1_500_000, 1_500_000, 2_200_000))
     assert flags([*little_and_big, slowed]) == [False] * 5 + [True]
-    assert agent.usual_clocks([[1, 5], [2, 6], [9]]) == [2, 5]
-    assert agent.usual_clocks([]) == []
+    assert usual_clocks([[1, 5], [2, 6], [9]]) == [2, 5]
+    assert usual_clocks([]) == []
 
 
-class Slow(agent.Model):
+class Slow(Model):
     """A network of `ms` milliseconds on a pretended clock: nothing is waited for. Its times scatter by `noise`."""
 
     def __init__(self, clock, ms, noise=0.01, seed=0):
@@ -263,7 +280,8 @@ class Slow(agent.Model):
 @pytest.fixture
 def pretended(monkeypatch):
     clock = Pretended([])
-    monkeypatch.setattr(agent, "CLOCK", clock.clock)
+    for part in (model_part, driver):
+        monkeypatch.setattr(part, "CLOCK", clock.clock)
     return clock
 
 
@@ -311,7 +329,7 @@ def check_plan(clock, ms, processes):
     spec = CheckSpec().session(MeasureSpec(), processes, 0)
     job = bench.drive_job({}, {}, spec, "accept", [])
     warm = [Slow(clock, ms, seed=seed).warm(job["warmup"])["seconds"] for seed in range(3)]
-    rounds, dropped, timed = agent.plan_blocks(job, dict.fromkeys("ABC", int(ms * 1e6)), 1.0 + sum(warm))
+    rounds, dropped, timed = plan.plan_blocks(job, dict.fromkeys("ABC", int(ms * 1e6)), 1.0 + sum(warm))
     assert set(timed.values()) == {timed["A"]}
     taken = processes * (1.0 + sum(warm) + rounds * 3 * (dropped + timed["A"]) * ms * 1e-3)
     assert taken <= job["max_seconds"]
@@ -336,9 +354,9 @@ def test_the_cap_of_a_stage_grows_with_its_processes():
 
 def test_untimed_inferences_are_given_up_only_by_networks_that_are_slow_by_themselves():
     job = {**JOB, "max_seconds": 3.5}
-    assert agent.plan_blocks(job, {"fast": 1_000_000, "slow": 20_000_000}, 0.0)[1] == 1
-    assert agent.plan_blocks(job, {"one": 20_000_000, "two": 20_000_000}, 0.0)[1] == 0
-    assert agent.plan_blocks({**job, "period_ns": 20_000_000}, {"one": 15_000_000, "two": 15_000_000}, 0.0)[1] == 1
+    assert plan.plan_blocks(job, {"fast": 1_000_000, "slow": 20_000_000}, 0.0)[1] == 1
+    assert plan.plan_blocks(job, {"one": 20_000_000, "two": 20_000_000}, 0.0)[1] == 0
+    assert plan.plan_blocks({**job, "period_ns": 20_000_000}, {"one": 15_000_000, "two": 15_000_000}, 0.0)[1] == 1
 
 
 class Pretender:
@@ -380,15 +398,15 @@ def slow_check(clock, monkeypatch, folder, ms, slower):
     """The verdict of a whole check on the pretended clock."""
     Pretender.clock = clock
     Pretender.ms = {BASELINE: ms, AGAIN: ms, CANDIDATE: ms * (1.0 + slower)}
-    monkeypatch.setattr(agent, "Worker", Pretender)
+    monkeypatch.setattr(driver, "Worker", Pretender)
     check, stages = CheckSpec(), []
     paths = {name: folder / name for name in Pretender.ms}
     for name, path in paths.items():
         path.write_text("slow" if name == CANDIDATE else "same")
-    hashes = {name: agent.sha256(str(path)) for name, path in paths.items()}
+    hashes = {name: sha256(str(path)) for name, path in paths.items()}
     for number, processes in ((1, check.screen_processes), (2, check.confirm_processes)):
         spec, begun = check.session(MeasureSpec(), processes, number), clock.now
-        result = agent.drive(bench.drive_job(paths, hashes, spec, "accept", []))
+        result = driver.drive(bench.drive_job(paths, hashes, spec, "accept", []))
         setting = bench.Setting(nights.PRINT, Preflight(()), spec, "accept", "ada", bench.utc_now())
         assert (clock.now - begun) * 1e-9 <= 1.1 * spec.max_seconds
         stages.append(stage(bench.session_of(result, hashes, setting), number, check, None, 1.0))
@@ -454,14 +472,14 @@ def test_a_network_that_gives_no_finite_numbers_is_an_error_after_its_warm_up(tm
 
 def drive_job(path, **changes):
     spec = MeasureSpec(rank_processes=1, rank_rounds=4, warmup_s=0.05, warmup_max_s=0.1, block_min_ms=0.0)
-    job = bench.drive_job({"net": path}, {"net": agent.sha256(str(path))}, spec, "rank", ["CPUExecutionProvider"])
+    job = bench.drive_job({"net": path}, {"net": sha256(str(path))}, spec, "rank", ["CPUExecutionProvider"])
     return {**job, "tied": False, **changes}
 
 
 def test_a_clock_of_the_day_that_jumps_changes_nothing(conv, monkeypatch):
     jumps = iter(range(10**6))
     monkeypatch.setattr(time, "time", lambda: (-1) ** next(jumps) * 1e9)
-    result = agent.drive(drive_job(conv("net")))
+    result = driver.drive(drive_job(conv("net")))
     assert len(result["repeats"][0]["order"]) == 4
     assert 0.0 < result["telemetry"]["seconds"] < 60.0
     starts = [b["started"] for b in result["repeats"][0]["blocks"]["net"]]
@@ -469,7 +487,7 @@ def test_a_clock_of_the_day_that_jumps_changes_nothing(conv, monkeypatch):
 
 
 def test_the_agent_and_the_host_never_ask_for_the_time_of_day_to_wait():
-    for path in (bench.AGENT, Path(bench.__file__)):
+    for path in (*pack.FOLDER.rglob("*.py"), Path(bench.__file__)):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "time"]
         assert not [node for node in calls if isinstance(node.value, ast.Name) and node.value.id == "time"]
@@ -482,7 +500,7 @@ def test_a_full_disk_ends_a_job_with_one_line_that_says_so(conv, tmp_path, verb)
     job = (
         drive_job(path)
         if verb == "drive"
-        else bench.layers_job({"net": path}, {"net": agent.sha256(str(path))}, spec, ["CPUExecutionProvider"])
+        else bench.layers_job({"net": path}, {"net": sha256(str(path))}, spec, ["CPUExecutionProvider"])
     )
     (tmp_path / "job.json").write_text(json.dumps({**job, "tied": False}))
     (tmp_path / "out.json.part").symlink_to("/dev/full")
@@ -501,12 +519,12 @@ def test_layers_are_counted_over_the_last_inferences_of_a_profile():
     events = [*runs, node(10, 999), node(110, 40), node(150, 6, "relu_kernel_time", "Relu"), node(210, 60)]
     events += [node(215, 5, "conv_fence_before"), node(220, 2), node(250, 8, "relu_kernel_time", "Relu")]
     expected = {("conv", "Conv"): 0.051, ("relu", "Relu"): 0.007}
-    assert agent.layer_times(events, 2) == pytest.approx(expected)
+    assert layers.layer_times(events, 2) == pytest.approx(expected)
 
 
 def test_one_disturbed_turn_moves_no_layer():
     turns = [{("conv", "Conv"): ms} for ms in (0.020, 0.021, 5.0)]
-    assert agent.typical(turns) == [{"name": "conv", "op": "Conv", "ms": pytest.approx(0.021)}]
+    assert layers.typical(turns) == [{"name": "conv", "op": "Conv", "ms": pytest.approx(0.021)}]
 
 
 def test_a_profile_that_is_cut_off_is_an_error(conv, tmp_path, monkeypatch):
@@ -522,10 +540,10 @@ def test_a_profile_that_is_cut_off_is_an_error(conv, tmp_path, monkeypatch):
         def end_profiling(self):
             return self.path
 
-    monkeypatch.setattr(agent, "Model", Cut)
+    monkeypatch.setattr(layers, "Model", Cut)
     job = {"options": OPTIONS, "dropped": 1, "runs": 2}
-    with pytest.raises(agent.AgentError) as error:
-        agent.profiled({"path": "net.onnx"}, job, str(tmp_path / "profile"))
+    with pytest.raises(AgentError) as error:
+        layers.profiled({"path": "net.onnx"}, job, str(tmp_path / "profile"))
     assert error.value.message == f"the runtime's profile '{tmp_path}/profile.json' is cut off, as on a full disk"
     assert list(tmp_path.iterdir()) == []
 
@@ -544,13 +562,13 @@ def test_inputs_start_on_64_bytes_and_keep_their_values():
 
     for size in (1, 7, 1000):
         array = np.arange(size, dtype=np.float64)
-        out = agent.aligned(array, np.dtype(np.float32))
+        out = aligned(array, np.dtype(np.float32))
         assert out.ctypes.data % 64 == 0 and out.dtype == np.float32 and (out == array).all()
 
 
 def test_a_result_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(agent.AgentError) as error:
-        agent.write_result(str(tmp_path / "no" / "out.json"), {"a": 1})
+    with pytest.raises(AgentError) as error:
+        write_result(str(tmp_path / "no" / "out.json"), {"a": 1})
     assert error.value.kind == "disk"
     assert error.value.message.startswith("cannot write 7 bytes of results to ")
     assert list(tmp_path.iterdir()) == []
@@ -558,7 +576,7 @@ def test_a_result_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path
 
 def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "out.json.part").symlink_to("/dev/full")
-    with pytest.raises(agent.AgentError) as error:
-        agent.write_result(str(tmp_path / "out.json"), {"a": list(range(1000))})
+    with pytest.raises(AgentError) as error:
+        write_result(str(tmp_path / "out.json"), {"a": list(range(1000))})
     assert error.value.message.endswith("No space left on device")
     assert list(tmp_path.iterdir()) == []

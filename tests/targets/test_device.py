@@ -12,7 +12,8 @@ import pytest
 
 from profiles.errors import UndecidedError
 from profiles.schema import MeasureSpec
-from targets.harness import agent, device
+from targets.harness import device
+from targets.harness.agent.board import machine
 from targets.harness.device import Fingerprint, Preflight, preflight
 
 CALM = {
@@ -35,7 +36,9 @@ CALM = {
 
 
 def fingerprint(**changes) -> Fingerprint:
-    return replace(device.fingerprint(agent.facts("onnxruntime"), ("CPUExecutionProvider",), MeasureSpec()), **changes)
+    return replace(
+        device.fingerprint(machine.facts("onnxruntime"), ("CPUExecutionProvider",), MeasureSpec()), **changes
+    )
 
 
 def spoilt(spec: MeasureSpec | None = None, **changes):
@@ -182,13 +185,13 @@ def test_a_process_that_spins_is_found_with_the_script_it_runs(tmp_path):
         try:
             assert spinning.stdout is not None and spinning.stdout.read(2) == b"up"
             for _ in range(5):  # the three busiest are named, and this machine may be busy
-                busy = agent.state(str(tmp_path))["busy"]
+                busy = machine.state(str(tmp_path))["busy"]
                 if spinning.pid in {p["pid"] for p in busy}:
                     break
         finally:
             spinning.kill()
     (found,) = [p for p in busy if p["pid"] == spinning.pid]
-    assert found["command"] == f"{Path(sys.executable).name} spin.py" and found["cores"] >= agent.BUSY_CORES
+    assert found["command"] == f"{Path(sys.executable).name} spin.py" and found["cores"] >= machine.BUSY_CORES
     assert os.getpid() not in {p["pid"] for p in busy}
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from profiles.errors import DeployError, UndecidedError
 from targets.harness import lease as leases
-from targets.harness.agent import start_ticks
+from targets.harness.agent.board.lease import start_ticks
 from targets.harness.lease import holder, lease
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_a_lease_is_given_back_after_an_error(tmp_path):
         pass
 
 
-def agent_of(folder: Path, name: str = "agent.py") -> subprocess.Popen[bytes]:
+def agent_of(folder: Path, name: str = "agent.pyz") -> subprocess.Popen[bytes]:
     """A process that leads its own group and runs a script of this name."""
     script = folder / name
     script.write_text("import time; print('up', flush=True); time.sleep(60)")
@@ -146,7 +146,7 @@ def test_a_process_that_only_has_the_orphans_number_is_left_alone(tmp_path):
 def test_a_process_that_is_no_agent_is_left_alone_whatever_the_file_says(tmp_path):
     other = agent_of(tmp_path, "database.py")
     assert spares(tmp_path, other, start_ticks(other.pid))
-    named = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "agent.py"], start_new_session=True)
+    named = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "agent.pyz"], start_new_session=True)
     assert spares(tmp_path, named, start_ticks(named.pid))
 
 

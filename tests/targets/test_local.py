@@ -17,8 +17,9 @@ import pytest
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import load_profile
 from targets.base import load_target
-from targets.harness import agent, bench
+from targets.harness import bench
 from targets.harness import lease as leases
+from targets.harness.agent.board.files import sha256
 from targets.harness.measurement import Session
 from targets.local import Local
 
@@ -40,7 +41,11 @@ def target(local, tmp_path):
 
 
 def agents_of(pid: int) -> list[psutil.Process]:
-    return [p for p in psutil.Process(pid).children(recursive=True) if any("agent.py" in part for part in p.cmdline())]
+    return [
+        p
+        for p in psutil.Process(pid).children(recursive=True)
+        if any(part.endswith("harness/agent") for part in p.cmdline())
+    ]
 
 
 def test_two_copies_measure_alike_and_a_heavier_network_is_seen_heavier(target, conv, quick, tmp_path):
@@ -189,7 +194,7 @@ def test_a_session_that_cannot_keep_its_cap_is_undecided_before_it_starts(target
 
 def test_an_agent_that_goes_astray_is_ended_and_both_keys_and_the_doctor_are_named(conv, quick, tmp_path):
     path = conv("net")
-    job = bench.drive_job({"net": path}, {"net": agent.sha256(str(path))}, quick, "rank", ["CPUExecutionProvider"])
+    job = bench.drive_job({"net": path}, {"net": sha256(str(path))}, quick, "rank", ["CPUExecutionProvider"])
     with pytest.raises(DeployError) as error:
         bench.run_agent("drive", job, tmp_path / "spool", 0.0)
     assert error.value.message == "the measuring agent did not end within 0 s."

@@ -20,7 +20,11 @@ from boards import PYTHON, TestBoard
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import MeasureSpec, load_profile
 from targets.base import load_target
-from targets.harness import agent, bench, lease, transport
+from targets.harness import lease, pack, transport
+from targets.harness.agent.board import lease as board_lease
+from targets.harness.agent.board.base import AgentError
+from targets.harness.agent.board.lease import Lease, holder_of
+from targets.harness.agent.board.peer import MARK, Peer
 from targets.harness.measurement import Session
 from targets.harness.transport import Board, Place
 from targets.ssh import Ssh
@@ -372,13 +376,13 @@ def test_old_files_agents_and_results_are_swept_and_new_ones_are_kept(make, boar
 def sent(monkeypatch):
     """Sizes of what this machine writes to its links."""
     sizes: list[int] = []
-    real = agent.Peer.write
+    real = Peer.write
 
     def write(self, data):
         sizes.append(len(data))
         real(self, data)
 
-    monkeypatch.setattr(agent.Peer, "write", write)
+    monkeypatch.setattr(Peer, "write", write)
     return sizes
 
 
@@ -391,14 +395,14 @@ def blob(tmp_path: Path, size: int) -> tuple[str, Path]:
 
 def test_a_half_sent_file_goes_on_where_it_stopped(target, board, monkeypatch, tmp_path):
     puts: list[int] = []
-    real = agent.Peer.send
+    real = Peer.send
 
     def send(self, table, data=b""):
         if table.get("do") == "put":
             puts.append(table["files"][0][2])
         real(self, table, data)
 
-    monkeypatch.setattr(agent.Peer, "send", send)
+    monkeypatch.setattr(Peer, "send", send)
     digest, path = blob(tmp_path, 3_000_000)
     target.board.send({})
     board.do("rate", "4000")
@@ -708,17 +712,17 @@ def pythons() -> list[str]:
 
 @pytest.mark.parametrize("python", pythons())
 def test_the_agent_is_pushed_started_and_given_files_by_every_python(python, tmp_path):
-    source = bench.AGENT.read_bytes()
+    source = pack.packed()
     command = [python, "-c", transport.BOOT, hashlib.sha256(source).hexdigest(), str(len(source)), str(tmp_path / "e")]
     for pushed in (True, False):
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         assert process.stdin is not None and process.stdout is not None
-        peer = agent.Peer(process.stdout.fileno(), process.stdin.fileno(), 20.0)
-        first = json.loads(peer.line(20.0).decode().removeprefix(agent.MARK))
+        peer = Peer(process.stdout.fileno(), process.stdin.fileno(), 20.0)
+        first = json.loads(peer.line(20.0).decode().removeprefix(MARK))
         assert first["event"] == ("want" if pushed else "hello")
         if pushed:
             peer.write(source)
-            assert json.loads(peer.line(20.0).decode().removeprefix(agent.MARK))["folder"] == str(tmp_path / "e")
+            assert json.loads(peer.line(20.0).decode().removeprefix(MARK))["folder"] == str(tmp_path / "e")
         digest, size = hashlib.sha256(b"content").hexdigest(), 7
         peer.send({"do": "have", "files": [[digest, size]]})
         assert peer.receive(20.0)["offsets"] == [0 if pushed else None]
@@ -737,16 +741,16 @@ def test_a_python_that_is_too_old_says_so(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", told, "0", "0", str(tmp_path)], capture_output=True, text=True, check=True
     )
-    event = json.loads(done.stdout.removeprefix(agent.MARK))
+    event = json.loads(done.stdout.removeprefix(MARK))
     error = transport.refused(Place("robot-7", load_profile("ssh").ssh), event)
     assert error.message == f"'python3' on 'robot-7' is Python 3.{sys.version_info[1]}; 3.6 or later is needed."
     assert error.hint == "set ssh.python to a newer one; look for it: ssh robot-7 'ls /usr/bin/python3*'"
 
 
 def test_a_lease_is_the_same_file_for_the_board_and_for_who_measures_on_it_by_hand(tmp_path, monkeypatch):
-    monkeypatch.setattr(agent, "lease_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(board_lease, "lease_folder", lambda: str(tmp_path))
     monkeypatch.setattr(lease, "lease_folder", lambda: tmp_path)
-    held = agent.Lease(transport.DEVICE)
+    held = Lease(transport.DEVICE)
     held.take("ada@robot", 60.0, 1.0, lambda holder: None)
     told = lease.holder("local")
     assert told is not None and told.startswith(f"ada@robot (process {os.getpid()}, expected until ")
@@ -754,7 +758,7 @@ def test_a_lease_is_the_same_file_for_the_board_and_for_who_measures_on_it_by_ha
         pass
     held.give_back()
     with lease.lease("local", 60):
-        assert agent.holder_of(transport.DEVICE) is not None
-        with pytest.raises(agent.AgentError) as error:
-            agent.Lease(transport.DEVICE).take("eve", 1.0, 0.1, lambda holder: None)
+        assert holder_of(transport.DEVICE) is not None
+        with pytest.raises(AgentError) as error:
+            Lease(transport.DEVICE).take("eve", 1.0, 0.1, lambda holder: None)
     assert error.value.kind == "busy" and str(os.getpid()) in error.value.message

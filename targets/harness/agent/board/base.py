@@ -1,0 +1,71 @@
+"""What every part of the agent uses: its error, its clock, small system files, lines on stdout."""
+
+import json
+import os
+import sys
+import time
+from typing import Any, Callable, Dict, Optional, Sequence
+
+Table = Dict[str, Any]
+
+
+class AgentError(Exception):
+    """What ends a job. kind: model, memory, disk, killed, lost, late, long, job, full, busy, astray, absent or runtime.
+
+    model: which one it is, or None; more: numbers that belong to it.
+    """
+
+    def __init__(self, kind: str, message: str, model: Optional[str] = None, **more: Any) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.model = model
+        self.more = more
+
+    def to_table(self) -> Table:
+        """Plain table for JSON."""
+        return dict(self.more, event="error", kind=self.kind, message=self.message, model=self.model)
+
+
+def now_ns() -> int:
+    """Nanoseconds of the monotonic clock."""
+    return int(time.perf_counter() * 1e9)
+
+
+CLOCK: Callable[[], int] = getattr(time, "perf_counter_ns", now_ns)
+
+
+def program() -> str:
+    """What Python is given to run the agent: the zip that was pushed to a board, or the folder of the same files."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def read_text(path: str) -> str:
+    """Text of a small system file, or "" where it is missing or not readable."""
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8", "replace").strip("\x00 \t\r\n")
+    except OSError:
+        return ""
+
+
+def read_number(path: str) -> Optional[int]:
+    """Whole number in a small system file, or None."""
+    text = read_text(path).split()
+    try:
+        return int(text[0]) if text else None
+    except ValueError:
+        return None
+
+
+def tell(table: Table) -> None:
+    """One JSON line on stdout."""
+    sys.stdout.write(json.dumps(table) + "\n")
+    sys.stdout.flush()
+
+
+def median(values: Sequence[int]) -> int:
+    """Middle value; the lower middle of an even count is averaged with the upper one."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) // 2

@@ -1,0 +1,88 @@
+"""The measuring agent, which runs on the device with nothing but Python 3.6 or later, numpy and ONNX Runtime.
+
+    agent facts                      who the device is, as JSON
+    agent state FOLDER               how busy, hot and full it is, as JSON
+    agent worker NAME                one process that holds models (NAME is for people): JSON requests on stdin,
+                                        JSON answers on stdout
+    agent drive JOB.json OUT.json    spawns workers and measures several models in turn (measurement.md, section 3)
+    agent rows JOB.json OUT.json     many small models in turn in one process, for the latency table
+    agent layers JOB.json OUT.json   several models in turn under the runtime's profiler: what each layer takes
+    agent serve FOLDER               the far end of a link: requests on stdin, answers on stdout, files in FOLDER
+    agent job FOLDER                 one job that outlives its link: takes the lease, runs drive, rows or layers, and
+                                        spools the result into its FOLDER until it is fetched
+    agent infer                      one process that infers for `serve`
+
+The clock is read around a complete synchronous inference with pre-bound buffers, in the process that infers; no timing
+crosses a pipe. A block is a few untimed inferences, then the timed ones, back to back or one at every tick of a
+control period. In every round the models follow each other in a random order that the seed fixes. Results are written
+with fsync under their SHA-256. Every wait and every duration is counted on the monotonic clock: a clock of the day that
+jumps changes nothing.
+
+A link carries JSON lines, each followed by as many raw bytes as it says, and nothing else: no pickle, no timing. Files
+are named by their SHA-256, so a half-sent one goes on where it stopped; jobs are named by an id that the client chose,
+so a request that is sent twice does nothing twice.
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import Sequence
+
+from .base import AgentError, program, tell
+from .driver import drive
+from .files import write_result
+from .inferring import inferrer
+from .job import run_detached, stop
+from .layers import layers
+from .machine import facts, state
+from .rows import rows
+from .server import serve
+from .worker import die_with_parent, worker
+
+
+def run_job(verb: str, job_path: str, out_path: str) -> int:
+    """Do a job file; the result goes to a file, progress and the outcome go to stdout."""
+    signal.signal(signal.SIGTERM, stop)
+    with open(job_path, "rb") as file:
+        job = json.loads(file.read().decode())
+    if job.get("tied"):
+        die_with_parent()
+    try:
+        if verb == "layers":
+            table = layers(job, os.path.dirname(os.path.abspath(out_path)))
+        else:
+            table = drive(job) if verb == "drive" else rows(job)
+        digest = write_result(out_path, table)
+    except AgentError as error:
+        tell(error.to_table())
+        return 1
+    except MemoryError:
+        tell(AgentError("memory", "out of memory").to_table())
+        return 1
+    tell({"event": "done", "sha256": digest})
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one verb; exit code 2 for a wrong command line."""
+    own = program()
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != own]
+    if len(arguments) == 2 and arguments[0] == "worker":
+        return worker()
+    if list(arguments) == ["facts"]:
+        tell(facts("onnxruntime"))
+        return 0
+    if len(arguments) == 2 and arguments[0] == "state":
+        tell(state(arguments[1]))
+        return 0
+    if len(arguments) == 3 and arguments[0] in ("drive", "rows", "layers"):
+        return run_job(*arguments)
+    if len(arguments) == 2 and arguments[0] == "serve":
+        return serve(arguments[1])
+    if len(arguments) == 2 and arguments[0] == "job":
+        return run_detached(arguments[1])
+    if list(arguments) == ["infer"]:
+        return inferrer()
+    sys.stderr.write(str(__doc__) + "\n")
+    return 2

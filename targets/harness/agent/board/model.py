@@ -1,0 +1,236 @@
+"""One network in ONNX Runtime: opened, warmed up, timed in blocks, or run on arrays."""
+
+import time
+from typing import Any, List, Sequence, Tuple, Type
+
+from .base import CLOCK, AgentError, Table, median
+from .machine import usable_cores
+
+SPIN_NS = 200_000
+"""Longest spin before a tick. A sleeping process is woken 50 to 100 us late, which would pass for a late start."""
+WARM_INFERENCES = 3
+"""Fewest inferences of a window of the warm-up, unless they take too long: a median of two hides no outlier."""
+WARM_WINDOWS = 6
+"""Windows before a slow network is given up as not steady."""
+NUMPY_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def runtime_errors() -> Tuple[Type[Exception], ...]:
+    """The exception classes that ONNX Runtime raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+    own = [value for value in vars(native).values() if isinstance(value, type) and issubclass(value, Exception)]
+    return tuple(own) + (RuntimeError, ValueError, TypeError, OSError, MemoryError)
+
+
+def error_text(error: BaseException) -> str:
+    """First line of an error, without ONNX Runtime's prefix of codes and without its source file names."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    scarce = text.find("Failed to allocate")
+    return text[max(0, scarce) :].strip().rstrip(".")
+
+
+def open_session(path: str, options: Table) -> Any:
+    """A session of ONNX Runtime. options: threads (0: all cores), spin, providers, profile."""
+    import onnxruntime as ort
+
+    asked = list(options["providers"])
+    lacking = [name for name in asked if name not in ort.get_available_providers()]
+    if lacking:
+        raise ValueError("no provider %s, there are %s" % (lacking[0], ", ".join(ort.get_available_providers())))
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options["threads"] or usable_cores()
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spin"] else "0")
+    if options.get("profile"):
+        settings.enable_profiling = True
+        settings.profile_file_prefix = options["profile"]
+    return ort.InferenceSession(path, settings, providers=asked)
+
+
+class Model(object):
+    """An opened session with input and output buffers bound once.
+
+    options: threads, spin, providers, seed; profile: the beginning of the path of the profiler's file, where the
+    runtime's profiler is to run. Inputs are seeded noise of the declared shapes; a free batch axis is 1.
+    """
+
+    def __init__(self, path: str, options: Table) -> None:
+        try:
+            self._open(path, options)
+        except runtime_errors() as error:
+            text = error_text(error)
+            scarce = isinstance(error, MemoryError) or "alloc" in text
+            raise AgentError("memory" if scarce else "model", text, path) from None
+
+    def _open(self, path: str, options: Table) -> None:
+        self.session = open_session(path, options)
+        self.binding = self.session.io_binding()
+        self._bind(options["seed"])
+
+    def _bind(self, seed: int) -> None:
+        import numpy as np
+        import onnxruntime as ort
+
+        noise = np.random.RandomState(seed)
+        self.values = []
+        for port in self.session.get_inputs():
+            shape = [1 if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(port.shape)]
+            free = [size for size in shape if not isinstance(size, int)]
+            if free:
+                raise ValueError("input '%s' has the free size '%s'; only the batch may be free" % (port.name, free[0]))
+            if port.type not in NUMPY_TYPES:
+                raise ValueError("input '%s' is a %s, which cannot be filled" % (port.name, port.type))
+            kind = np.dtype(NUMPY_TYPES[port.type])
+            array = noise.standard_normal(shape) if kind.kind == "f" else noise.randint(0, 2, shape)
+            self.values.append(ort.OrtValue.ortvalue_from_numpy(aligned(array, kind)))
+            self.binding.bind_ortvalue_input(port.name, self.values[-1])
+        names = [port.name for port in self.session.get_outputs()]
+        for name in names:
+            self.binding.bind_output(name)
+        self.session.run_with_iobinding(self.binding)
+        made = self.binding.get_outputs()
+        self.binding.clear_binding_outputs()
+        for name, value in zip(names, made):
+            self.binding.bind_ortvalue_output(name, value)
+        self.values.extend(made)
+
+    def block(self, dropped: int, timed: int) -> List[int]:
+        """Nanoseconds of `timed` inferences after `dropped` untimed ones."""
+        run, binding, clock = self.session.run_with_iobinding, self.binding, CLOCK
+        for _ in range(dropped):
+            run(binding)
+        out = [0] * timed
+        for i in range(timed):
+            begin = clock()
+            run(binding)
+            out[i] = clock() - begin
+        return out
+
+    def paced(self, dropped: int, timed: int, period_ns: int) -> Tuple[List[int], int]:
+        """Nanoseconds of `timed` inferences, one at each tick, after `dropped` untimed ones; and the deadline misses.
+
+        Ticks are the multiples of the period on the monotonic clock, which all processes of a machine share. The
+        process sleeps until shortly before a tick, as a control loop does: clocks fall and caches cool, which is what
+        pacing is to show and what spinning through the whole period would hide. Only the last moment, at most SPIN_NS
+        and a tenth of the period, is spun, since a sleep ends late. The nanoseconds are those of the inference alone;
+        it misses its deadline when it has not finished before the next tick, be it slow or late to start. The ticks
+        that it ran over are skipped.
+        """
+        run, binding, clock = self.session.run_with_iobinding, self.binding, CLOCK
+        spin = min(SPIN_NS, period_ns // 10)
+        out, missed, end = [0] * timed, 0, clock()
+        for i in range(-dropped, timed):
+            tick = (end // period_ns + 1) * period_ns
+            rest = tick - spin - clock()
+            if rest > 0:
+                time.sleep(rest * 1e-9)
+            begin = clock()
+            while begin < tick:
+                begin = clock()
+            run(binding)
+            end = clock()
+            if i >= 0:
+                out[i] = end - begin
+                missed += int(end >= tick + period_ns)
+        return out, missed
+
+    def check(self) -> None:
+        """Raise AgentError where the last inference left a value in an output that is no finite number."""
+        import numpy as np
+
+        for port, value in zip(self.session.get_outputs(), self.values[-len(self.session.get_outputs()) :]):
+            if not value.is_tensor() or value.data_type() not in ("tensor(float)", "tensor(float16)", "tensor(double)"):
+                continue
+            array = value.numpy()
+            wrong = int(array.size - np.count_nonzero(np.isfinite(array)))
+            if wrong:
+                text = "%d of %d values of its output '%s' are NaN or infinite" % (wrong, array.size, port.name)
+                raise AgentError("model", text)
+
+    def warm(self, rule: Table) -> Table:
+        """Infer until min_s and min_inferences are reached and two windows' medians differ by less than `steady`.
+
+        max_s ends it, steady or not. For a slow network half of max_s stands for min_inferences, and it goes on beyond
+        max_s, to longest_s at most, until there were WARM_WINDOWS windows to compare.
+        """
+        begin, count, steady = CLOCK(), 0, False
+        longest_s = max(rule["max_s"], rule.get("longest_s", 0.0))
+        medians: List[int] = []
+        while True:
+            samples = self.window(rule["window_s"], 0.25 * longest_s)
+            medians.append(median(samples))
+            count += len(samples)
+            seconds = (CLOCK() - begin) * 1e-9
+            enough = count >= rule["min_inferences"] or seconds >= 0.5 * rule["max_s"]
+            if len(medians) > 1 and seconds >= rule["min_s"] and enough:
+                steady = abs(medians[-1] - medians[-2]) < rule["steady"] * medians[-2]
+            tried = len(medians) >= WARM_WINDOWS or (len(medians) > 1 and seconds >= longest_s)
+            if steady or (tried and seconds >= rule["max_s"]):
+                return {"inferences": count, "seconds": seconds, "windows_ns": medians[-8:], "steady": steady}
+
+    def window(self, least_s: float, most_s: float) -> List[int]:
+        """Nanoseconds of the inferences of least_s, and of WARM_INFERENCES at least, begun before most_s are over."""
+        samples: List[int] = []
+        begin = CLOCK()
+        while True:
+            samples.extend(self.block(0, 1))
+            seconds = (CLOCK() - begin) * 1e-9
+            if seconds >= most_s or (seconds >= least_s and len(samples) >= WARM_INFERENCES):
+                return samples
+
+
+def aligned(array: Any, kind: Any) -> Any:
+    """The array as `kind` in memory that starts at a multiple of 64 bytes, as the runtime's own buffers do.
+
+    numpy promises 16 bytes only, and where a buffer happens to start would move the time of small networks.
+    """
+    import numpy as np
+
+    size = array.size * kind.itemsize
+    raw = np.empty(size + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    out = raw[start : start + size].view(kind).reshape(array.shape)
+    out[...] = array
+    return out
+
+
+def port_tables(ports: Sequence[Any]) -> List[Table]:
+    """Name, shape (None where it is free) and numpy's type of inputs or outputs."""
+    shape = [[size if isinstance(size, int) else None for size in port.shape] for port in ports]
+    return [{"name": p.name, "shape": s, "dtype": NUMPY_TYPES.get(p.type, p.type)} for p, s in zip(ports, shape)]
+
+
+def run_batch(session: Any, arrays: Sequence[Any]) -> List[Any]:
+    """Outputs for a batch of any size; a fixed batch is run over it, the last part filled with its last sample."""
+    import numpy as np
+
+    ports = session.get_inputs()
+    fixed = ports[0].shape[0] if ports[0].shape and isinstance(ports[0].shape[0], int) else 0
+    total, parts = int(arrays[0].shape[0]), []
+    step = fixed or max(1, total)
+    for start in range(0, total, step):
+        count = min(step, total - start)
+        pieces = [array[start : start + step] for array in arrays]
+        if count < fixed:
+            pieces = [np.concatenate([piece, np.repeat(piece[-1:], fixed - count, axis=0)]) for piece in pieces]
+        outputs = session.run(None, {port.name: piece for port, piece in zip(ports, pieces)})
+        for port, output in zip(session.get_outputs(), outputs):
+            if output.ndim == 0 or output.shape[0] != max(count, fixed):
+                raise ValueError("its output '%s' has shape %s, so no batch axis" % (port.name, output.shape))
+        parts.append([output[:count] for output in outputs])
+    return [np.concatenate(column) for column in zip(*parts)]

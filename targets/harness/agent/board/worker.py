@@ -1,0 +1,96 @@
+"""The worker: one process that infers, asked in JSON lines."""
+
+import gc
+import json
+import os
+import signal
+import sys
+from typing import Dict, List
+
+from .base import AgentError, Table, read_number, read_text
+from .machine import clock_folders, clocks, group_folders, quota_stops, throttle_paths
+from .model import Model
+
+
+class Watch(object):
+    """Reads, around a block, what may have disturbed it."""
+
+    def __init__(self) -> None:
+        self.paths = throttle_paths()
+        self.clocks = [f + "/scaling_cur_freq" for f in clock_folders()] if clocks() == "locked" else []
+        self.membership = ""
+        self.groups: List[str] = []
+
+    def read(self) -> Table:
+        """Counters at this moment."""
+        import resource
+
+        membership = read_text("/proc/self/cgroup")
+        if membership != self.membership:
+            self.membership, self.groups = membership, group_folders()
+        return {
+            "switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
+            "throttle": sum(read_number(path) or 0 for path in self.paths),
+            "stops": quota_stops(self.groups),
+            "khz": [read_number(path) or 0 for path in self.clocks],
+        }
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, however that happens."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def quiet_collector() -> None:
+    """Collect once, then never during a measurement."""
+    gc.collect()
+    gc.disable()
+    if hasattr(gc, "freeze"):
+        gc.freeze()
+
+
+def worker() -> int:
+    """Answer requests until stdin ends. stdout is kept for answers; whatever a library prints goes to stderr."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    models: Dict[str, Model] = {}
+    watch = Watch()
+    for line in sys.stdin:
+        try:
+            answer = answer_request(json.loads(line), models, watch)
+        except AgentError as error:
+            answer = error.to_table()
+        except MemoryError:
+            answer = AgentError("memory", "out of memory").to_table()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    return 0
+
+
+def answer_request(request: Table, models: Dict[str, Model], watch: Watch) -> Table:
+    """Do one request: open, warm or block."""
+    verb, name = request["do"], request["name"]
+    if verb == "open":
+        models[name] = Model(request["path"], request["options"])
+        quiet_collector()
+        return {"opened": name}
+    if verb == "warm":
+        warmth = models[name].warm(request["rule"])
+        models[name].check()
+        return warmth
+    if verb == "block":
+        dropped, timed, period_ns, missed = request["dropped"], request["timed"], request.get("period_ns", 0), 0
+        before = watch.read()
+        if period_ns:
+            ns, missed = models[name].paced(dropped, timed, period_ns)
+        else:
+            ns = models[name].block(dropped, timed)
+        after = watch.read()
+        moved = {key: after[key] - before[key] for key in ("switches", "throttle", "stops")}
+        return dict(moved, ns=ns, missed=missed, khz=[before["khz"], after["khz"]])
+    raise AgentError("job", "unknown request '%s'" % verb)

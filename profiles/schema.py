@@ -225,6 +225,20 @@ class SshSpec(Spec):
         return self
 
 
+class JetsonSpec(Spec):
+    """What a Jetson is asked for while something is measured on it, and given back afterwards: docs/boards.md.
+
+    modules: p-numbers of the modules that the profile is for, whole (p3767-0005) or the family (p3767).
+    """
+
+    modules: tuple[str, ...] = Field(default=(), description="modules the profile is for; empty: any Jetson")
+    power_mode: str | None = Field(default=None, description="nvpmodel's name of it; left out, it stays as it is")
+    clocks: Literal["as-is", "locked"] = Field(
+        default="as-is", description="locked: held by jetson_clocks while something is measured"
+    )
+    telemetry_ms: int = Field(default=1000, ge=0, description="pause between two readings of power; 0: none")
+
+
 class Profile(Spec):
     """A device and what is asked of it."""
 
@@ -240,6 +254,7 @@ class Profile(Spec):
     recover: RecoverSpec = RecoverSpec()
     graph: GraphSpec = GraphSpec()
     ssh: SshSpec = SshSpec()
+    jetson: JetsonSpec = JetsonSpec()
 
 
 def _keys(model: type[BaseModel]) -> dict[str, Any]:

@@ -75,8 +75,8 @@ def measure(
         session = device.measure(built, profile.measure, "accept", progress)
     if not as_json:
         shown.show_session(session, terminal(stdout=True))
-    if session.contaminated:
-        say(terminal(), "note: the session is contaminated: more than 20 % of a network's blocks were disturbed.")
+    if session.contamination:
+        say(terminal(), f"note: the session is contaminated: {session.contamination}.")
     problems = write([(out, lambda: session.to_json() + "\n"), (html, lambda: _page(session))])
     code = 4 if session.contaminated else 0
     return finished(code, problems, shown.session_json(session) if as_json else None)

@@ -242,9 +242,11 @@ def _disturbed(session: Session) -> str:
     for name in (BASELINE, AGAIN):
         if arms[name].stopped_share > STOPPED:
             return f"a processor quota stopped the {name} in {_percent(arms[name].stopped_share)} of its blocks"
-    if session.contaminated:
-        share = max(m.flagged_share for m in session.measurements.values())
+    share = max(m.flagged_share for m in session.measurements.values())
+    if share > CONTAMINATED:
         return f"{_percent(share)} of the blocks of an arm were disturbed, beyond {_percent(CONTAMINATED)}"
+    if session.contamination:
+        return session.contamination
     for name in (BASELINE, AGAIN):
         unsteady = arms[name].unsteady
         if unsteady > CONTAMINATED * len(arms[name].processes):

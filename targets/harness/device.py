@@ -31,7 +31,8 @@ class Fingerprint:
     """What a latency depends on and what stays the same between runs on one machine.
 
     cpu_flags and runtime_build are SHA-256 hashes; cpu_quota: cores that a control group allows, or None; power: the
-    frequency governor or power mode, "" where the system shows none; clocks: "locked", "floating" or "hidden".
+    frequency governor, "" where the system shows none; clocks: "locked", "floating" or "hidden". board and power_mode:
+    of a Jetson, its module with the release of its system, and the mode by name.
     """
 
     machine: str
@@ -51,6 +52,8 @@ class Fingerprint:
     threads: int
     spin: bool
     simulated: bool = False
+    board: str = ""
+    power_mode: str = ""
 
     def digest(self) -> str:
         """SHA-256 of all fields, in hex: equal on the same machine, runtime and threading."""
@@ -65,7 +68,7 @@ class Fingerprint:
         """Plain table for JSON."""
         table = asdict(self)
         table["providers"] = list(self.providers)
-        return table
+        return {key: value for key, value in table.items() if value or key not in ("board", "power_mode")}
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Fingerprint:
@@ -133,7 +136,7 @@ def preflight(spec: MeasureSpec, state: Mapping[str, Any] | None = None, folder:
     """
     seen = dict(machine.state(str(folder or Path.cwd()))) if state is None else dict(state)
     makers = (
-        _busy, _processes, _load, _steal, _cores, _quota, _governor, _clocks, _heat, _throttle, _memory, _disk
+        _busy, _processes, _load, _steal, _cores, _quota, _mode, _governor, _clocks, _heat, _throttle, _memory, _disk
     )  # fmt: skip
     return Preflight(tuple(c for maker in makers if (c := maker(seen, spec)) is not None))
 
@@ -206,6 +209,16 @@ def _quota(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
     return Condition("processor quota", value, quota is None, why, "lift the quota of the container or control group.")
 
 
+def _mode(seen: dict[str, Any], spec: MeasureSpec) -> Condition | None:
+    if "power_mode" not in seen:
+        return None
+    mode, others = str(seen["power_mode"]), ", ".join(seen.get("power_modes", ()))
+    why = "which clocks and cores the board may use depends on it"
+    mend = "look by hand with nvpmodel -q; numbers of different modes cannot be compared."
+    value = f"{mode} of {others}" if mode and others else mode or "unknown"
+    return Condition("power mode", value, bool(mode), why, mend)
+
+
 def _governor(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
     governor = str(seen["power"])
     why = "it lowers the clock between inferences, so times depend on what ran before"
@@ -220,6 +233,8 @@ def _clocks(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
     rates = [int(khz) // 1000 for khz in seen.get("clocks_khz", ()) if khz]
     low, high = (min(rates), max(rates)) if rates else (0, 0)
     now = f", now {low} to {high} MHz" if high > low else f", now {high} MHz" if rates else ""
+    if (gpu := dict(seen.get("gpu_khz") or {})).get("max"):
+        now += f"; GPU {int(gpu['min']) // 1000} to {int(gpu['max']) // 1000} MHz"
     why = "the clock follows load and heat, so times move with what ran before"
     mend = "lock it (cpupower frequency-set with equal -d and -u, jetson_clocks), or accept floating clocks."
     return Condition("clocks", clocks + now, clocks == "locked", why, mend)

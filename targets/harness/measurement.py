@@ -334,13 +334,24 @@ class Session:
 
     @property
     def contaminated(self) -> bool:
-        """Whether too much was disturbed for any result: more than 20 % of some network's blocks flagged.
+        """Whether too much was disturbed for any result."""
+        return self.contamination is not None
 
-        A processor quota that stops a single network is that network's own trouble and shows in its mean and p99; one
-        that stops every network is the device's, and contaminates too.
+    @property
+    def contamination(self) -> str | None:
+        """What makes the session no result, in words, or None.
+
+        More than 20 % of some network's blocks flagged; over-current, which lowers a Jetson's clocks for all that runs;
+        a processor quota that stops every network. One that stops a single network is that network's own trouble and
+        shows in its mean and p99.
         """
-        flagged = any(m.flagged_share > CONTAMINATED for m in self.measurements.values())
-        return flagged or all(m.stopped_share > STOPPED for m in self.measurements.values())
+        if self.telemetry.get("overcurrent_events", 0.0) > 0.0:
+            return f"the board's power supply was overloaded {self.telemetry['overcurrent_events']:.0f} times meanwhile"
+        if any(m.flagged_share > CONTAMINATED for m in self.measurements.values()):
+            return f"more than {CONTAMINATED:.0%} of the blocks of a network were disturbed".replace("%", " %")
+        if all(m.stopped_share > STOPPED for m in self.measurements.values()):
+            return "a processor quota stopped every network"
+        return None
 
     @property
     def unstable(self) -> Mapping[str, tuple[int, int]]:
@@ -562,8 +573,8 @@ def judge(session: Session, candidate: str, dense: str, budget: Budget) -> Judge
         if budget.ratio is not None
         else _judge_limit(session, candidate, budget)
     )
-    if session.contaminated:
-        reason = "the session is contaminated: more than 20 % of the blocks of a network were disturbed"
+    if session.contamination:
+        reason = f"the session is contaminated: {session.contamination}"
         return Judgement("undecided", judged.value, judged.low, judged.high, judged.limit, judged.unit, reason)
     return judged
 

@@ -241,6 +241,8 @@ class Board:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.wish: Table = {}
+        """The state that jobs ask of the board: `Arrangement` on its side."""
         self._link: Link | None = None
         self._met = False
         self._turn = threading.RLock()
@@ -376,7 +378,7 @@ class Board:
         """Start a job and follow it to its end: the board's boot id, and the last event. An error ends it there too."""
         request = {
             "do": "start", "id": follow.id, "verb": verb, "work": job, "device": DEVICE, "owner": lease.owner(),
-            "limit_s": limit_s, "wait_s": WAIT_S, "absent_s": PATIENCE_S,
+            "limit_s": limit_s, "wait_s": WAIT_S, "absent_s": PATIENCE_S, "wish": self.wish,
         }  # fmt: skip
         try:
             boot = self.try_to(request, patience_s=HASH_S)[0]["boot"]
@@ -397,6 +399,8 @@ class Board:
             elif event["event"] == "waiting" and not follow.told:
                 follow.told = True
                 log.warning("waiting for the device '%s', in use by %s.", self.place.host, event["holder"])
+            elif event["event"] == "left":
+                log.warning("'%s' was not given back as it was: %s.", self.place.host, event["message"])
             elif event["event"] == "leased":
                 follow.seen, follow.started = event, bench.utc_now()
                 if follow.look is not None:
@@ -531,6 +535,13 @@ def refused(
         imported = f"{place.spec.python} -c 'import onnxruntime'"
         hint = f"try it there: {place.by_hand(imported)}"
         return DeployError(f"onnxruntime does not start on '{host}': {message}.", hint)
+    if kind == "root":
+        hint = "let this user run nvpmodel and jetson_clocks by sudo without a password; deploy doctor says how."
+        return DeployError(f"'{host}' does not let its state be set: {message}.", hint)
+    if kind == "mode":
+        again = place.by_hand(f"sudo nvpmodel -m {event.get('reboot')}")
+        hint = f"set it once by hand, and let the board start anew: {again}" if "reboot" in event else ""
+        return DeployError(f"on '{host}': {message}.", hint or "deploy doctor --target T")
     if kind == "busy":
         text = f"the device '{host}' is in use by {message}; waited {event['waited_s']:.0f} s."
         return UndecidedError(text, "wait until it is free, or ask its holder.")

@@ -2,8 +2,11 @@
 # A board on this machine: sshd in a network, process and mount namespace of its own, with its own users, lock folder,
 # disk and boot id, behind a link that can be cut, slowed down and made lossy. Nothing of it outlives `down`.
 #
-#   board.sh up DIR PYTHON_BASE SITE   bring it up; DIR must not exist. PYTHON_BASE: folder with bin/python3 and lib;
-#                                      SITE: site-packages that the board's users may read
+#   board.sh up DIR PYTHON_BASE SITE [RECORDING TOOLS]
+#                                      bring it up; DIR must not exist. PYTHON_BASE: folder with bin/python3 and lib;
+#                                      SITE: site-packages that the board's users may read; RECORDING: a folder with a
+#                                      Jetson's etc/, device-tree/ and class/ files, which the board then shows as
+#                                      its own; TOOLS: commands that stand for that Jetson's, found first on its PATH
 #   board.sh down DIR                  end it and remove DIR
 #   board.sh reboot DIR                end every process on it, then start it with another boot id
 #   board.sh stop DIR | start DIR      the two halves of that
@@ -19,6 +22,26 @@ set -euo pipefail
 verb=$1
 dir=$2
 users=(ada:2301 ben:2302)
+
+# Everything that makes the board look like a Jetson. Its state is open to the board's users, as root has it there.
+make_jetson() {
+  local recording=$1 tools=$2 place=$dir/jetson
+  install -d -m 777 "$place" "$place/firmware/devicetree" "$place/modes" "$place/class"
+  cp -a /etc "$place/etc"
+  cp -a "$recording/etc/." "$place/etc/"
+  cp -a "$recording/device-tree" "$place/firmware/devicetree/base"
+  [ ! -d "$recording/sys/class" ] || cp -a "$recording/sys/class/." "$place/class/"
+  local found
+  find "$recording/sys/devices" -path '*/devfreq/*' -prune -type d -o -path '*/hwmon/hwmon*' -prune -type d |
+    while read -r found; do
+      install -d "$place/class/$(basename "$(dirname "$found")")"
+      cp -a "$found" "$place/class/$(basename "$(dirname "$found")")/"
+    done
+  cp -a "$tools" "$place/bin"
+  echo "$place" >"$place/bin/place"
+  cp "$recording"/*.txt "$place/"
+  chmod -R a+rwX "$place/firmware" "$place/class" "$place/bin" "$place"/*.txt
+}
 
 # Several boards may be up at once: each has a number of its own.
 name_all() {
@@ -86,6 +109,14 @@ boot() {
   mkdir -p /run/sshd /run/lock
   chmod 1777 /run/lock
   mount --bind "$dir/home" /home
+  if [ -d "$dir/jetson" ]; then
+    rm -rf "$dir/jetson/sys_class"
+    cp -a "$dir/jetson/class" "$dir/jetson/sys_class" # clocks do not survive a restart
+    mount --bind "$dir/jetson/etc" /etc
+    mount --bind "$dir/jetson/firmware" /sys/firmware
+    mount --bind "$dir/jetson/sys_class" /sys/class
+    mount --bind "$dir/jetson/bin" /usr/local/bin
+  fi
   local base
   base=$(cat "$dir/python_base")
   if [ ! -d "$base/bin" ]; then
@@ -132,7 +163,7 @@ stop() {
 }
 
 up() {
-  local base=$3 site=$4 user name id
+  local base=$3 site=$4 recording=${5:-} tools=${6:-} user name id
   install -d -m 755 "$dir" "$dir/base" "$dir/site" "$dir/home"
   take_number
   echo "$base" >"$dir/python_base"
@@ -158,6 +189,7 @@ up() {
   echo "$dir/site" >"$dir/home/env/lib/$version/site-packages/board.pth"
   ssh-keygen -q -t ed25519 -N '' -C client -f "$dir/client"
   know_key
+  [ -z "$recording" ] || make_jetson "$recording" "$tools"
   write_config
   echo "[$address]:2222 $(cut -d' ' -f1,2 "$dir/hostkey.pub")" >"$dir/known_hosts"
   ip link add "$host_if" type veth peer name "$board_if" netns "$net"

@@ -32,17 +32,20 @@ def lacking() -> str:
 
 
 class TestBoard:
-    """A board that is up. folder: its own folder on this machine; home: of the user `ada` on it."""
+    """A board that is up. folder: its own folder on this machine; home: of the user `ada` on it.
+
+    recording: for a Jetson, the folder of its recording and that of the commands that stand for its own.
+    """
 
     __test__ = False
 
-    def __init__(self) -> None:
+    def __init__(self, *recording: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="edge-board-", dir="/var/tmp")) / "board"
         self.folder.parent.chmod(0o755)
         self.home = self.folder / "home" / "ada"
         self.cache = self.home / ".cache" / "edge-deploy"
         try:
-            self.do("up", sys.base_prefix, sysconfig.get_path("purelib"))
+            self.do("up", sys.base_prefix, sysconfig.get_path("purelib"), *recording)
         except BaseException:
             self.down()
             raise
@@ -67,12 +70,12 @@ class TestBoard:
         self.do("loss", "0")
         self.do("rate", "0")
 
-    def file(self, name: str, *lines: str, **ssh: Any) -> Path:
+    def file(self, name: str, *lines: str, extends: str = "ssh", **ssh: Any) -> Path:
         """A profile file of a user for this board."""
         keys = {"python": PYTHON, "config": str(self.folder / "ssh_config"), **ssh}
         table = [f"{key} = {_toml(value)}" for key, value in keys.items()]
         path = self.folder.parent / f"{name}.toml"
-        path.write_text("\n".join(['extends = "ssh"', 'host = "board"', *lines, "[ssh]", *table, ""]))
+        path.write_text("\n".join([f'extends = "{extends}"', 'host = "board"', *lines, "[ssh]", *table, ""]))
         return path
 
     def profile(self, **ssh: Any) -> Profile:

@@ -84,6 +84,21 @@ def whole_board() -> Iterator[TestBoard]:
     board.down()
 
 
+@pytest.fixture(scope="session")
+def whole_jetson() -> Iterator[TestBoard]:
+    """A board that shows an Orin Nano's files and commands; skipped where none can be brought up."""
+    reason = lacking()
+    if reason:
+        pytest.skip(reason)
+    here = Path(__file__).parent
+    board = TestBoard(str(here / "recordings" / "jetpack-6.2-orin-nano"), str(here / "jetson_tools"))
+    for name, text in {"mode": "0", "done": ""}.items():
+        (board.folder / "jetson" / name).write_text(text)
+        (board.folder / "jetson" / name).chmod(0o666)
+    yield board
+    board.down()
+
+
 @pytest.fixture
 def board(whole_board: TestBoard) -> Iterator[TestBoard]:
     """That board with a sound link; afterwards nothing of ours runs on it, and nothing is left there to be fetched."""

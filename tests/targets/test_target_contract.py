@@ -16,16 +16,19 @@ from targets.harness.measurement import Session
 from targets.runtimes.base import Runtime, load_runtime
 
 TARGETS = plugins.names("targets")
+BOARDS = {"ssh": "board", "jetson": "whole_jetson"}
+"""Fixtures of the boards that stand behind a target's link."""
 
 
 @pytest.fixture
 def target(request, tmp_path, monkeypatch):
     (tmp_path / "lock").mkdir()
     monkeypatch.setattr(leases, "lease_folder", lambda: tmp_path / "lock")
-    if request.param != "ssh":
+    if request.param not in BOARDS:
         yield load_target(load_profile("local", {"target": request.param}), tmp_path / ".deploy")
         return
-    target = load_target(request.getfixturevalue("board").profile(), tmp_path / ".deploy")
+    file = request.getfixturevalue(BOARDS[request.param]).file("contract", extends=request.param)
+    target = load_target(load_profile(str(file)), tmp_path / ".deploy")
     (tmp_path / ".deploy").mkdir()
     yield target
     target.board.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any, Callable, Dict, Optional, Sequence
@@ -56,6 +57,19 @@ def read_number(path: str) -> Optional[int]:
         return int(text[0]) if text else None
     except ValueError:
         return None
+
+
+def boot_id() -> str:
+    """Changes whenever the device starts."""
+    return read_text("/proc/sys/kernel/random/boot_id")
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, however that happens."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def tell(table: Table) -> None:

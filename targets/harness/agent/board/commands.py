@@ -10,6 +10,7 @@
     agent serve FOLDER               the far end of a link: requests on stdin, answers on stdout, files in FOLDER
     agent job FOLDER                 one job that outlives its link: takes the lease, runs drive, rows or layers, and
                                         spools the result into its FOLDER until it is fetched
+    agent guard FOLDER               gives back power mode and clocks when the job that started it is gone
     agent infer                      one process that infers for `serve`
 
 The clock is read around a complete synchronous inference with pre-bound buffers, in the process that infers; no timing
@@ -29,7 +30,8 @@ import signal
 import sys
 from typing import Sequence
 
-from .base import AgentError, program, tell
+from .arrange import guard
+from .base import AgentError, die_with_parent, program, tell
 from .driver import drive
 from .files import write_result
 from .inferring import inferrer
@@ -38,7 +40,7 @@ from .layers import layers
 from .machine import facts, state
 from .rows import rows
 from .server import serve
-from .worker import die_with_parent, worker
+from .worker import worker
 
 
 def run_job(verb: str, job_path: str, out_path: str) -> int:
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         return serve(arguments[1])
     if len(arguments) == 2 and arguments[0] == "job":
         return run_detached(arguments[1])
+    if len(arguments) == 2 and arguments[0] == "guard":
+        return guard(arguments[1])
     if list(arguments) == ["infer"]:
         return inferrer()
     sys.stderr.write(str(__doc__) + "\n")

@@ -11,10 +11,11 @@ import tempfile
 import time
 from typing import Any, Dict, List, Optional, Tuple
 
+from . import jetson
 from .base import CLOCK, AgentError, Table, program, tell
 from .files import sha256
 from .flags import flag
-from .machine import processor_ticks, temperatures
+from .machine import processor_ticks, temperatures, throttle_counts
 from .plan import Plan, plan_blocks, plan_sustained
 
 PROTOCOL = "ort-interleaved-1"
@@ -113,7 +114,17 @@ def drive(job: Table) -> Table:
     rng = random.Random(job["seed"])
     names = [model["name"] for model in job["models"]]
     refuse_changed(job)
-    begin, before, warm = CLOCK(), processor_ticks(), temperatures()
+    begin, before, warm, throttled = CLOCK(), processor_ticks(), temperatures(), throttle_counts()
+    watched = jetson.Telemetry(int(job.get("telemetry_ms") or 0))
+    try:
+        result = take_turns(job, rng, names, begin)
+    finally:
+        power = watched.end()
+    return dict(result, telemetry=dict(telemetry(begin, before, warm, throttled), **power))
+
+
+def take_turns(job: Table, rng: random.Random, names: List[str], begin: int) -> Table:
+    """The processes and rounds of a job, one after the other."""
     repeats: List[Table] = []
     plan: Optional[Plan] = None
     medians: Dict[str, int] = {}
@@ -134,13 +145,7 @@ def drive(job: Table) -> Table:
                 worker.close()
     assert plan is not None
     flag(repeats, names)
-    return {
-        "repeats": repeats,
-        "rounds": plan[0],
-        "dropped": plan[1],
-        "timed": plan[2],
-        "telemetry": telemetry(begin, before, warm),
-    }
+    return {"repeats": repeats, "rounds": plan[0], "dropped": plan[1], "timed": plan[2]}
 
 
 def refuse_changed(job: Table) -> None:
@@ -150,8 +155,10 @@ def refuse_changed(job: Table) -> None:
             raise AgentError("model", "is not the file that was sent: its SHA-256 differs", model["name"])
 
 
-def telemetry(begin: int, before: Tuple[int, int, int], warm: Dict[str, float]) -> Dict[str, float]:
-    """What was seen of the machine over a session that began at `begin` ns with these ticks and temperatures."""
+def telemetry(
+    begin: int, before: Tuple[int, int, int], warm: Dict[str, float], throttled: Dict[str, int]
+) -> Dict[str, float]:
+    """What was seen of the machine over a session that began at `begin` ns with these ticks, degrees and counts."""
     after, hot = processor_ticks(), temperatures()
     ticks = max(1, after[0] - before[0])
     seen = {
@@ -159,6 +166,9 @@ def telemetry(begin: int, before: Tuple[int, int, int], warm: Dict[str, float]) 
         "steal_percent": 100.0 * (after[1] - before[1]) / ticks,
         "load_end": os.getloadavg()[0],
     }
+    moved = {path: count - throttled.get(path, 0) for path, count in throttle_counts().items() if "/oc" in path}
+    if moved:
+        seen["overcurrent_events"] = float(sum(moved.values()))
     if warm and hot:
         seen.update(hottest_start_c=max(warm.values()), hottest_end_c=max(hot.values()))
     return seen

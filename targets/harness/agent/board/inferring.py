@@ -6,11 +6,10 @@ import sys
 import tempfile
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
-from .base import AgentError, Table, program
+from .base import AgentError, Table, die_with_parent, program
 from .driver import died
 from .model import error_text, open_session, port_tables, run_batch, runtime_errors
 from .peer import ALIVE_S, Lost, Peer
-from .worker import die_with_parent
 
 OPEN_SESSIONS = 4
 

@@ -12,15 +12,11 @@ import time
 import zlib
 from typing import Any, Callable
 
+from .arrange import Arrangement
 from .base import AgentError, Table, program, read_text
 from .files import write_file, write_result
 from .lease import Lease, lock
 from .machine import facts, require_runtime, state
-
-
-def boot_id() -> str:
-    """Changes whenever the device starts."""
-    return read_text("/proc/sys/kernel/random/boot_id")
 
 
 def locked(path: str) -> bool:
@@ -73,11 +69,19 @@ def leased(job: Table, folder: str, note: Callable[[Table], None]) -> Table:
     try:
         require_runtime()
         lease.take(job["owner"], job["limit_s"], job["wait_s"], waiting)
-        seen: Table = {"event": "leased"}
-        if job["verb"] == "drive":
-            seen.update(facts=facts("onnxruntime"), state=state(folder))
-        note(seen)
-        return attend(job, folder, note, absence)
+        arrangement = Arrangement(os.path.dirname(os.path.dirname(folder)), job.get("wish"), note)
+        try:
+            arrangement.begin(lease.file)
+            seen: Table = {"event": "leased"}
+            if job["verb"] in ("drive", "facts"):
+                seen.update(facts=facts("onnxruntime"), state=state(folder))
+            note(seen)
+            if job["verb"] == "facts":
+                write_result(os.path.join(folder, "out.json"), {})
+                return spool(folder, os.path.join(folder, "out.json"))
+            return attend(job, folder, note, absence)
+        finally:
+            arrangement.end()
     finally:
         lease.give_back()
 

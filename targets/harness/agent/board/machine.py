@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from . import jetson
 from .base import CLOCK, AgentError, Table, read_number, read_text
 from .files import sha256
 
@@ -30,7 +31,7 @@ def processor() -> Tuple[str, str]:
 
 def machine() -> str:
     """Model of the board or computer, else its instruction set."""
-    board = read_text("/proc/device-tree/model")
+    board = jetson.tree("model")
     vendor, product = read_text("/sys/class/dmi/id/sys_vendor"), read_text("/sys/class/dmi/id/product_name")
     return board or " ".join(part for part in (vendor, product) if part) or platform.machine()
 
@@ -87,8 +88,9 @@ def quota_stops(folders: Sequence[str]) -> int:
 
 
 def throttle_paths() -> List[str]:
-    """Files that count how often the hardware lowered its clock."""
+    """Files that count how often the hardware lowered its clock; over-current that only counts is none of them."""
     found = glob.glob("/sys/class/hwmon/hwmon*/oc*_event_cnt")
+    found = [path for path in found if read_number(path.replace("event_cnt", "throt_en")) != 0]
     return sorted(found + glob.glob("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count"))
 
 
@@ -136,7 +138,7 @@ def facts(package: str) -> Table:
     version, build = runtime_build(package)
     governors = sorted({read_text(folder + "/scaling_governor") for folder in clock_folders()})
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
+    found: Table = {
         "machine": machine(),
         "cpu": name,
         "cpu_flags": flags,
@@ -151,6 +153,9 @@ def facts(package: str) -> Table:
         "runtime_build": build,
         "python": "%d.%d" % sys.version_info[:2],
     }
+    if jetson.there():
+        found.update(jetson.facts(), clocks=jetson.clocks(clocks()))
+    return found
 
 
 def processor_ticks() -> Tuple[int, int, int]:
@@ -167,11 +172,11 @@ def processor_ticks() -> Tuple[int, int, int]:
 
 
 def temperatures() -> Dict[str, float]:
-    """Degrees Celsius of each thermal zone."""
+    """Degrees Celsius of each thermal zone; a Jetson's PMIC-Die is left out, which is a constant 100 or 50."""
     found = {}
     for zone in sorted(glob.glob("/sys/class/thermal/thermal_zone*")):
         value = read_number(zone + "/temp")
-        if value is not None:
+        if value is not None and not read_text(zone + "/type").startswith("PMIC"):
             found[(read_text(zone + "/type") or "zone") + " " + zone.rsplit("zone", 1)[-1]] = value / 1000.0
     return found
 
@@ -231,7 +236,7 @@ def state(folder: str, watch_s: float = WATCH_S) -> Table:
     while not os.path.isdir(folder):
         folder = os.path.dirname(os.path.abspath(folder))
     disk = os.statvfs(folder)
-    return {
+    found: Table = {
         "load": os.getloadavg()[0],
         "cores": usable_cores(),
         "runnable": max(0, sorted(running)[len(running) // 2] - 1),
@@ -248,3 +253,6 @@ def state(folder: str, watch_s: float = WATCH_S) -> Table:
         "disk_free_mib": int(disk.f_bavail * disk.f_frsize // 2**20),
         "folder": folder,
     }
+    if jetson.there():
+        found.update(jetson.state(), clocks=jetson.clocks(clocks()))
+    return found

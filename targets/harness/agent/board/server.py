@@ -12,10 +12,12 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from .base import AgentError, Table, program, read_number, read_text
+from . import jetson
+from .arrange import left
+from .base import AgentError, Table, boot_id, program, read_number, read_text
 from .files import sha256, write_file
 from .inferring import Inferring
-from .job import boot_id, locked
+from .job import locked
 from .lease import Lease, holder_of, lock
 from .machine import facts, require_runtime, state
 from .peer import ALIVE_S, MARK, Lost, Peer
@@ -76,13 +78,20 @@ class Server(object):
         verbs: Dict[str, Callable[[Table], Table]] = {
             "facts": lambda _: self.facts(),
             "providers": lambda _: self.providers(),
-            "state": lambda _: dict(state(self.folder), event="state", holder=holder_of(request["device"])),
+            "state": self.state,
             "have": self.have, "put": self.put, "start": self.start, "follow": self.follow,
             "stop": self.stop, "drop": self.drop, "ping": lambda _: {"event": "alive"},
         }  # fmt: skip
         if verb not in verbs:
             raise AgentError("job", "unknown request '%s'" % verb)
         return verbs[verb](request), b""
+
+    def state(self, request: Table) -> Table:
+        """How the device is."""
+        seen = dict(state(self.folder), event="state", holder=holder_of(request["device"]), left=left(self.folder))
+        if jetson.there():
+            seen["root"] = jetson.may_be_root()
+        return seen
 
     def facts(self) -> Table:
         """Who the device is."""

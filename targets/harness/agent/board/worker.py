@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import Dict, List
 
-from .base import AgentError, Table, read_number, read_text
+from .base import AgentError, Table, die_with_parent, read_number, read_text
 from .machine import clock_folders, clocks, group_folders, quota_stops, throttle_paths
 from .model import Model
 
@@ -34,14 +34,6 @@ class Watch(object):
             "stops": quota_stops(self.groups),
             "khz": [read_number(path) or 0 for path in self.clocks],
         }
-
-
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, however that happens."""
-    if sys.platform.startswith("linux"):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def quiet_collector() -> None:

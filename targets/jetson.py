@@ -1,0 +1,120 @@
+"""A Jetson behind OpenSSH: a board like any other, with its power mode by name, its clocks held if asked, its power."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import DeployError, UsageError, near_miss
+from profiles.schema import JetsonSpec, Profile
+from targets._agents import Answer, Look, Table, Verb
+from targets.base import Progress, Target
+from targets.harness.device import Condition
+from targets.ssh import Ssh
+
+FACTS_LIMIT_S = 120.0
+JETPACKS = {
+    "32.6": "4.6", "32.7": "4.6", "34.1": "5.0", "35.1": "5.0.2", "35.2": "5.1", "35.3": "5.1", "35.4": "5.1",
+    "35.5": "5.1", "35.6": "5.1", "36.2": "6.0", "36.3": "6.0", "36.4": "6.1 or 6.2", "36.5": "6.2", "38.2": "7.0",
+    "38.4": "7.1", "39.2": "7.2",
+}  # fmt: skip
+"""JetPack by the first two numbers of the L4T release, for people: nothing depends on it, a newer one is no error."""
+
+
+class Jetson(Ssh):
+    """A Jetson, reached as the profile's `host` and `[ssh]` say, in the state that `[jetson]` asks for."""
+
+    def __init__(self, profile: Profile, state: Path) -> None:
+        super().__init__(profile, state)
+        self.spec = profile.jetson
+        self.board.wish = {"power_mode": self.spec.power_mode, "lock": self.spec.clocks == "locked"}
+        self._known = False
+        self._arranged: Table | None = None
+
+    def _facts(self) -> Table:
+        """As they are while something is measured: in the power mode and with the clocks that the profile asks for.
+
+        A power mode decides how many cores there are, so it has to be set for the facts to be read.
+        """
+        facts = super()._facts()
+        self._check(facts)
+        if not any(self.board.wish.values()):
+            return facts
+        if self._arranged is None:
+            self._arranged = self.board.run("facts", {"models": []}, {}, {}, FACTS_LIMIT_S).seen["facts"]
+        return self._arranged
+
+    def _run(
+        self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
+    ) -> Answer:
+        if not self._known:
+            self._facts()
+        return super()._run(verb, {**job, "telemetry_ms": self.spec.telemetry_ms}, limit_s, progress, look)
+
+    def _check(self, facts: Mapping[str, Any]) -> None:
+        """Raise UsageError for another board than the profile is for, or a power mode that it does not have."""
+        wrong = _wrong_board(facts, self.profile.name, self.spec)
+        if wrong:
+            raise UsageError(f"{str(self.profile.host)!r} {wrong}.", "deploy list profiles; 'jetson' takes any board.")
+        modes = list(facts.get("power_modes", ()))
+        asked = self.spec.power_mode
+        if asked and modes and asked not in modes:
+            raise UsageError(
+                f"'{self.profile.host}' has no power mode '{asked}'. {near_miss(asked, modes)}",
+                f"set jetson.power_mode to one of {', '.join(modes)}.",
+            )
+        self._known = True
+
+    def doctor(self) -> list[Condition]:
+        """What every board is asked, and who this one is, what was left behind and whether its state can be set."""
+        found = super().doctor()
+        if any(condition.fatal and not condition.ok for condition in found[:1]):
+            return found
+        try:
+            facts, seen = Ssh._facts(self), self._state()
+        except DeployError:
+            return found  # the runtime's condition says why
+        wrong = _wrong_board(facts, self.profile.name, self.spec)
+        why, mend = "the profile's settings are another board's", "use the profile of this board, or plain 'jetson'."
+        found.append(Condition("board", _board(facts), not wrong, wrong and f"it {wrong}; {why}", mend, fatal=True))
+        if self.spec.power_mode or self.spec.clocks == "locked":
+            able = bool(seen.get("root"))
+            why = "power mode and clocks cannot be set for a measurement"
+            found.append(Condition("root for nvpmodel", "yes" if able else "no", able, why, SUDOERS, fatal=True))
+        if seen.get("left"):
+            why = "a measurement that was cut off changed the power mode or the clocks"
+            mend = "measure once more on it: what was there before is given back first."
+            found.append(Condition("settings left behind", str(seen["left"].get("mode") or "clocks"), False, why, mend))
+        return found
+
+
+SUDOERS = (
+    "on the board: echo \"$USER ALL=(root) NOPASSWD: $(command -v nvpmodel), $(command -v jetson_clocks)\""
+    " | sudo tee /etc/sudoers.d/edge-deploy"
+)
+
+
+def _board(facts: Mapping[str, Any]) -> str:
+    """Name of the board with its module, L4T and JetPack, for people."""
+    board = str(facts.get("board", "")) or "no Jetson"
+    release = board.partition("L4T ")[2]
+    jetpack = JETPACKS.get(".".join(release.split(".")[:2]), "")
+    said = f" (JetPack {jetpack})" if jetpack else " (newer than this tool's table)" if release else ""
+    return f"{facts['machine']}, {board}{said}"
+
+
+def _wrong_board(facts: Mapping[str, Any], name: str, spec: JetsonSpec) -> str:
+    """Why this is not the board that the profile means, as the end of a sentence, or ""."""
+    board = str(facts.get("board", ""))
+    if not board:
+        return f"is no Jetson but '{facts['machine']}'"
+    module = board.split()[0]
+    if spec.modules and not any(module == each or module.startswith(each + "-") for each in spec.modules):
+        return f"is a '{facts['machine']}' with the module {module}; '{name}' is for {', '.join(spec.modules)}"
+    return ""
+
+
+def target(profile: Profile, state: Path) -> Target:
+    """The plug-in."""
+    return Jetson(profile, state)

@@ -1,0 +1,317 @@
+"""A Jetson: what it says of itself in every JetPack, its power mode and clocks, and that they are always given back.
+
+The boards are recordings (recordings/*/SOURCES.md); the commands that stand for theirs print what was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from boards import TestBoard
+
+from profiles.errors import DeployError, UsageError
+from profiles.schema import Budget, MeasureSpec, load_profile, profile_names
+from targets.base import load_target
+from targets.harness.agent.board import jetson
+from targets.harness.measurement import judge
+from targets.jetson import Jetson
+
+RECORDINGS = Path(__file__).parent / "recordings"
+BOARDS = sorted(path.parent.parent.name for path in RECORDINGS.glob("jetpack-*/etc/nv_tegra_release"))
+LINES = sorted(str(path.relative_to(RECORDINGS)) for path in RECORDINGS.glob("jetpack-*/tegrastats*.txt"))
+SHORT = MeasureSpec(
+    rank_processes=1, rank_rounds=8, block_min_ms=1.0, warmup_s=0.1, warmup_inferences=10, warmup_max_s=0.5
+)
+LONG = SHORT.model_copy(update={"rank_rounds": 250, "block_min_ms": 8.0})
+"""Takes about six seconds of measuring."""
+
+
+# --- what it says of itself -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Makes the agent read a recording's files, and its commands print the recording's texts."""
+
+    def use(name: str) -> Path:
+        place = RECORDINGS / name
+        monkeypatch.setattr(jetson, "TREES", (str(place / "device-tree"),))
+        monkeypatch.setattr(jetson, "RELEASE", str(place / "etc/nv_tegra_release"))
+        monkeypatch.setattr(jetson, "MODES", str(place / "etc/nvpmodel.conf"))
+        said = {("nvpmodel", "-q"): place / "nvpmodel-q.txt"}
+
+        def run(words, as_root=False):
+            path = said.get(tuple(words))
+            return (0, path.read_text().strip()) if path is not None and path.is_file() else (127, "not found")
+
+        monkeypatch.setattr(jetson, "run", run)
+        return place
+
+    return use
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a recording has to be read as."""
+
+    l4t: str
+    module: str
+    chip: str
+    mode: tuple[str, int | None]
+    profile: str
+
+
+KNOWN = {
+    "jetpack-4.6-agx-xavier": Known("32.6.1", "p2888-0001", "tegra194", ("", None), "jetson-agx-xavier"),
+    "jetpack-4.6-nano": Known("32.7.1", "p3448-0000", "tegra210", ("MAXN", 0), "jetson-nano"),
+    "jetpack-5.1-agx-orin": Known("35.4.1", "p3701-0000", "tegra234", ("", None), "jetson-agx-orin"),
+    "jetpack-5.1-orin-nx": Known("35.3.1", "", "", ("", None), ""),
+    "jetpack-5.1-xavier-nx": Known("35.4.1", "p3668-0001", "tegra194", ("MODE_15W_6CORE", 2), "jetson-xavier-nx"),
+    "jetpack-6.2-agx-orin": Known("36.4.3", "", "", ("MODE_30W", 2), ""),
+    "jetpack-6.2-orin-nano": Known("36.4.3", "p3767-0005", "tegra234", ("25W", 1), "jetson-orin-nano"),
+    "jetpack-6.2-orin-nx": Known("36.4.7", "p3767-0000", "tegra234", ("MAXN_SUPER", 0), "jetson-orin-nx"),
+    "jetpack-7.0-thor": Known("38.2.0", "p3834-0008", "tegra264", ("120W", 1), "jetson-thor"),
+    "jetpack-7.2-agx-orin": Known("39.2.0", "", "", ("MAXN", 0), ""),
+    "jetpack-7.2-orin-nano": Known("39.2.1", "", "", ("25W", 1), ""),
+    "jetpack-7.2-orin-nano-15w": Known("39.2.0", "", "", ("15W", 0), ""),
+    "jetpack-7.2-thor": Known("39.2.0", "", "", ("", None), ""),
+}
+"""Where no device tree was recorded, the module is not known; where `nvpmodel -q` was not, the mode is not."""
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_every_recorded_board_is_read_as_what_it_is(name, recorded):
+    place, known = recorded(name), KNOWN[name]
+    assert jetson.there()
+    assert (jetson.release(), jetson.module(), jetson.chip()) == (known.l4t, known.module, known.chip)
+    if (place / "nvpmodel-q.txt").is_file():
+        assert jetson.power_mode() == known.mode
+        modes = jetson.modes()
+        assert not modes or modes[known.mode[0]] == known.mode[1]
+    facts = jetson.facts()
+    assert facts["board"] == f"{known.module} L4T {known.l4t}".strip()
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_every_recorded_line_of_tegrastats_gives_memory_temperatures_and_its_rails(name):
+    for line in (RECORDINGS / name).read_text().splitlines():
+        read = jetson.parse_tegrastats(line)
+        assert read["ram_mib"] > 0
+        degrees = [value for key, value in read.items() if key.startswith("temperature_c ")]
+        assert degrees and all(-10.0 < value < 110.0 for value in degrees)
+        rails = {key.split()[1] for key in read if key.startswith("power_mw ")}
+        assert rails == {word for word in line.split() if word.startswith(("VDD", "VIN", "POM"))} | (rails & OWN_RAILS)
+        assert all(0.0 <= read[f"power_mw {rail}"] < 150_000.0 for rail in rails)
+
+
+OWN_RAILS = {"CPU", "GPU", "SOC", "CV", "VDDRQ", "SYS5V"}
+"""Rails of an AGX Xavier, whose names do not begin like the others'."""
+
+
+def test_each_profile_takes_its_own_boards_and_no_others():
+    own = {name: load_profile(name).jetson.modules for name in profile_names() if name.startswith("jetson-")}
+    assert len(own) == 8 and all(own.values())
+    for name, known in ((name, known) for name, known in KNOWN.items() if known.module):
+        fitting = {p for p, modules in own.items() if any(f"{known.module}-".startswith(f"{m}-") for m in modules)}
+        assert fitting == {known.profile}, name
+
+
+# --- on a board -------------------------------------------------------------------------------------------------------
+
+
+class Orin:
+    """That board's own state, as this machine sees it. Mode 0 is 15W, 1 is 25W, 2 is MAXN_SUPER."""
+
+    FLOATING = ("306000000", "624750000")
+
+    def __init__(self, board: TestBoard) -> None:
+        self.board, self.place = board, board.folder / "jetson"
+        self.gpu = self.place / "sys_class" / "devfreq" / "17000000.gpu"
+
+    def reset(self) -> None:
+        """Mode 15W, floating clocks, nothing done, nothing wrong."""
+        clocks = {"modes/0": "306000000 624750000", "modes/1": "306000000 918000000"}
+        for name, text in {"mode": "0", "done": "", **clocks}.items():
+            (self.place / name).write_text(text and text + "\n")
+            (self.place / name).chmod(0o666)
+        for name in ("no_sudo", "restart_modes", "restarted", "slow", "nvpmodel_warns"):
+            (self.place / name).unlink(missing_ok=True)
+        for name, value in zip(("min_freq", "max_freq", "cur_freq"), (*self.FLOATING, self.FLOATING[0]), strict=True):
+            (self.gpu / name).write_text(value + "\n")
+
+    @property
+    def mode(self) -> str:
+        return (self.place / "mode").read_text().strip()
+
+    @property
+    def clocks(self) -> tuple[str, str]:
+        return (self.gpu / "min_freq").read_text().strip(), (self.gpu / "max_freq").read_text().strip()
+
+    @property
+    def done(self) -> list[str]:
+        """What was changed on it, in order."""
+        return (self.place / "done").read_text().split("\n")[:-1]
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is as it was before."""
+        return self.mode == "0" and self.clocks == self.FLOATING and not (self.board.cache / "arranged.json").exists()
+
+    def soon_sound(self, seconds: float = 10.0) -> bool:
+        end = time.monotonic() + seconds
+        while not self.sound and time.monotonic() < end:
+            time.sleep(0.1)
+        return self.sound
+
+
+@pytest.fixture
+def orin(whole_jetson) -> Iterator[Orin]:
+    """The board as it was recorded; afterwards it is so again, and nothing of ours runs on it."""
+    board = Orin(whole_jetson)
+    board.reset()
+    yield board
+    whole_jetson.mend()
+    assert whole_jetson.quiet() and whole_jetson.jobs() == []
+    assert board.soon_sound()
+
+
+@pytest.fixture
+def make(orin, tmp_path):
+    """Makes targets for it, with `[jetson]` as given, and hangs up in the end."""
+    made: list[Jetson] = []
+    (tmp_path / ".deploy").mkdir()
+
+    def one(extends: str = "jetson-orin-nano", **keys) -> Jetson:
+        table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
+        file = orin.board.file("orin", f"jetson = {{ {table} }}", extends=extends)
+        made.append(load_target(load_profile(str(file)), tmp_path / ".deploy"))
+        return made[-1]
+
+    yield one
+    for target in made:
+        target.board.close()
+
+
+def test_a_session_in_another_mode_with_locked_clocks_leaves_the_board_as_it_was(make, orin, conv):
+    target = make(power_mode="25W", clocks="locked", telemetry_ms=200)
+    session = target.measure({"a": conv("net")}, SHORT, "rank")
+    fingerprint = session.fingerprint
+    assert (fingerprint.board, fingerprint.power_mode) == ("p3767-0005 L4T 36.4.3", "25W")
+    assert fingerprint == target.fingerprint() and fingerprint.machine.startswith("NVIDIA Jetson Orin Nano")
+    assert session.telemetry["power_mw VDD_IN mean"] > 0 and session.telemetry["overcurrent_events"] == 0.0
+    assert orin.sound and orin.done == ["nvpmodel 1", "lock", "nvpmodel 0", "restore"] * 2
+
+
+def test_nothing_is_changed_where_nothing_is_asked_for(make, orin, conv):
+    session = make(telemetry_ms=0).measure({"a": conv("net")}, SHORT, "rank")
+    assert session.fingerprint.power_mode == "15W" and orin.done == []
+    assert not [name for name in session.telemetry if name.startswith("power_mw")]
+
+
+def test_the_mode_that_it_is_in_already_is_not_set_again(make, orin, conv):
+    make(power_mode="15W").measure({"a": conv("net")}, SHORT, "rank")
+    assert orin.done == []
+
+
+def test_what_is_asked_for_is_refused_before_anything_is_changed(make, orin, conv):
+    path = conv("net")
+    with pytest.raises(UsageError, match=r"'board' has no power mode '25 W'\. Did you mean '25W'\?") as error:
+        make(power_mode="25 W").measure({"a": path}, SHORT, "rank")
+    assert "MAXN_SUPER" in error.value.hint
+    with pytest.raises(UsageError, match=r"with the module p3767-0005; 'orin' is for p3834"):
+        make("jetson-thor").measure({"a": path}, SHORT, "rank")
+    (orin.place / "no_sudo").write_text("")
+    with pytest.raises(DeployError, match=r"does not let its state be set: .*a password is required"):
+        make(power_mode="25W").measure({"a": path}, SHORT, "rank")
+    doctor = {condition.name: condition for condition in make(power_mode="25W").doctor()}
+    assert not doctor["root for nvpmodel"].ok and "sudoers" in doctor["root for nvpmodel"].mend
+    assert orin.done == [] and orin.sound
+
+
+def test_a_mode_that_takes_a_restart_is_not_restarted_into(make, orin, conv):
+    (orin.place / "restart_modes").write_text("2\n")
+    with pytest.raises(DeployError, match="power mode 'MAXN_SUPER' takes a restart") as error:
+        make(power_mode="MAXN_SUPER").measure({"a": conv("net")}, SHORT, "rank")
+    assert "sudo nvpmodel -m 2" in error.value.hint
+    assert not (orin.place / "restarted").exists() and orin.sound
+
+
+def test_the_doctor_says_who_it_is(make):
+    doctor = {condition.name: condition for condition in make().doctor()}
+    assert doctor["board"].ok and doctor["board"].value.endswith("p3767-0005 L4T 36.4.3 (JetPack 6.1 or 6.2)")
+    assert doctor["power mode"].value.startswith("15W of ")
+    assert not make("jetson-nano").doctor()[-1].ok
+
+
+def test_over_current_voids_a_session(make, orin, conv):
+    target = make(telemetry_ms=0)
+    counter = orin.place / "sys_class" / "hwmon" / "hwmon3" / "oc1_event_cnt"
+    moved: list[float] = []
+
+    def overload(done: float) -> None:
+        if not moved:
+            moved.append(done)
+            counter.write_text("3\n")
+
+    session = target.measure({"a": conv("net"), "b": conv("net")}, LONG, "rank", overload)
+    counter.write_text("0\n")
+    assert moved and session.telemetry["overcurrent_events"] == 3.0
+    judged = judge(session, "b", "a", Budget(ratio=2.0))
+    assert judged.verdict == "undecided" and "overloaded 3 times" in str(judged.reason)
+
+
+@pytest.mark.parametrize("guard", ["alive", "dead too"])
+def test_a_job_that_is_killed_leaves_nothing_changed(make, orin, conv, guard):
+    """Its guard gives it back; where that is dead as well, the job that is started again does."""
+    target = make(power_mode="25W", clocks="locked", telemetry_ms=0)
+    killed: list[int] = []
+
+    def kill(done: float) -> None:
+        if killed:
+            return
+        words = ["drive", "worker", "job"] if guard == "alive" else ["guard", "drive", "worker", "job"]
+        for word in words:
+            for process in orin.board.running(word):
+                killed.append(process.pid)
+                process.send_signal(signal.SIGKILL)
+
+    session = target.measure({"a": conv("net")}, LONG, "rank", kill)
+    assert len(killed) >= 2 and session.fingerprint.power_mode == "25W"
+    assert orin.soon_sound()
+
+
+@pytest.mark.parametrize("how", ["asked to end", "killed"])
+def test_a_job_that_nobody_comes_back_for_is_given_back(make, orin, conv, how):
+    """By itself when it is asked to end, by its guard when it is killed."""
+    target = make(power_mode="25W", clocks="locked", telemetry_ms=0)
+
+    def leave(done: float) -> None:
+        if how == "killed":
+            for word in ("drive", "job"):
+                for process in orin.board.running(word):
+                    process.send_signal(signal.SIGKILL)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        target.measure({"a": conv("net")}, LONG, "rank", leave)
+    assert orin.soon_sound() and orin.done[-4:] == ["nvpmodel 1", "lock", "nvpmodel 0", "restore"]
+
+
+def test_a_restart_in_the_middle_gives_the_mode_back_and_leaves_the_new_clocks_alone(make, orin, conv):
+    target = make(power_mode="25W", clocks="locked", telemetry_ms=0)
+    restarted: list[str] = []
+
+    def restart(done: float) -> None:
+        if not restarted:
+            restarted.append(orin.mode)
+            orin.board.do("reboot")
+
+    session = target.measure({"a": conv("net")}, LONG, "rank", restart)
+    assert restarted == ["1"] and session.fingerprint.power_mode == "25W"
+    assert orin.mode == "0" and orin.soon_sound()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def _recalibrate(model: nn.Module, samples: Samples) -> None:
 class SequentialFit(fx.Interpreter):
     """Runs a pruned network over the calibration samples and refits each layer just before it runs.
 
-    turns: how often layers before a ReLU are solved again.
+    turns: how often layers before a ReLU are solved again. only: the layers that are refitted; left out, all.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class SequentialFit(fx.Interpreter):
         taps: DenseTaps,
         *,
         turns: int = RELU_TURNS,
+        only: Container[fx.Node] | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         super().__init__(pruned)
@@ -121,7 +122,8 @@ class SequentialFit(fx.Interpreter):
         self.aim = aims(network, cut.dropped)
         self.turns, self.progress = turns, progress
         self.done: set[str] = set()
-        self.layers = [node for node in pruned.graph.nodes if is_layer(pruned, node)]
+        layers = [node for node in pruned.graph.nodes if is_layer(pruned, node)]
+        self.layers = [node for node in layers if only is None or node in only]
 
     @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,12 +182,8 @@ def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, targe
 
     mean = patches.mean(0)  # (groups, d)
     centred = (patches - mean).transpose(0, 1)  # (groups, rows, d)
-    gram = centred.transpose(1, 2) @ centred
-    trace = gram.diagonal(dim1=1, dim2=2).mean(1)
-    ridge = HEAD_RIDGE if isinstance(layer, nn.Linear) else RIDGE
-    damped = gram + torch.diag_embed((ridge * trace + 1e-8)[:, None].expand(-1, d))
-    factor, info = torch.linalg.cholesky_ex(damped.double())
-    if bool(info.any()):
+    ridge = _Ridge(centred, HEAD_RIDGE if isinstance(layer, nn.Linear) else RIDGE)
+    if ridge.singular:
         return
     new, bias = old.clone(), offset.clone()
     for turn in range(turns):
@@ -196,14 +194,35 @@ def _solve(layer: nn.Module, norm: nn.BatchNorm2d | None, patches: Tensor, targe
         wanted = (goal - shift) / safe  # what X W + b should be
         residual = wanted - wanted.mean(0)
         residual = residual.reshape(-1, groups, old.shape[1]).transpose(0, 1) - centred @ old.transpose(1, 2)
-        step = torch.cholesky_solve((centred.transpose(1, 2) @ residual).double(), factor).float()  # (groups, d, out)
-        new = old + step.transpose(1, 2)
+        new = old + ridge.solve(residual).transpose(1, 2)
         bias = wanted.mean(0) - torch.einsum("god,gd->go", new, mean).reshape(-1)
     if not bool(torch.isfinite(new).all() and torch.isfinite(bias).all()):
         return
     mask = alive.reshape(groups, -1, 1)
     weight.data.copy_(torch.where(mask, new, old).reshape(weight.shape))
     set_bias(layer, norm, torch.where(alive, bias, offset), offset)
+
+
+class _Ridge:
+    """Ridge regression on patches X (groups, rows, d), by whichever of two equal forms has the smaller matrix.
+
+    With more rows than columns (XᵀX + λI)⁻¹ Xᵀ, else Xᵀ (XXᵀ + λI)⁻¹; λ is `ridge` times the mean square of a column.
+    """
+
+    def __init__(self, patches: Tensor, ridge: float) -> None:
+        rows, d = patches.shape[1:]
+        self.patches, self.wide = patches, rows < d
+        gram = patches @ patches.transpose(1, 2) if self.wide else patches.transpose(1, 2) @ patches
+        mean = gram.diagonal(dim1=1, dim2=2).sum(1) / d
+        damped = gram + torch.diag_embed((ridge * mean + 1e-8)[:, None].expand(-1, gram.shape[1]))
+        self.factor, info = torch.linalg.cholesky_ex(damped.double())
+        self.singular = bool(info.any())
+
+    def solve(self, target: Tensor) -> Tensor:
+        """Weights (groups, d, out) that bring the patches to a target (groups, rows, out)."""
+        if self.wide:
+            return self.patches.transpose(1, 2) @ torch.cholesky_solve(target.double(), self.factor).float()
+        return torch.cholesky_solve((self.patches.transpose(1, 2) @ target).double(), self.factor).float()
 
 
 def _not_positive(target: Tensor, landed: Tensor) -> Tensor:

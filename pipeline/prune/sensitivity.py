@@ -24,7 +24,9 @@ from pipeline.prune.surgery import carry_out
 from pipeline.prune.taps import DenseTaps, aims, find_tap, is_layer
 
 KEEP_MIB = 768
-ROWS = 2560
+ROWS, FEWEST_ROWS = 2560, 1024
+FIT_MACS = 64e9
+"""Multiply-accumulates of refitting the whole network once, up to which a probe takes all its rows; ResNet-56: 22e9."""
 TURNS = 2
 
 
@@ -37,7 +39,7 @@ class LossProbe:
     def __init__(self, network: Network, samples: Samples) -> None:
         self.network = network
         self.inputs = samples.joined()
-        self.taps = DenseTaps(network, self.inputs, ROWS)
+        self.taps = DenseTaps(network, self.inputs, rows_worth(network))
         self.values = _dense_values(network.graph, self.inputs)
         self.dense = first(self.values[_output(network.graph)])
         self.whole = resolve(network.topology, PruningPlan())
@@ -50,8 +52,9 @@ class LossProbe:
         """
         cut = resolve(self.network.topology, plan)
         pruned = carry_out(self.network.graph, cut)
-        start = _start(pruned, _changed(self.network, pruned, cut, self.whole), self.values)
-        outputs = SequentialFit(pruned, self.network, cut, self.taps, turns=TURNS).run(*self.inputs, initial_env=start)
+        dirty = _reached(pruned, _changed(self.network, pruned, cut, self.whole))
+        fit = SequentialFit(pruned, self.network, cut, self.taps, turns=TURNS, only=dirty)
+        outputs = fit.run(*self.inputs, initial_env=_start(pruned, dirty, self.values))
         loss = float(divergence(first(outputs), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
 
@@ -131,12 +134,17 @@ def _behind(network: Network, pruned: fx.GraphModule, add: str) -> set[str]:
     return {n.name for n in pruned.graph.nodes if n.name in readers}
 
 
-def _start(pruned: fx.GraphModule, changed: frozenset[str], values: Mapping[str, object]) -> dict[fx.Node, object]:
-    """What a run of the pruned graph need not compute: nodes that no change reaches, with their value where read."""
+def _reached(pruned: fx.GraphModule, changed: frozenset[str]) -> set[fx.Node]:
+    """Nodes that a change reaches, and the output."""
     dirty: set[fx.Node] = set()
     for node in pruned.graph.nodes:
         if node.op == "output" or node.name in changed or any(n in dirty for n in node.all_input_nodes):
             dirty.add(node)
+    return dirty
+
+
+def _start(pruned: fx.GraphModule, dirty: set[fx.Node], values: Mapping[str, object]) -> dict[fx.Node, object]:
+    """What a run of the pruned graph need not compute: nodes that no change reaches, with their value where read."""
     again: set[fx.Node] = set()
     for node in reversed(pruned.graph.nodes):
         read = any(user in dirty or user in again for user in node.users)
@@ -175,6 +183,17 @@ def _dense_values(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str
     run = _Keeping(graph, KEEP_MIB << 20)
     run.run(*inputs)
     return run.kept
+
+
+def rows_worth(network: Network) -> int:
+    """Rows of patches that a probe refits each layer on: fewer where the layers are so wide that solving takes long."""
+    shapes = [m.weight.shape for m in network.graph.modules() if isinstance(m, nn.Conv2d | nn.Conv1d | nn.Linear)]
+    depths = [math.prod(shape[1:]) for shape in shapes]
+
+    def macs(rows: int) -> float:
+        return sum(rows * d * min(rows, d) + min(rows, d) ** 3 / 3 for d in depths)
+
+    return next((rows for rows in range(ROWS, FEWEST_ROWS, -256) if macs(rows) <= FIT_MACS), FEWEST_ROWS)
 
 
 def affordable(network: Network) -> int:

@@ -12,8 +12,8 @@ from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Evidence, Samples, divergence
 from pipeline.prune.groups import find_groups
 from pipeline.prune.ranking import rank
-from pipeline.prune.repair import repair
-from pipeline.prune.sensitivity import LossProbe, measure, spread
+from pipeline.prune.repair import SequentialFit, _Ridge, repair
+from pipeline.prune.sensitivity import FEWEST_ROWS, ROWS, LossProbe, measure, rows_worth, spread
 from pipeline.prune.surgery import prune, restore
 from profiles.errors import DeployError
 
@@ -200,6 +200,40 @@ def test_a_loss_measured_from_kept_values_is_the_loss_of_a_whole_run(monkeypatch
     monkeypatch.setattr("pipeline.prune.sensitivity.KEEP_MIB", 0)
     assert LossProbe(network, samples).loss(plan) == pytest.approx(kept, rel=1e-4)
     assert LossProbe(network, samples).loss(single) == pytest.approx(one, rel=1e-4)
+
+
+def test_a_layer_that_no_edit_reaches_is_not_refitted_even_where_it_has_to_be_computed_again(monkeypatch):
+    network, samples = network_of("residual pad"), some_samples()
+    last = halved(network).edits[-1]
+    monkeypatch.setattr("pipeline.prune.sensitivity.KEEP_MIB", 0)
+    refitted, real = [], SequentialFit._refit
+
+    def spy(self, node, x):
+        refitted.append(node.name)
+        real(self, node, x)
+
+    monkeypatch.setattr(SequentialFit, "_refit", spy)
+    LossProbe(network, samples).loss(PruningPlan((last,)))
+    layers = [m for m in network.graph.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert 0 < len(refitted) < len(layers)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 12), (12, 40), (20, 20)])
+def test_both_forms_of_ridge_regression_find_the_minimum(rows, columns):
+    torch.manual_seed(0)
+    patches, target = torch.randn(2, rows, columns), torch.randn(2, rows, 5)
+    weights = _Ridge(patches, 0.1).solve(target)
+    strength = 0.1 * patches.square().sum(1).mean(1) + 1e-8
+    slope = patches.transpose(1, 2) @ (patches @ weights - target) + strength[:, None, None] * weights
+    assert slope.abs().max() < 1e-3
+
+
+def test_a_probe_of_a_network_with_wide_layers_takes_fewer_rows():
+    def rows(width: int) -> int:
+        network = find_groups(capture(nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 8, 3)), example()))
+        return rows_worth(network)
+
+    assert rows(16) == ROWS > rows(2048) > rows(4096) >= FEWEST_ROWS
 
 
 def test_widths_to_value_are_spread_and_hold_both_ends():

@@ -7,6 +7,8 @@
 #                                      SITE: site-packages that the board's users may read; RECORDING: a folder with a
 #                                      Jetson's etc/, device-tree/ and class/ files, which the board then shows as
 #                                      its own; TOOLS: commands that stand for that Jetson's, found first on its PATH
+#                                      With ARM_ROOT in the environment, a folder made by arm_root.sh, its users live
+#                                      in that arm64 system and not in this machine's
 #   board.sh down DIR                  end it and remove DIR
 #   board.sh reboot DIR                end every process on it, then start it with another boot id
 #   board.sh stop DIR | start DIR      the two halves of that
@@ -81,6 +83,9 @@ AllowUsers ada ben
 ClientAliveInterval 5
 ClientAliveCountMax 3
 CONFIG
+  if [ -f "$dir/arm_root" ]; then
+    printf 'Match User ada,ben\n  ChrootDirectory /srv\n  SetEnv PYTHONPATH=/opt/site\n' >>"$dir/sshd_config"
+  fi
   cat >"$dir/ssh_config" <<CONFIG
 Host board
   HostName $address
@@ -109,6 +114,23 @@ boot() {
   mkdir -p /run/sshd /run/lock
   chmod 1777 /run/lock
   mount --bind "$dir/home" /home
+  if [ -f "$dir/arm_root" ]; then
+    local arm
+    arm=$(cat "$dir/arm_root")
+    mount --bind "$arm/root" /srv # sshd lets nobody into a folder that lies below one that others may write
+    mount -t proc proc /srv/proc
+    mount --bind "$arm/cpuinfo" /srv/proc/cpuinfo
+    mount -t sysfs -o ro sysfs /srv/sys
+    mount --rbind /dev /srv/dev
+    mount -t tmpfs -o mode=1777 board /srv/tmp
+    mount -t tmpfs -o mode=755 board /srv/run
+    mkdir -m 1777 /srv/run/lock
+    mount --bind "$dir/home" /srv/home
+    for file in passwd group; do
+      mount --bind "$dir/$file" "/srv/etc/$file"
+    done
+    mount --bind "$dir/boot_id" /srv/proc/sys/kernel/random/boot_id
+  fi
   if [ -d "$dir/jetson" ]; then
     rm -rf "$dir/jetson/sys_class"
     cp -a "$dir/jetson/class" "$dir/jetson/sys_class" # clocks do not survive a restart
@@ -190,6 +212,7 @@ up() {
   ssh-keygen -q -t ed25519 -N '' -C client -f "$dir/client"
   know_key
   [ -z "$recording" ] || make_jetson "$recording" "$tools"
+  [ -z "${ARM_ROOT:-}" ] || echo "$ARM_ROOT" >"$dir/arm_root"
   write_config
   echo "[$address]:2222 $(cut -d' ' -f1,2 "$dir/hostkey.pub")" >"$dir/known_hosts"
   ip link add "$host_if" type veth peer name "$board_if" netns "$net"

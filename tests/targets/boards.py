@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from profiles.schema import Profile, load_profile
 
 SCRIPT = Path(__file__).parent / "board.sh"
+ARM = Path(__file__).parent / "arm_root.sh"
 NEEDED = {"ssh": "openssh-client", "sshd": "openssh-server", "ip": "iproute2", "tc": "iproute2", "nft": "nftables",
           "unshare": "util-linux"}  # fmt: skip
 PYTHON = "/home/env/bin/python"
@@ -31,19 +33,38 @@ def lacking() -> str:
     return f"a board in a namespace needs apt-get install {' '.join(missing)}" if missing else ""
 
 
+def arm_root() -> str:
+    """Folder of an arm64 system, made once on a machine and kept; skips the test where it cannot be made."""
+    tools = {"debootstrap": "debootstrap", "qemu-aarch64-static": "qemu-user-static", "dpkg-deb": "dpkg"}
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = sorted({package for tool, package in tools.items() if shutil.which(tool, path=path) is None})
+    if missing:
+        pytest.skip(f"an arm64 board needs apt-get install {' '.join(missing)}")
+    place = Path("/var/tmp/edge-arm64")
+    pip = Path(sys.executable).with_name("pip")
+    done = subprocess.run([str(ARM), str(place), str(pip)], capture_output=True, text=True, timeout=500, check=False)
+    if done.returncode:
+        log = (place / "log").read_text().splitlines() if (place / "log").is_file() else []
+        pytest.skip(f"no arm64 system could be made: {(done.stderr.splitlines() or log or ['no word why'])[-1]}")
+    return str(place)
+
+
 class TestBoard:
     """A board that is up. folder: its own folder on this machine; home: of the user `ada` on it.
 
-    recording: for a Jetson, the folder of its recording and that of the commands that stand for its own.
+    recording: for a Jetson, the folder of its recording and that of the commands that stand for its own. arm_root: of
+    an arm64 board, the folder that arm_root.sh made.
     """
 
     __test__ = False
 
-    def __init__(self, *recording: str) -> None:
+    def __init__(self, *recording: str, arm_root: str = "") -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="edge-board-", dir="/var/tmp")) / "board"
         self.folder.parent.chmod(0o755)
         self.home = self.folder / "home" / "ada"
         self.cache = self.home / ".cache" / "edge-deploy"
+        self.python = "/usr/bin/python3" if arm_root else PYTHON
+        self._env = {"ARM_ROOT": arm_root} if arm_root else {}
         try:
             self.do("up", sys.base_prefix, sysconfig.get_path("purelib"), *recording)
         except BaseException:
@@ -54,7 +75,7 @@ class TestBoard:
     def do(self, verb: str, *words: str) -> str:
         """Run board.sh."""
         command = [str(SCRIPT), verb, str(self.folder), *words]
-        env = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+        env = {**os.environ, **self._env, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
         assert done.returncode == 0, f"board.sh {verb}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -72,7 +93,7 @@ class TestBoard:
 
     def file(self, name: str, *lines: str, extends: str = "ssh", **ssh: Any) -> Path:
         """A profile file of a user for this board."""
-        keys = {"python": PYTHON, "config": str(self.folder / "ssh_config"), **ssh}
+        keys = {"python": self.python, "config": str(self.folder / "ssh_config"), **ssh}
         table = [f"{key} = {_toml(value)}" for key, value in keys.items()]
         path = self.folder.parent / f"{name}.toml"
         path.write_text("\n".join([f'extends = "{extends}"', 'host = "board"', *lines, "[ssh]", *table, ""]))

@@ -4,11 +4,12 @@
 
 Ratios and budgets are those of two networks in the same precision. The accuracy that may be lost is counted from the
 user's own network, in float32: what half precision costs is a part of it. What it does to the dense network by itself,
-its time above all, is measured on the device and told, since there are devices where half is slower.
+its time above all, is measured on the device and told, since not every device gains by it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,8 @@ def _detail(passes: Mapping[str, Any]) -> str:
 
 def told(precision: str, timing: Timing, before: float | None, after: float | None) -> str:
     """A sentence on what a precision alone does to the dense network. before, after: accuracy, None where unknown."""
-    ratio = f"{numbers.ratio(timing.ratio)} ({numbers.bounds((timing.low, timing.high), 'x')})"
+    bounds = f" ({numbers.bounds((timing.low, timing.high), 'x')})" if math.isfinite(timing.high) else ""
+    ratio = f"{numbers.ratio(timing.ratio)}{bounds}"
     text = f"in {precision} the dense network takes {ratio} of its time in fp32 on this device"
     if before is not None and after is not None:
         text += f", and its accuracy goes from {before:.4f} to {after:.4f}"

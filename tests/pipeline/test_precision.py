@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,8 @@ def test_a_device_where_half_is_slower_is_told_so_and_a_faster_one_not():
     )
     assert "slower" not in told("fp16", Timing(1.0, 0.6, 0.6, 0.5, 0.7), None, None)
     assert "slower" not in told("fp16", Timing(1.0, 1.01, 1.01, 0.99, 1.03), None, None)
+    one = told("fp16", Timing(1.0, 1.2, 1.2, 0.0, math.inf), None, None)
+    assert "takes 1.200x of its time in fp32 on this device." in one, "a single process gives no bounds"
 
 
 def test_candidates_are_measured_in_half_and_taken_before_the_rounding(tmp_path: Path):

@@ -78,8 +78,7 @@ def find_kept(graph: gs.Graph, ranges: Mapping[str, Range], told: str = "the sam
     pieces = _pieces(nodes)
     kept: Reasons = {}
     for node in nodes:
-        ports = find_ports(node, graph.opset)
-        reason = ports if isinstance(ports, str) else _reason(node, ports, pieces, ranges, told)
+        reason = _reason(node, find_ports(node, graph.opset), pieces, ranges, told)
         if reason:
             kept[id(node)] = reason
     while _share(nodes, kept) or _enclose(nodes, kept):
@@ -88,7 +87,7 @@ def find_kept(graph: gs.Graph, ranges: Mapping[str, Range], told: str = "the sam
 
 
 def _reason(
-    node: gs.Node, ports: Ports, pieces: Mapping[int, str], ranges: Mapping[str, Range], told: str
+    node: gs.Node, ports: Ports | str, pieces: Mapping[int, str], ranges: Mapping[str, Range], told: str
 ) -> str | None:
     """What speaks against half precision in a node by itself."""
     by_operator = next((why for ops, why in BY_OPERATOR if node.op in ops), None)
@@ -96,6 +95,8 @@ def _reason(
         return by_operator
     if any(maker.op == "DequantizeLinear" for tensor in node.inputs for maker in tensor.inputs):
         return "it is quantised"
+    if isinstance(ports, str):
+        return ports
     terms = _terms(node) if node.op in SUMS else 0
     if terms is None or terms > MOST_TERMS:
         return f"it adds up {'an unknown number of' if terms is None else terms} terms"

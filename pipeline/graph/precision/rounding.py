@@ -13,7 +13,8 @@ mean 0 (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019, theorem 2.4)
 
 and k is what makes that hold for all compared values together but with probability DOUBT. The bound is relative to the
 largest value of an output: that single values add up from larger parts of both signs, whose errors then weigh more, is
-met by the errors of many parts being independent. A network that exceeds it loses digits to half precision itself.
+met by the errors of many parts being independent. The networks of benchmarks/projects stay 9 to 60 times below the
+bound; one that exceeds it loses digits to half precision itself.
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def test_what_is_quantised_is_left_alone():
     model = graph(nodes, (1, 3, 8, 8), (1, 2, 8, 8), stored)
     found = kept(model)
     assert set(found) == {n.name for n in nodes} - {"/f/Relu", "/y/Conv"}
-    assert found["/c/Conv"] == found["/e/Conv"] == "it is quantised"
-    assert found["/r/Relu"] == "it lies between nodes that stay float32"
+    assert found.pop("/r/Relu") == "it lies between nodes that stay float32"
+    assert set(found.values()) == {"it is quantised"}
 
 
 def test_operators_without_a_half_form_or_unknown_to_onnx_stay():

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import fx, nn
 
-from pipeline import outcome
+from pipeline import outcome, precision
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow, narrow_file
@@ -178,8 +178,10 @@ def _say(run: Run, text: str) -> None:
 
 def _release(work: Work) -> BuildResult:
     """Every step, to the bundle."""
-    dense = _dense(work)
-    accuracy_dense = _accuracy(work, dense.path("onnx"), "dense")
+    exact = _dense(work)
+    dense = precision.lowered(work, exact, "dense")
+    accuracy_dense = _accuracy(work, exact.path("onnx"), "dense")
+    _compare_precisions(work, exact, dense, accuracy_dense)
     _rank(work)
     table = _table(work, dense)
     probe = _probe(work)
@@ -190,28 +192,33 @@ def _release(work: Work) -> BuildResult:
         found = _search(work, dense, probe, table, values, aimed)
         if found.chosen is None:
             return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
-        ending = _finish(work, dense, found, accuracy_dense)
+        ending = _finish(work, exact, dense, found, accuracy_dense)
         if ending.judged.verdict == "met" or ending.session.contaminated:
             break
         table = found.table
     return outcome.release(work, ending)
 
 
-def _finish(work: Work, dense: Outcome, found: Found, accuracy_dense: float | None) -> outcome.Ending:
-    """The chosen plan carried out: repaired, recovered, exported, judged."""
+def _finish(
+    work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_dense: float | None
+) -> outcome.Ending:
+    """The chosen plan carried out: repaired, recovered, exported, judged.
+
+    Latency is judged against the dense network in the same precision, accuracy against the user's own, in float32.
+    """
     assert found.chosen is not None
     plan = found.chosen.plan
     recovered = _recover(work, plan, _repair(work, plan))
-    final = _candidates(work, _export(work, plan, recovered))
+    final = precision.lowered(work, _candidates(work, _export(work, plan, recovered)), "pruned")
     accuracy = _accuracy(work, final.path("onnx"), "pruned")
-    agreement = _agreement(work, dense, final)
+    agreement = _agreement(work, exact, final)
     session, judged = _accept(work, dense, final)
     return outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy, agreement)
 
 
 def _dry(work: Work) -> BuildResult:
     """Groups, table and solved plan; nothing is trained."""
-    dense = _dense(work)
+    dense = precision.lowered(work, _dense(work), "dense")
     _rank(work)
     table = _table(work, dense)
     values = _values(work, _probe(work), table)
@@ -222,7 +229,7 @@ def _dry(work: Work) -> BuildResult:
 
 
 def _dense(work: Work) -> Outcome:
-    """The dense network as ONNX, optimised: what candidates are narrowed from and measured against."""
+    """The dense network as ONNX, optimised, in float32."""
 
     def make(folder: Path) -> dict[str, Any]:
         raw = export(work.network.graph, work.project.inputs, folder / "raw.onnx", work.profile.graph.opset)
@@ -244,6 +251,18 @@ def _nodes(done: Outcome) -> str:
     return f"{log['nodes_before']} nodes, {log['nodes_after']} after passes"
 
 
+def _compare_precisions(work: Work, exact: Outcome, dense: Outcome, accuracy: float | None) -> None:
+    """Measure what the precision alone does to the dense network on the device, and say it."""
+    if dense is exact:
+        return
+    begun, name = work.run.seconds, work.profile.precision
+    files = {"fp32": exact.path("onnx"), "fp32-again": exact.path("onnx"), name: dense.path("onnx")}
+    timing = _timing(_session(work, "precision", files, "rank"), name, "fp32", "fp32-again")
+    rounded = _accuracy(work, dense.path("onnx"), f"dense {name}")
+    work.precision.append(precision.told(name, timing, accuracy, rounded))
+    work.run.finished("precision", work.run.seconds - begun, f"{timing.ratio:.3f}x of the time in fp32")
+
+
 def _accuracy(work: Work, model: Path, name: str) -> float | None:
     """The project's metric of an artifact on the device, None where it has none."""
     if work.project.lacks("evaluate"):
@@ -262,7 +281,7 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
 
 
 def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
-    """How far the artifact's outputs are those of the dense one on the device, where no metric judges it."""
+    """How far the artifact's outputs are those of the user's network on the device, where no metric judges it."""
     if not work.project.lacks("evaluate"):
         return None
     samples = work.loss_samples
@@ -324,7 +343,7 @@ def _table(work: Work, dense: Outcome) -> LatencyTable:
         with Store(work.run.cache.root / "latency.sqlite") as store:
             table = tabulate(
                 work.target, rows, work.topology, dense.path("onnx"), work.profile.prune, store,
-                tally=tally, narrowed=narrowed,
+                tally=tally, narrowed=narrowed, precision=work.profile.precision,
             )  # fmt: skip
         return {"table": table.to_table(), "reused": tally.reused, "measured": tally.measured}
 
@@ -609,22 +628,22 @@ def _candidates(work: Work, final: Outcome) -> Outcome:
     names, error = work.profile.graph.candidates, work.profile.graph.hash_error
     if not names:
         return final
-    begun, plain = work.run.seconds, final.path("onnx")
+    begun, plain = work.run.seconds, precision.lowered(work, final, "exported").path("onnx")
 
     def measured(models: Sequence[onnx.ModelProto]) -> list[Timing]:
         files = [work.scratch(f"candidate-{number}.onnx") for number in range(1, len(models) + 1)]
         for file, model in zip(files, models, strict=True):
-            onnx.save_model(model, str(file))
+            onnx.save_model(precision.in_precision(work, model), str(file))
         found = []
         for start in range(0, len(files), MOST_OFFERS):
             some = {file.stem: file for file in files[start : start + MOST_OFFERS]}
             name = f"candidates {start // MOST_OFFERS + 1}"
             session = _session(work, name, {PRUNED: plain, PRUNED_AGAIN: plain, **some}, "rank")
-            found += [_timing(session, label) for label in some]
+            found += [_timing(session, label, PRUNED, PRUNED_AGAIN) for label in some]
         return found
 
     hashing = (lambda weights: adaptive(weights, error).weights) if error else None
-    choice = choose(onnx.load_model(str(plain)), names, measured, hashing)
+    choice = choose(onnx.load_model(str(final.path("onnx"))), names, measured, hashing)
     told, taken = choice.to_table() | {"hash_error": error}, sum(len(each.edits) for each in choice.tried if each.taken)
     left = sum(len(reasons) for reasons in choice.refused.values())
     said = f"{len(choice.tried)} measured, {taken} taken, {left} refused"
@@ -639,10 +658,10 @@ def _candidates(work: Work, final: Outcome) -> Outcome:
     return work.run.stage(Stage("rewrite"), {"candidates": told}, inputs, make, tools=TOOLS)
 
 
-def _timing(session: Session, name: str) -> Timing:
+def _timing(session: Session, name: str, before: str, again: str) -> Timing:
     """A rewritten network against the one without; that stands in the session twice, and both are its reference."""
-    one, two = session.ratio(name, PRUNED), session.ratio(name, PRUNED_AGAIN)
-    before_ms, after_ms = (session.measurement(each).p50_ms for each in (PRUNED, name))
+    one, two = session.ratio(name, before), session.ratio(name, again)
+    before_ms, after_ms = (session.measurement(each).p50_ms for each in (before, name))
     ratio = math.sqrt(one.center * two.center)
     return Timing(before_ms, after_ms, ratio, min(one.low, two.low), max(one.high, two.high))
 

@@ -26,7 +26,7 @@ from pipeline.project.project import predict_torch
 from pipeline.prune.repair import repair
 from pipeline.prune.surgery import prune
 from pipeline.release.bundle import Contents, licence_texts, write_bundle
-from pipeline.release.manifest import Accuracy, Latency, TensorSpec
+from pipeline.release.manifest import Accuracy, Latency, Sample, TensorSpec
 from pipeline.release.manifest import Agreement as AgreementEntry
 from pipeline.report import numbers
 from pipeline.report.data import (
@@ -128,7 +128,7 @@ def nothing_fits(
         reason=said, run=str(work.run.path), percentile=work.budget.percentile, max_drop=work.project.max_drop,
         unjudged=work.project.lacks("evaluate"), loss_name=_loss_name(work),
         seconds=work.run.seconds, rounds=_rounds(found, unit), stages=_stages(work),
-        notes=(*work.notes, "More rounds may find one: --rounds.", *_cheapest(work, found)),
+        notes=(*_said(work), "More rounds may find one: --rounds.", *_cheapest(work, found)),
     )  # fmt: skip
     return _close(work, data, None)
 
@@ -188,8 +188,17 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         versions=work.run.versions,
         sources={"project": work.source},
         chain=work.run.chain(),
+        sample=_reproduced(ending.final["passes"], outputs),
         licences=licence_texts(work.project.folder),
     )
+
+
+def _reproduced(log: Mapping[str, Any], outputs: Mapping[str, NDArray[Any]]) -> Sample:
+    """How closely another runtime must give the sample's outputs: in half precision as closely as rounding allows."""
+    if "precision" not in log:
+        return Sample()
+    largest = max((float(np.max(np.abs(output), initial=0.0)) for output in outputs.values()), default=0.0)
+    return Sample(atol=log["precision"]["allowed"] * largest)
 
 
 def _accuracy(work: Work, ending: Ending, data: ReportData) -> Accuracy:
@@ -291,7 +300,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         | {"dense against itself": f"{control.center:.4f}x ({control.low:.4f} to {control.high:.4f})"},
         versions=work.run.versions,
         settings=_settings(work),
-        notes=(*work.notes, *_hashed(ending.final["passes"]), *((SIMULATED,) if session.simulated else ())),
+        notes=(*_said(work), *_hashed(ending.final["passes"]), *((SIMULATED,) if session.simulated else ())),
     )
 
 
@@ -399,6 +408,10 @@ def _passes(log: Mapping[str, Any]) -> tuple[PassRow, ...]:
         steps = [step for step in log["steps"] if step["name"] == name]
         refused = {f"{r['node']}: {r['reason']}" for step in steps for r in step["refused"]}
         rows.append(PassRow(name, sum(step["changed"] for step in steps), tuple(sorted(refused))))
+    if "precision" in log:
+        done = log["precision"]
+        kept = tuple(f"{row['node']}: {row['reason']}" for row in done["kept"])
+        rows.append(PassRow(f"{done['precision']} (precision)", done["nodes"], kept))
     asked = log.get("candidates", {"refused": {}, "tried": ()})
     for name, reasons in asked["refused"].items():
         edits = [edit for each in asked["tried"] if each["taken"] for edit in each["edits"]]
@@ -426,6 +439,10 @@ def _hashed(log: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"{told} {asked['hash_error']:g}; pruned.safetensors has them as they were.",)
 
 
+def _said(work: Work) -> tuple[str, ...]:
+    return (*work.notes, *work.precision)
+
+
 def _stages(work: Work) -> tuple[StageRow, ...]:
     return tuple(StageRow(name, row["seconds"], row["detail"]) for name, row in work.run.stages.items())
 
@@ -446,7 +463,7 @@ def _settings(work: Work) -> dict[str, str]:
     spec = work.profile.prune
     return {
         "criterion": spec.criterion, "solver": spec.solver, "repair": spec.repair,
-        "calibration samples": str(work.samples.count or "none"),
+        "precision": work.profile.precision, "calibration samples": str(work.samples.count or "none"),
         "recovery epochs": str(work.profile.recover.epochs), "seed": str(spec.seed),
     }  # fmt: skip
 

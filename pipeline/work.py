@@ -41,7 +41,8 @@ class Work:
 
     samples: calibration samples for rankings and repair, none at all where the project names none. notes: what was
     decided for the user, a sentence each. rankings: the order in which units go, filled by the step that ranks.
-    repairs: loss and accuracy of each way of repairing, filled by the step that tries it.
+    repairs: loss and accuracy of each way of repairing, filled by the step that tries it. precision: a
+    sentence on what a precision below float32 does to the dense network, filled by the step that measures it.
     """
 
     run: Run
@@ -54,6 +55,7 @@ class Work:
     notes: tuple[str, ...] = ()
     rankings: dict[str, Ranking] = field(default_factory=dict)
     repairs: dict[str, Any] = field(default_factory=dict)
+    precision: list[str] = field(default_factory=list)
 
     @property
     def topology(self) -> Topology:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from profiles.errors import UsageError, near_miss
 
+Precision = Literal["fp32", "fp16"]
 PERCENTILES = ("p50", "mean", "p90", "p99")
 _BUDGET = re.compile(
     r"^\s*(?P<value>[0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(?P<unit>ms|us|s|x)\s*(?:@\s*(?P<at>\w+))?\s*$"
@@ -247,6 +248,9 @@ class Profile(Spec):
     runtime: str = Field(default="ort", description="a file of targets/runtimes/")
     host: str | None = None
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    precision: Precision = Field(
+        default="fp32", description="of what runs on the device: a rewrite of the graph, never a flag of a builder"
+    )
     budget: Budget | None = None
     prune: PruneSpec = PruneSpec()
     measure: MeasureSpec = MeasureSpec()

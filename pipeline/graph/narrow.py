@@ -241,7 +241,8 @@ def _select(graph: onnx.GraphProto, node: onnx.NodeProto, value: ConstantValue) 
         raise DeployError(f"the convolution '{node.name}' has no selection weight.", AGAIN)
     inside = _channels(graph, node.input[0])
     if list(stored.dims[:2]) != [value[0] + inside + value[1], inside]:
-        stored.CopyFrom(numpy_helper.from_array(selection(value[0], inside, value[1]), name))
+        weight = selection(value[0], inside, value[1]).astype(numpy_helper.to_array(stored).dtype)
+        stored.CopyFrom(numpy_helper.from_array(weight, name))
 
 
 def _resize_shortcuts(graph: onnx.GraphProto) -> None:
@@ -314,7 +315,7 @@ def _set(graph: onnx.GraphProto, node: onnx.NodeProto, index: int, label: str, v
 
 # --- channel counts ------------------------------------------------------------------------------------------------
 
-KEEPS_CHANNELS = frozenset({"Relu", "Clip", "Sigmoid", "LeakyRelu", "HardSwish", "MaxPool", "AveragePool"})
+KEEPS_CHANNELS = frozenset({"Relu", "Clip", "Sigmoid", "LeakyRelu", "HardSwish", "Cast", "MaxPool", "AveragePool"})
 
 
 def _channels(graph: onnx.GraphProto, name: str) -> int:

@@ -26,10 +26,11 @@ DimShape = tuple[Dim, ...]
 
 @dataclass(frozen=True)
 class Forms:
-    """Shapes of all tensors of a dense graph, as numbers and as sums of group widths."""
+    """Shapes of all tensors of a dense graph, as numbers and as sums of group widths; their types by ONNX's numbers."""
 
     dense: Mapping[str, Shape]
     dims: Mapping[str, DimShape]
+    types: Mapping[str, int]
 
 
 def find_forms(model: onnx.ModelProto, topology: Topology, resolve: Resolve) -> Forms:
@@ -53,7 +54,7 @@ def find_forms(model: onnx.ModelProto, topology: Topology, resolve: Resolve) -> 
     if groups:
         widths = {group.id: (group.size + 1) // 2 for group in groups}
         _check_sums(dims, _probe(bare, resolve, widths), widths)
-    return Forms(dense, dims)
+    return Forms(dense, dims, tensor_types(bare))
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -94,6 +95,14 @@ def tensor_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
         if info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
             shapes[info.name] = tuple(int(dim.dim_value) for dim in dims)
     return shapes
+
+
+def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Inferred element types of all tensors, initializers included, as ONNX numbers them."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    infos = (*inferred.input, *inferred.value_info, *inferred.output)
+    found = {info.name: int(info.type.tensor_type.elem_type) for info in infos}
+    return found | {tensor.name: int(tensor.data_type) for tensor in inferred.initializer}
 
 
 def _check_known(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:

@@ -23,7 +23,6 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
 from pipeline.graph.probe import DimShape, Forms, Resolve, find_forms
 from pipeline.graph.sites import ACTIVATIONS, HEAVY, Links, Piece, find_pieces, link, result_of
@@ -32,7 +31,7 @@ from pipeline.graph.verify import true_inputs
 from pipeline.nouns import Dim, Site, Topology
 
 Mode = Literal["chain", "sum", "beside", "single"]
-KEEPS_LAYOUT = frozenset({*ACTIVATIONS, "BatchNormalization", "MaxPool", "AveragePool"})
+KEEPS_LAYOUT = frozenset({*ACTIVATIONS, "BatchNormalization", "Cast", "MaxPool", "AveragePool"})
 JOINS = frozenset({"Add", "Sum", "Mul", "Concat"})
 FREE = frozenset({"Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze", "Dropout"})
 
@@ -181,17 +180,23 @@ class Rows:
             return Plan(template, "single")
         if self._same_shape(template):
             return Plan(template, "chain")
-        weighted = all(
-            any(name in template.weights for name in node.input)
-            for node in template.nodes
-            if any(name in template.inputs for name in node.input)
-        )
-        if not weighted or len(template.outputs) != 1:
+        if not _weighted(template) or len(template.outputs) != 1:
             return Plan(template, "single")
         spot = _last_convolution(template, template.outputs[0])
         if spot is not None:
             return Plan(template, "sum", spot)
         return Plan(template, "single" if self.carried(template.outputs[0]) else "beside")
+
+
+def _weighted(template: Template) -> bool:
+    """Whether every reader of a border input, behind a cast or not, has weights of its own."""
+    borders = set(template.inputs)
+    for node in template.nodes:
+        if node.op_type == "Cast" and node.input[0] in borders:
+            borders.add(node.output[0])
+        elif borders & set(node.input) and not any(name in template.weights for name in node.input):
+            return False
+    return True
 
 
 def _check(site: Site, plan: Plan, widths: Widths, copies: int) -> None:
@@ -273,29 +278,24 @@ class _Row:
     def _border(self, name: str) -> str:
         if self.rows.carried(name):
             return self._stem(name)
-        return self.builder.input(self.template.shape(name, self.widths), self._kind(name))
-
-    def _kind(self, name: str) -> int:
-        """Integers only where the network itself takes them."""
-        found = next((i for i in true_inputs(self.rows._model) if i.name == name), None)
-        return int(found.type.tensor_type.elem_type) if found is not None else int(TensorProto.FLOAT)
+        return self.builder.input(self.template.shape(name, self.widths), self.template.types[name])
 
     def _stem(self, name: str) -> str:
         """A tensor of this shape out of a light convolution, or an input where it has no channels and pixels."""
-        shape = self.template.shape(name, self.widths)
+        shape, kind = self.template.shape(name, self.widths), self.template.types[name]
         if len(shape) != 4:
-            return self.builder.input(shape)
-        source = self.builder.input((shape[0], 1, *shape[2:]))
-        weight = self.builder.random((shape[1], 1, 1, 1), 1.0)
+            return self.builder.input(shape, kind)
+        source = self.builder.input((shape[0], 1, *shape[2:]), kind)
+        weight = self.builder.random((shape[1], 1, 1, 1), 1.0, kind=kind)
         return self.builder.add("Conv", [source, weight], kernel_shape=[1, 1])
 
     def _end(self, tensor: str, name: str) -> None:
         """Give out a tensor, pooled where it leaves the site in the layout of convolutions."""
-        shape = self.template.shape(name, self.widths)
+        shape, kind = self.template.shape(name, self.widths), self.template.types[name]
         if self.rows.carried(name):
-            self.builder.output(self.builder.add("GlobalMaxPool", [tensor]), (shape[0], shape[1], 1, 1))
+            self.builder.output(self.builder.add("GlobalMaxPool", [tensor]), (shape[0], shape[1], 1, 1), kind)
         else:
-            self.builder.output(tensor, shape)
+            self.builder.output(tensor, shape, kind)
 
 
 # --- work --------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Template:
 
     nodes: in canonical order. inputs, outputs: tensors at its border. axes: shape of every tensor; dense: the same in
     the dense network. constants: values of initializers that are kept where their shape is. weights: names of what does
-    not depend on the input and is more than one number.
+    not depend on the input and is more than one number. types: of its tensors, as ONNX numbers them.
     """
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -53,6 +53,7 @@ class Template:
     dense: Mapping[str, Shape]
     constants: Mapping[str, NDArray[np.generic]]
     weights: frozenset[str]
+    types: Mapping[str, int]
 
     def shape(self, name: str, widths: Widths) -> Shape:
         """Shape of a tensor at these widths."""
@@ -115,7 +116,8 @@ def cut_template(
     constants = {t.name: numpy_helper.to_array(t) for t in stored if not (_is_weight(t) and is_parameter(t.name))}
     made = {name for i in order if i not in links.dynamic for name in links.nodes[i].output}
     weights = frozenset(made | {tensor.name for tensor in stored if _is_weight(tensor)})
-    return Template(protos, tuple(borders), tuple(outputs), axes, forms.dense, constants, weights)
+    types = {name: forms.types.get(name, onnx.TensorProto.FLOAT) for name in known}
+    return Template(protos, tuple(borders), tuple(outputs), axes, forms.dense, constants, weights, types)
 
 
 def _axis(dim: Dim, dims: Sequence[Dim], groups: Sequence[str]) -> Axis:
@@ -185,14 +187,15 @@ class Builder:
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def random(self, shape: Shape, scale: float, offset: float = 0.0) -> str:
+    def random(self, shape: Shape, scale: float, offset: float = 0.0, kind: int = onnx.TensorProto.FLOAT) -> str:
         """A new initializer of normal values, other ones each time."""
         count = int(np.prod(shape, dtype=np.int64))
         self._drawn += 1
         pool = np.roll(_pool(), -(self._drawn * 7919) % POOL) if count > POOL else _pool()
         start = (self._drawn * 7919) % max(1, POOL - count)
         values = np.resize(pool, count) if count > POOL else pool[start : start + count]
-        return self.constant((values * np.float32(scale) + np.float32(offset)).reshape(shape))
+        drawn = (values * np.float32(scale) + np.float32(offset)).reshape(shape)
+        return self.constant(drawn.astype(helper.tensor_dtype_to_np_dtype(kind), copy=False))
 
     def add(self, op: str, inputs: Sequence[str], outputs: int = 1, **attributes: object) -> str:
         """A new node; returns its first output."""
@@ -266,20 +269,22 @@ def _initializer(builder: Builder, template: Template, node: onnx.NodeProto, ind
     name = node.input[index]
     shape = template.shape(name, widths)
     kept = template.constants.get(name)
-    return _draw(builder, node, index, shape) if kept is None or kept.shape != shape else builder.constant(kept)
+    if kept is None or kept.shape != shape:
+        return _draw(builder, node, index, shape, template.types[name])
+    return builder.constant(kept)
 
 
 POSITIVE = {"BatchNormalization": (1, 4), "LayerNormalization": (1,), "InstanceNormalization": (1,)}
 
 
-def _draw(builder: Builder, node: onnx.NodeProto, index: int, shape: Shape) -> str:
+def _draw(builder: Builder, node: onnx.NodeProto, index: int, shape: Shape, kind: int) -> str:
     """Random weights that keep the scale of what flows: variance 1 / fan-in, norms near 1, biases near 0."""
     if index in POSITIVE.get(node.op_type, ()):
-        return builder.random(shape, 0.01, 1.0)
+        return builder.random(shape, 0.01, 1.0, kind)
     if len(shape) < 2:
-        return builder.random(shape, 0.05)
+        return builder.random(shape, 0.05, kind=kind)
     fan_in = int(np.prod(shape[1:], dtype=np.int64)) if node.op_type in ("Conv", "ConvTranspose") else int(max(shape))
-    return builder.random(shape, float(fan_in) ** -0.5)
+    return builder.random(shape, float(fan_in) ** -0.5, kind=kind)
 
 
 def _attributes(template: Template, node: onnx.NodeProto, widths: Widths) -> list[onnx.AttributeProto]:

@@ -56,12 +56,13 @@ def compare_outputs(
         if len(expected) != len(got):
             raise DeployError(f"the model has {len(got)} outputs where {len(expected)} were expected.")
         for a, b in zip(expected, got, strict=True):
-            one = _difference(np.asarray(a), np.asarray(b))
+            one = difference(np.asarray(a), np.asarray(b))
             worst = worst.worse(one)
     return worst
 
 
-def _difference(a: NDArray[Any], b: NDArray[Any]) -> Difference:
+def difference(a: NDArray[Any], b: NDArray[Any]) -> Difference:
+    """Of one output; `a` is what was expected. Raises DeployError where shapes differ or values are not finite."""
     if a.shape != b.shape:
         raise DeployError(f"an output has shape {list(b.shape)} where {list(a.shape)} was expected.")
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()

@@ -12,14 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
 from pipeline.latency.reference import chain
 from pipeline.latency.timing import PROTOCOL, Clock, key
+from profiles.schema import Precision
 
 STEPS = (1, 2, 4, 8, 16, 32)
 WIDTHS = (4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 64)
 KINDS = {"3x3": 14, "1x1": 16, "depthwise": 16}
 """Kind of kernel -> height and width of the map it is timed on."""
+
+ELEMENTS: Mapping[Precision, int] = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
+"""Precision -> ONNX's number of the type that the convolutions are timed in: the staircase is another in each."""
 
 COPIES = 6
 NOISE = 0.03
@@ -34,13 +39,14 @@ class Grid:
     below: Mapping[str, tuple[int, ...]]
 
 
-def find_grid(clock: Clock) -> Grid:
-    """The grid of a device, from the store where it was found before."""
-    known = clock.store.fact(clock.device, PROTOCOL, "grid")
+def find_grid(clock: Clock, precision: Precision = "fp32") -> Grid:
+    """The grid of a device in a precision, from the store where it was found before."""
+    name = "grid" if precision == "fp32" else f"grid {precision}"
+    known = clock.store.fact(clock.device, PROTOCOL, name)
     if known is None:
-        grid = judge(_curves(clock))
+        grid = judge(_curves(clock, ELEMENTS[precision]))
         known = clock.store.learn(
-            clock.device, PROTOCOL, "grid", {"step": grid.step, "below": {k: list(v) for k, v in grid.below.items()}}
+            clock.device, PROTOCOL, name, {"step": grid.step, "below": {k: list(v) for k, v in grid.below.items()}}
         )
     return Grid(int(known["step"]), {kind: tuple(widths) for kind, widths in known["below"].items()})
 
@@ -66,8 +72,10 @@ def _holds(curve: Mapping[int, float], step: int) -> bool:
     return not losses or float(np.mean(losses)) < NOISE
 
 
-def _curves(clock: Clock) -> dict[str, dict[int, float]]:
-    models = {(kind, width): chain(kind, width, size, COPIES) for kind, size in KINDS.items() for width in WIDTHS}
+def _curves(clock: Clock, element: int) -> dict[str, dict[int, float]]:
+    models = {
+        (kind, width): chain(kind, width, size, COPIES, element) for kind, size in KINDS.items() for width in WIDTHS
+    }
     times = clock.ratios({key(model): model for model in models.values()})
     curves: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
     for (kind, width), model in models.items():

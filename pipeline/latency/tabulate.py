@@ -28,7 +28,7 @@ from pipeline.latency.store import Store
 from pipeline.latency.timing import ROUNDS, SESSIONS, Clock, Progress, Tally, key
 from pipeline.nouns import Dim, LatencyTable, RowBuilder, Site, SiteCost, Topology
 from profiles.errors import DeployError
-from profiles.schema import PruneSpec
+from profiles.schema import Precision, PruneSpec
 from targets.base import Target
 
 DENSE_COPIES = 6
@@ -67,15 +67,17 @@ def tabulate(
     progress: Progress | None = None,
     tally: Tally | None = None,
     narrowed: Narrowed | None = None,
+    precision: Precision = "fp32",
 ) -> LatencyTable:
     """Measure what the store lacks and fit the rest. dense_onnx: the dense network as it runs, after the graph passes.
 
     tally: counts the rows reused and measured, if given. narrowed: makes whole candidates; without it the table is
-    scaled to the dense network alone. Raises DeployError for what the target cannot run.
+    scaled to the dense network alone. precision: of dense_onnx and the rows, in which the grid is found too.
+    Raises DeployError for what the target cannot run.
     """
     clock = Clock(target, store, progress)
     clock.tally = tally or clock.tally
-    grid = find_grid(clock) if spec.grid is None else Grid(spec.grid, {})
+    grid = find_grid(clock, precision) if spec.grid is None else Grid(spec.grid, {})
     choices = _choices(builder, topology, grid, spec)
     parts = [part for site in builder.sites for part in _wanted(builder, topology, site, choices, grid.step)]
     nets = _networks(builder, topology, choices, dense_onnx.read_bytes(), narrowed, spec.seed)

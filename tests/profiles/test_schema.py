@@ -153,6 +153,14 @@ def test_a_check_that_would_fail_before_it_warns_is_refused(tmp_path, key):
     assert load_profile("local", {"check": equal}).check.warn == 0.02
 
 
+def test_a_precision_is_one_of_those_there_are_and_float32_unless_asked(tmp_path):
+    path = write(tmp_path, 'extends = "local"\nprecision = "fp16"\n')
+    assert (load_profile("local").precision, load_profile(path).precision) == ("fp32", "fp16")
+    assert refusal("local", {"precision": "half"}) == (
+        "profiles/local.toml: precision is 'half', a string; input should be 'fp32' or 'fp16'."
+    )
+
+
 def test_a_text_where_a_number_belongs_is_called_a_string(tmp_path):
     path = write(tmp_path, 'extends = "local"\n[measure]\nthreads = "many"\n')
     assert refusal(path).startswith(f"{path}: measure.threads is 'many', a string; input should be a valid integer")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from profiles.errors import DeployError
 from profiles.schema import Budget, load_profile
@@ -78,6 +80,21 @@ def test_layers_are_the_roofline_of_every_node(target, conv):
     assert [layer.op for layer in layers] == ["Conv", "Relu"] * 3 + ["GlobalAveragePool", "Flatten"]
     assert sum(layer.ms for layer in layers) == pytest.approx(target.true_ms(net) - target.truth.call_us * 1e-3)
     assert layers[2].ms > layers[0].ms
+
+
+def test_half_precision_moves_half_the_bytes_and_computes_as_fast(target, conv):
+    exact, half = conv("exact", layers=1), conv("half", layers=1)
+    model = onnx.load(half)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    onnx.save(model, half)
+    layers = target.layers({"exact": exact, "half": half}, target.profile.measure)
+    overhead = 1e-3 * target.truth.node_us
+    before, after = ({layer.op: layer.ms - overhead for layer in layers[name]} for name in ("exact", "half"))
+    assert after["Conv"] == pytest.approx(before["Conv"]), "bound by its multiplications"
+    assert after["Relu"] == pytest.approx(before["Relu"] / 2)
 
 
 def test_a_paced_session_misses_what_is_slower_than_the_period(target, conv):

@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow
 from pipeline.graph.optimize import optimize_model
+from pipeline.graph.precision.half import halve
 from pipeline.graph.probe import find_forms, tensor_shapes
 from pipeline.graph.rows import Rows
 from pipeline.graph.verify import check_model, open_session, seeded_inputs
@@ -22,14 +23,18 @@ from pipeline.prune.plan import resolve
 from profiles.errors import DeployError
 from profiles.schema import GraphSpec, InputSpec
 
+FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+
 
 class Sample:
     """A network, its optimised dense graph and its rows."""
 
-    def __init__(self, net, folder, shape=(1, 3, 16, 16)):
+    def __init__(self, net, folder, shape=(1, 3, 16, 16), half=False):
         network = find_groups(capture(shaken(net), (torch.randn(shape),)), prove=False)
         path = export(network.graph, [InputSpec(shape=shape)], folder / "dense.onnx")
         self.model, _ = optimize_model(onnx.load(str(path)), GraphSpec().passes)
+        if half:
+            self.model, _ = halve(self.model, seeded_inputs(self.model))
         self.topology = network.topology
         self.rows = Rows(self.model, self.topology, self.resolve)
         self.full = PruningPlan().widths(self.topology.groups)
@@ -90,9 +95,15 @@ NETS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(NETS))
+@pytest.fixture(scope="module", params=[*NETS, *(f"{name} in half" for name in NETS)])
 def sample(request, tmp_path_factory):
-    return Sample(NETS[request.param](), tmp_path_factory.mktemp("rows"))
+    net = NETS[request.param.removesuffix(" in half")]()
+    return Sample(net, tmp_path_factory.mktemp("rows"), half=request.param.endswith(" in half"))
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    return Sample(ResNet(3), tmp_path_factory.mktemp("half"), half=True)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +259,43 @@ def test_without_a_following_activation_the_block_is_still_one_site(tmp_path):
 
     sample = Sample(Linear(), tmp_path)
     assert [site.kind for site in sample.rows.sites] == ["conv3x3", "block", "conv1x1"]
+
+
+# --- in half precision -----------------------------------------------------------------------------------------------
+
+
+def border_types(row):
+    """Types of the inputs and outputs of a row."""
+    infos = onnx.load_from_string(row).graph
+    return [[i.type.tensor_type.elem_type for i in part] for part in (infos.input, infos.output)]
+
+
+def test_rows_in_half_are_half_inside_and_float32_where_the_network_begins_and_ends(half):
+    sites = half.rows.sites
+    for site in sites:
+        row = half.rows.row(site, half.widths(site), copies=half.rows.copies(site)[1])
+        inputs, outputs = border_types(row)
+        assert (FLOAT in outputs) == (site is sites[-1]) and set(outputs) <= {FLOAT, FLOAT16}
+        assert set(inputs) == ({FLOAT16, FLOAT} if site is sites[0] else {FLOAT16})
+        floating = {t.data_type for t in onnx.load_from_string(row).graph.initializer} - {onnx.TensorProto.INT64}
+        assert floating == {FLOAT16}
+        casts = [n for n in onnx.load_from_string(row).graph.node if n.op_type == "Cast"]
+        assert bool(casts) == (site in (sites[0], sites[-1])), "casts stand where they stand in the network"
+
+
+def test_sites_in_half_are_those_of_float32_measured_the_same_way(half, resnet):
+    both = [[(site.id, site.kind, site.chainable) for site in each.rows.sites] for each in (half, resnet)]
+    assert both[0] == both[1]
+    for a, b in zip(half.rows.sites, resnet.rows.sites, strict=True):
+        assert half.rows.copies(a) == resnet.rows.copies(b)
+        assert half.rows.row(a, half.widths(a)) != resnet.rows.row(b, resnet.widths(b))
+
+
+def test_a_removed_transition_in_half_leaves_its_shortcut_in_half(half):
+    site = next(site for site in half.rows.sites if site.kind == "transition")
+    many = half.rows.copies(site, dropped=True)[1]
+    row = onnx.load_from_string(half.rows.row(site, (8, 16, 16), copies=many, dropped=True))
+    assert {t.data_type for t in row.graph.initializer} == {FLOAT16}
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import onnx
 import pytest
 from latency_problems import group, topology
 
@@ -12,8 +13,13 @@ from pipeline.latency import fit
 from pipeline.latency.calibrate import adjust, draw, how_many
 from pipeline.latency.choices import Rule, find_choices
 from pipeline.latency.feedback import recalibrate
-from pipeline.latency.grid import WIDTHS, judge
+from pipeline.latency.grid import WIDTHS, find_grid, judge
+from pipeline.latency.reference import chain
+from pipeline.latency.store import Store
+from pipeline.latency.timing import Clock
 from pipeline.nouns import Dim, LatencyTable, Site, SiteCost
+from profiles.schema import load_profile
+from targets.base import load_target
 
 
 def stairs(step: int, narrow: float = 1.0) -> dict[int, float]:
@@ -47,6 +53,26 @@ def test_widths_below_a_step_count_only_for_kernels_that_they_speed_up():
     grid = judge({"3x3": stairs(16, narrow=0.99), "1x1": stairs(16) | {4: 1.4, 8: 1.8}})
     assert grid.step == 16
     assert grid.below == {"3x3": (4, 8), "1x1": ()}
+
+
+def test_the_grid_of_half_precision_is_found_in_half_and_kept_beside_the_other(tmp_path):
+    target = load_target(load_profile("simulated"), tmp_path)
+    with Store(tmp_path / "latency.sqlite") as store:
+        clock = Clock(target, store)
+        exact = find_grid(clock)
+        once = clock.tally.measured
+        half = find_grid(clock, "fp16")
+        assert exact.step == half.step == target.truth.grid
+        assert (clock.tally.measured, clock.tally.reused) == (2 * once, 0) and once > 0
+        assert (find_grid(clock), find_grid(clock, "fp16")) == (exact, half)
+        assert clock.tally.measured == 2 * once, "both are known now"
+
+
+def test_convolutions_of_the_grid_are_of_the_type_that_is_asked_for():
+    graph = onnx.load_from_string(chain("depthwise", 8, 16, 2, onnx.TensorProto.FLOAT16)).graph
+    kinds = {t.data_type for t in graph.initializer}
+    kinds |= {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
+    assert kinds == {onnx.TensorProto.FLOAT16}
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,96 @@
+"""One job in a process of its own, told in JSON lines: build an engine, or say which library is here.
+
+    job.py build JOB.json OUT.json    an engine; progress, errors and the end go to stdout, what was done to OUT.json
+    job.py facts NAME                 the library of a runtime and the GPU, as JSON
+
+A builder takes gigabytes and crashes where it runs out of them: a process of its own takes nothing else with it.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from typing import Any, Callable, Sequence
+
+from targets.harness.board import cuda, engine, library, trtexec
+from targets.harness.board.errors import BoardError, Table
+
+
+def gpu_facts() -> Table:
+    """The GPU here: compute capability and versions of CUDA, or why there is none."""
+    try:
+        runtime = cuda.Cuda()
+        runtime.call("cudaSetDevice", 0)
+        return {"capability": runtime.capability(), "cuda": runtime.versions()[0], "driver": runtime.versions()[1]}
+    except BoardError as error:
+        return {"none": error.message}
+
+
+def facts(name: str) -> Table:
+    """The library of a runtime, trtexec where it stands in for it, and the GPU."""
+    try:
+        here = library.load(name).facts()
+    except BoardError:
+        if name != "tensorrt":
+            raise
+        here = trtexec.facts(trtexec.Trtexec(trtexec.find()))
+    return {"library": here, "gpu": gpu_facts()}
+
+
+def build(job: Table, tell: Callable[[Table], None]) -> Table:
+    """Build through the library, or through trtexec where only that is there. Raises the library's error otherwise."""
+    try:
+        loaded = library.load(job["library"])
+    except BoardError:
+        if job["library"] != "tensorrt" or not _has_trtexec():
+            raise
+        return trtexec.build(trtexec.Trtexec(trtexec.find()), job)
+    return engine.build(job, tell, loaded)
+
+
+def _has_trtexec() -> bool:
+    try:
+        return bool(trtexec.find())
+    except BoardError:
+        return False
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, however that happens."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do one job; exit code 1 where it failed, 2 for a wrong command line. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(table: Any) -> None:
+        answers.write(json.dumps(table) + "\n")
+        answers.flush()
+
+    try:
+        if len(arguments) == 2 and arguments[0] == "facts" and arguments[1] in library.MODULES:
+            tell(dict(facts(arguments[1]), event="done"))
+            return 0
+        if len(arguments) == 3 and arguments[0] == "build":
+            die_with_parent()
+            with open(arguments[1], "rb") as file:
+                job = json.loads(file.read().decode())
+            engine.write(arguments[2], json.dumps(build(job, tell)).encode())
+            tell({"event": "done"})
+            return 0
+    except BoardError as error:
+        tell(error.to_table())
+        return 1
+    except MemoryError:
+        tell(BoardError("memory", "out of memory").to_table())
+        return 1
+    sys.stderr.write(str(__doc__) + "\n")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

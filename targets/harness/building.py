@@ -1,0 +1,171 @@
+"""The host's side of building an engine: asks which library is here, looks for the engine by its key, else builds it.
+
+The builder runs in a process of its own (`targets/harness/board/job.py`), which is told to end with this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from profiles.errors import DeployError
+from targets.harness.board import job as board_job
+from targets.harness.engines import Engines, engine_key, timing_name
+
+ROOT = Path(board_job.__file__).parents[3]
+"""The folder that holds the package `targets`."""
+INSTALL = {
+    "tensorrt": "JetPack brings it; elsewhere: pip install tensorrt, from where NVIDIA's index is reached.",
+    "tensorrt-rtx": "pip install 'edge-deploy[tensorrt-rtx]'",
+}
+BUILD_HINT = 'export the network again, or run it elsewhere: runtime = "ort".'
+KILLED_HINT = "lower tensorrt.workspace_mib, close what else holds memory, or add swap while building."
+Progress = Callable[[float], None]
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine. record: what was done to build it; reused: whether it was there already."""
+
+    plan: Path
+    key: str
+    record: Mapping[str, Any]
+    reused: bool
+
+
+def facts(name: str) -> Table:
+    """The library of a runtime on this machine and the GPU. Raises DeployError where it is not installed."""
+    return _work(["facts", name], name, None)
+
+
+def build(
+    onnx: Path,
+    out: Path,
+    name: str,
+    options: Mapping[str, Any],
+    state: Path,
+    timing_cache: bool = True,
+    progress: Progress | None = None,
+) -> Built:
+    """The engine of an ONNX file at `out`: from the state folder where its key is known, else built and kept there.
+
+    name: of the runtime; options: of the builder. Raises DeployError in one sentence for what the library refuses.
+    """
+    here = facts(name)
+    capability = options.get("compute_capability")
+    device: Mapping[str, Any] = here["gpu"] if capability is None else {"capability": capability}
+    key, engines = engine_key(onnx, options, here["library"], device), Engines(state)
+    found = engines.find(key)
+    if found is None:
+        record = _build(
+            onnx, name, options, state, timing_name(here["library"], device) if timing_cache else "", progress
+        )
+        kept = engines.keep(key, Path(record.pop("plan")), record)
+        shutil.rmtree(record.pop("folder"), ignore_errors=True)
+        built = Built(kept, key, record, reused=False)
+    else:
+        built = Built(found[0], key, found[1], reused=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built.plan, out)
+    except OSError as error:
+        hint = "free space or choose another folder."
+        raise DeployError(f"cannot write '{out}': {error.strerror}.", hint) from None
+    return built
+
+
+def _build(
+    onnx: Path, name: str, options: Mapping[str, Any], state: Path, timing: str, progress: Progress | None
+) -> Table:
+    """The record of a build, with the folder that the engine lies in."""
+    state.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=state, prefix="build-"))
+    try:
+        plan, result = folder / "engine.plan", folder / "out.json"
+        job = {"onnx": str(onnx.resolve()), "out": str(plan), "library": name, "options": dict(options)}
+        job["timing_cache"] = str((state / "timing" / timing).resolve()) if timing else ""
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        _work(["build", str(folder / "job.json"), str(result)], name, progress)
+        record: Table = json.loads(result.read_bytes())
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return {**record, "plan": str(plan), "folder": str(folder)}
+
+
+def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:
+    """Run a job and give its last event. Raises DeployError for what it reports."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [sys.executable, "-m", "targets.harness.board.job", *arguments]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment
+        )
+        try:
+            last = _follow(process, progress)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        if last.get("event") == "error":
+            raise refused(last, name)
+        if last.get("event") != "done" or process.returncode:
+            raise died(process.returncode, errors)
+    return last
+
+
+def _follow(process: subprocess.Popen[bytes], progress: Progress | None) -> Table:
+    """Read a job's lines until it ends; the last event that is no progress."""
+    assert process.stdout is not None
+    last: Table = {}
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] != "progress":
+            last = event
+        elif progress is not None:
+            progress(float(event["done"]))
+    process.wait()
+    return last
+
+
+def refused(event: Mapping[str, Any], name: str) -> DeployError:
+    """The user's error for what a build reports. name: of the runtime."""
+    message, hint = str(event["message"]).rstrip("."), str(event.get("hint", ""))
+    if event["kind"] == "library":
+        hint = hint or INSTALL[name]
+    if event["kind"] == "model":
+        hint = hint or BUILD_HINT
+    if event["kind"] == "disk":
+        hint = hint or "free space or choose another folder."
+    return DeployError(f"{message}.", hint)
+
+
+def died(code: int, errors: IO[bytes]) -> DeployError:
+    """The user's error for a build that ended without a word. code: as of subprocess; errors: its stderr."""
+    errors.seek(0)
+    lines = errors.read().decode("utf-8", "replace").strip().splitlines()
+    if code == -signal.SIGKILL:
+        return DeployError("the building process was killed, as a system does that runs out of memory.", KILLED_HINT)
+    how = f"crashed by signal {-code} ({_signal(-code)})" if code < 0 else f"ended with code {code}"
+    said = f": {lines[-1]}" if lines else ""
+    return DeployError(f"the building process {how}{said}.", "free memory and try again, or use another version.")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

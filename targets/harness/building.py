@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -65,16 +66,15 @@ def build(
     capability = options.get("compute_capability")
     device: Mapping[str, Any] = here["gpu"] if capability is None else {"capability": capability}
     key, engines = engine_key(onnx, options, here["library"], device), Engines(state)
-    found = engines.find(key)
+    found, reused = engines.find(key), True
     if found is None:
-        record = _build(
-            onnx, name, options, state, timing_name(here["library"], device) if timing_cache else "", progress
-        )
-        kept = engines.keep(key, Path(record.pop("plan")), record)
-        shutil.rmtree(record.pop("folder"), ignore_errors=True)
-        built = Built(kept, key, record, reused=False)
-    else:
-        built = Built(found[0], key, found[1], reused=True)
+        timing = timing_name(here["library"], device) if timing_cache else ""
+        with _building(state) as folder:
+            record = _build(onnx, name, options, folder, state / "timing" / timing if timing else None, progress)
+            engines.keep(key, folder / "engine.plan", {**record, **here, "options": dict(options)})
+        found, reused = engines.find(key), False
+        assert found is not None
+    built = Built(found[0], key, found[1], reused)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(built.plan, out)
@@ -84,23 +84,29 @@ def build(
     return built
 
 
-def _build(
-    onnx: Path, name: str, options: Mapping[str, Any], state: Path, timing: str, progress: Progress | None
-) -> Table:
-    """The record of a build, with the folder that the engine lies in."""
-    state.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=state, prefix="build-"))
+@contextmanager
+def _building(state: Path) -> Iterator[Path]:
+    """A folder to build in, gone afterwards. Raises DeployError where none can be made."""
     try:
-        plan, result = folder / "engine.plan", folder / "out.json"
-        job = {"onnx": str(onnx.resolve()), "out": str(plan), "library": name, "options": dict(options)}
-        job["timing_cache"] = str((state / "timing" / timing).resolve()) if timing else ""
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        _work(["build", str(folder / "job.json"), str(result)], name, progress)
-        record: Table = json.loads(result.read_bytes())
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return {**record, "plan": str(plan), "folder": str(folder)}
+        state.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=state, prefix="build-")
+    except OSError as error:
+        message = f"cannot make a folder in '{state}': {error.strerror}."
+        raise DeployError(message, "free space or choose another folder.") from None
+    with folder as name:
+        yield Path(name)
+
+
+def _build(
+    onnx: Path, name: str, options: Mapping[str, Any], folder: Path, timing: Path | None, progress: Progress | None
+) -> Table:
+    """Build into engine.plan of a folder; the record of it."""
+    job = {"onnx": str(onnx.resolve()), "out": str((folder / "engine.plan").resolve()), "library": name}
+    job["timing_cache"] = str(timing.resolve()) if timing is not None else ""
+    (folder / "job.json").write_text(json.dumps({**job, "options": dict(options)}), encoding="utf-8")
+    _work(["build", str(folder / "job.json"), str(folder / "out.json")], name, progress)
+    record: Table = json.loads((folder / "out.json").read_bytes())
+    return record
 
 
 def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:

@@ -56,10 +56,11 @@ def engine_key(
 
     options: of the builder; library: its name, version and file's SHA-256; device: the GPU, or a fingerprint's digest.
     """
+    model = model_digest(onnx)
     facts = onnxfile.read(str(onnx))
     what = {
         "schema": SCHEMA,
-        "model": model_digest(onnx),
+        "model": model,
         "shapes": [[port.name, port.element, list(port.shape)] for port in facts.inputs],
         "precision": sorted(facts.elements),
         "options": dict(options),

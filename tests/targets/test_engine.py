@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 
@@ -310,18 +311,34 @@ def test_a_parser_without_a_word_is_not_quoted():
 # --- the timing cache --------------------------------------------------------------------------------------------
 
 
+def timed(path):
+    """What a cache holds behind its head."""
+    return path.read_bytes().partition(b"\n")[2]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_timing_cache_grows_and_one_that_does_not_fit_is_begun_anew(version, make, tmp_path):
     cache, path = tmp_path / "timing" / "a.cache", write_conv(tmp_path / "c.onnx")
     fake, _, record = make(version, path, cache=cache)
-    assert record["timing_cache"] == "new" and cache.read_bytes() == fake.version.encode() + b":+"
+    assert record["timing_cache"] == "new" and timed(cache) == fake.version.encode() + b":+"
     assert make(version, path, cache=cache)[2]["timing_cache"] == "reused"
-    assert cache.read_bytes().endswith(b":++")
+    assert timed(cache).endswith(b":++")
     for foreign in (b"7.0.0:+++", b"damaged"):
-        cache.write_bytes(foreign)
+        cache.write_bytes(engine.TIMING + hashlib.sha256(foreign).hexdigest().encode() + b"\n" + foreign)
         record = make(version, path, cache=cache)[2]
-        assert record["timing_cache"] == "discarded" and "did not fit" in record["notes"][0]
-        assert cache.read_bytes() == fake.version.encode() + b":+"
+        assert record["timing_cache"] == "discarded" and "of another device or version" in record["notes"][0]
+        assert timed(cache) == fake.version.encode() + b":+"
+
+
+def test_a_timing_cache_that_was_cut_off_never_reaches_the_library(make, tmp_path):
+    cache, path = tmp_path / "a.cache", write_conv(tmp_path / "c.onnx")
+    make("8.6", path, cache=cache)
+    whole = cache.read_bytes()
+    for cut in (b"", whole[:10], whole[:-1], whole + b"x", b"no cache at all"):
+        cache.write_bytes(cut)
+        assert engine.read_timing(str(cache)) == (True, b"")
+        assert make("8.6", path, cache=cache)[2]["timing_cache"] == "discarded"
+    assert engine.read_timing(str(tmp_path / "none")) == (False, b"")
 
 
 def test_without_a_place_there_is_no_timing_cache(make, tmp_path):

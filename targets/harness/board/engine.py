@@ -7,9 +7,10 @@ something is there is asked of the library, and what was asked for and is not th
     build(job, tell) -> Table      job: onnx, out, library, options (OPTIONS), timing_cache (a path, or "")
 """
 
+import hashlib
 import os
 import time
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from targets.harness.board import layers, library, onnxfile, parsing
 from targets.harness.board.errors import BoardError, Table
@@ -28,6 +29,8 @@ OPTIONS: Table = {
     "tf32": True,  # float32 products may round their operands to 10 bits
 }
 """What a builder may be asked for, with its default. All of it is part of an engine's key."""
+TIMING = b"edge-deploy timing 1 "
+"""Begins a file of a timing cache, before the SHA-256 of the rest."""
 CONSTRAINTS = ("OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS", "STRICT_TYPES")
 """Flags that hold layers to their types, strictest first; a build that fails under one is tried with the next."""
 LEVELS = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}
@@ -54,8 +57,8 @@ class Way(object):
 def build(job: Table, tell: Tell, loaded: Optional[Library] = None) -> Table:
     """Build an engine and write it; returns what was done. loaded: the library, loaded by its name if left out.
 
-    The result: title, facts of the library, way, flags, workspace_mib, free_mib, timing_cache, seconds, bytes, notes,
-    layers and ports, which are empty with a note where an engine cannot be opened here. Raises BoardError.
+    The result: title, way, flags, workspace_mib, free_mib, timing_cache, seconds, bytes, notes, layers and ports; the
+    last two are empty, with a note, where an engine cannot be opened here. Raises BoardError.
     """
     begin = time.monotonic()
     lib = loaded or library.load(job["library"])
@@ -65,7 +68,7 @@ def build(job: Table, tell: Tell, loaded: Optional[Library] = None) -> Table:
     with Beat(tell, done.phases):
         plan = done.run()
     write(job["out"], plan)
-    done.table.update(seconds=round(time.monotonic() - begin, 2), bytes=len(plan), title=lib.title, library=lib.facts())
+    done.table.update(seconds=round(time.monotonic() - begin, 2), bytes=len(plan), title=lib.title)
     return done.table
 
 
@@ -238,20 +241,18 @@ class Attempt(object):
         """The timing cache that was set, or None; one of another device or version is left aside with a note."""
         if not self.cache or not hasattr(config, "create_timing_cache"):
             return None
-        known = b""
-        if os.path.isfile(self.cache):
-            with open(self.cache, "rb") as file:
-                known = file.read()
-        self.table["timing_cache"] = "reused" if known else "new"
+        there, known = read_timing(self.cache)
         cache = config.create_timing_cache(known) if known else None
-        if known and (cache is None or not config.set_timing_cache(cache, False)):
-            self.notes.append("the timing cache did not fit this device or version and was begun anew")
-            self.table["timing_cache"], known = "discarded", b""
-        if not known:
-            cache = config.create_timing_cache(b"")
-            if cache is None or not config.set_timing_cache(cache, False):
-                self.table["timing_cache"] = "none"
-                return None
+        if cache is not None and config.set_timing_cache(cache, False):
+            self.table["timing_cache"] = "reused"
+            return cache
+        if there:
+            self.notes.append("the timing cache was damaged or of another device or version, and was begun anew")
+        self.table["timing_cache"] = "discarded" if there else "new"
+        cache = config.create_timing_cache(b"")
+        if cache is None or not config.set_timing_cache(cache, False):
+            self.table["timing_cache"] = "none"
+            return None
         return cache
 
     def keep(self, config: Any, cache: Any) -> None:
@@ -260,7 +261,7 @@ class Attempt(object):
             return
         data = bytes(memoryview(config.get_timing_cache().serialize()))
         os.makedirs(os.path.dirname(os.path.abspath(self.cache)), exist_ok=True)
-        write(self.cache, data)
+        write(self.cache, TIMING + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
 
     # --- afterwards
 
@@ -351,6 +352,20 @@ def workspace(options: Table) -> Tuple[Optional[int], Dict[str, int]]:
     return 1 << max(4, int(free * options["workspace_share"]).bit_length() - 1), seen
 
 
+def read_timing(path: str) -> Tuple[bool, bytes]:
+    """Whether there is a timing cache, and what it holds: nothing where its bytes are not those that were written.
+
+    The library checks for which device and version a cache is, but not every version checks that it is whole.
+    """
+    try:
+        with open(path, "rb") as file:
+            head, _, data = file.read().partition(b"\n")
+    except OSError:
+        return os.path.exists(path), b""
+    sound = head == TIMING + hashlib.sha256(data).hexdigest().encode()
+    return True, data if sound else b""
+
+
 def write(path: str, data: bytes) -> None:
     """Write under a temporary name, force it to the disk and move it. Raises BoardError where that fails."""
     part = path + ".part"
@@ -364,8 +379,3 @@ def write(path: str, data: bytes) -> None:
         if os.path.exists(part):
             os.remove(part)
         raise BoardError("disk", "cannot write %d bytes to '%s': %s" % (len(data), path, error.strerror)) from None
-
-
-def listed(values: Sequence[object]) -> str:
-    """Values in words."""
-    return ", ".join(str(value) for value in values)

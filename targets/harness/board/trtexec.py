@@ -287,7 +287,7 @@ def build(binary: Trtexec, job: Table) -> Table:
     if status or not os.path.isfile(job["out"]):
         raise failure(binary, log, job["onnx"], model)
     return {
-        "title": binary.title, "library": {"name": "trtexec", "version": binary.version, "build": ""}, "notes": notes,
+        "title": binary.title, "notes": notes,
         "flags": command[3:], "workspace_mib": options["workspace_mib"], "free_mib": free, "way": "trtexec",
         "bytes": os.path.getsize(job["out"]), "timing_cache": "none", "layers": [], "ports": [],
     }  # fmt: skip

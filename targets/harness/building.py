@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from profiles.errors import DeployError
 from targets.harness.board import job as board_job
@@ -57,18 +57,20 @@ def build(
     state: Path,
     timing_cache: bool = True,
     progress: Progress | None = None,
+    device: str | None = None,
 ) -> Built:
     """The engine of an ONNX file at `out`: from the state folder where its key is known, else built and kept there.
 
-    name: of the runtime; options: of the builder. Raises DeployError in one sentence for what the library refuses.
+    name: of the runtime; options: of the builder; device: the digest of a fingerprint, the GPU here if left out.
+    Raises DeployError in one sentence for what the library refuses.
     """
     here = facts(name)
     capability = options.get("compute_capability")
-    device: Mapping[str, Any] = here["gpu"] if capability is None else {"capability": capability}
-    key, engines = engine_key(onnx, options, here["library"], device), Engines(state)
+    where = device or (here["gpu"] if capability is None else {"capability": capability})
+    key, engines = engine_key(onnx, options, here["library"], where), Engines(state)
     found, reused = engines.find(key), True
     if found is None:
-        timing = timing_name(here["library"], device) if timing_cache else ""
+        timing = timing_name(here["library"], where) if timing_cache else ""
         with _building(state) as folder:
             record = _build(onnx, name, options, folder, state / "timing" / timing if timing else None, progress)
             engines.keep(key, folder / "engine.plan", {**record, **here, "options": dict(options)})
@@ -89,12 +91,21 @@ def _building(state: Path) -> Iterator[Path]:
     """A folder to build in, gone afterwards. Raises DeployError where none can be made."""
     try:
         state.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=state, prefix="build-")
+        _sweep(state)
+        folder = tempfile.TemporaryDirectory(dir=state, prefix=f"build-{os.getpid()}-")
     except OSError as error:
         message = f"cannot make a folder in '{state}': {error.strerror}."
         raise DeployError(message, "free space or choose another folder.") from None
     with folder as name:
         yield Path(name)
+
+
+def _sweep(state: Path) -> None:
+    """Remove what killed builds left behind."""
+    for left in state.glob("build-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _build(
@@ -129,7 +140,8 @@ def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:
         if last.get("event") == "error":
             raise refused(last, name)
         if last.get("event") != "done" or process.returncode:
-            raise died(process.returncode, errors)
+            errors.seek(0)
+            raise died(process.returncode, errors.read().decode("utf-8", "replace"))
     return last
 
 
@@ -138,6 +150,8 @@ def _follow(process: subprocess.Popen[bytes], progress: Progress | None) -> Tabl
     assert process.stdout is not None
     last: Table = {}
     for line in process.stdout:
+        if not line.endswith(b"\n"):
+            break  # cut off as it ended
         event = json.loads(line)
         if event["event"] != "progress":
             last = event
@@ -159,15 +173,14 @@ def refused(event: Mapping[str, Any], name: str) -> DeployError:
     return DeployError(f"{message}.", hint)
 
 
-def died(code: int, errors: IO[bytes]) -> DeployError:
-    """The user's error for a build that ended without a word. code: as of subprocess; errors: its stderr."""
-    errors.seek(0)
-    lines = errors.read().decode("utf-8", "replace").strip().splitlines()
+def died(code: int, said: str) -> DeployError:
+    """The user's error for a build that ended without a word. code: as of subprocess; said: its stderr."""
+    lines = said.strip().splitlines()
     if code == -signal.SIGKILL:
         return DeployError("the building process was killed, as a system does that runs out of memory.", KILLED_HINT)
     how = f"crashed by signal {-code} ({_signal(-code)})" if code < 0 else f"ended with code {code}"
-    said = f": {lines[-1]}" if lines else ""
-    return DeployError(f"the building process {how}{said}.", "free memory and try again, or use another version.")
+    last = f": {lines[-1]}" if lines else ""
+    return DeployError(f"the building process {how}{last}.", "free memory and try again, or use another version.")
 
 
 def _signal(number: int) -> str:

@@ -98,7 +98,10 @@ class Engines:
         return None
 
     def keep(self, key: str, plan: Path, record: Mapping[str, Any]) -> Path:
-        """Keep a copy of an engine and its record under a key; both are there or neither. Raises DeployError."""
+        """Keep a copy of an engine and its record under a key; both are there or neither. The first one stays.
+
+        Raises DeployError.
+        """
         folder = self._folder(key)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +110,11 @@ class Engines:
                 shutil.copyfile(plan, part / "engine.plan")
                 table = {**record, "key": key, "sha256": digest(str(part / "engine.plan"))}
                 (part / "record.json").write_text(json.dumps(table, sort_keys=True), encoding="utf-8")
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(part, folder)
+                try:
+                    os.replace(part, folder)
+                except OSError:
+                    if self.find(key) is None:  # not there for another build that was faster
+                        raise
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         except OSError as error:

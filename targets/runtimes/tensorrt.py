@@ -23,8 +23,8 @@ def builder_options(spec: TensorRTSpec) -> dict[str, Any]:
 
 
 def running_options(spec: TensorRTSpec) -> dict[str, Any]:
-    """The keys of a profile that say how an engine is run and timed: they are part of the protocol's id."""
-    return {name: getattr(spec, name) for name in ("cuda_graph", "spin", "copies", "dla_core")}
+    """The keys of a profile that say how an engine is opened, run and timed; how it is timed is the protocol's id."""
+    return {name: getattr(spec, name) for name in ("cuda_graph", "spin", "copies", "dla_core", "version_compatible")}
 
 
 class TensorRT(Runtime):

@@ -45,7 +45,8 @@ int fake_launch(void *s, void *dst, void *src, size_t n) { return give(s, (op){0
 int cudaGetDeviceCount(int *n) { *n = status ? 0 : 1; return status; }
 int cudaSetDeviceFlags(unsigned f) { device_flags = (int)f; return status; }
 int cudaSetDevice(int d) { return status ? status : d != 0; }
-int cudaDeviceGetAttribute(int *v, int which, int d) { (void)d; *v = which == 75 ? 8 : which == 76 ? 7 : integrated; return status; }
+int cudaDeviceGetAttribute(int *v, int which, int d) { (void)d; *v = which == 75 ? 8 : which == 76 ? 7 : which == 16 ? 14 : integrated; return status; }
+int cudaGetDeviceProperties(void *p, int d) { (void)d; memset(p, 0, 700); strcpy(p, "Orin"); return status; }
 int cudaMemGetInfo(size_t *free, size_t *total) { *free = (size_t)3000 << 20; *total = (size_t)8000 << 20; return status; }
 int cudaRuntimeGetVersion(int *v) { *v = 12060; return 0; }
 int cudaDriverGetVersion(int *v) { *v = status ? 0 : 12080; return 0; }

@@ -75,6 +75,7 @@ def _class(fake: Fake, name: str, members: list[str]) -> Any:
 
 
 SETTINGS = {
+    "engine_host_code_allowed",
     "profiling_verbosity", "max_workspace_size", "DLA_core", "default_device_type", "builder_optimization_level",
     "hardware_compatibility_level", "progress_monitor", "precision", "profiler", "name", "dtype", "shape", "type",
     "num_inputs", "num_outputs", "logger",

@@ -115,12 +115,24 @@ def test_a_damaged_engine_is_dropped_and_none_is_none(tmp_path):
     assert [path.name for path in kept.parent.parent.iterdir()] == []
 
 
-def test_an_engine_is_kept_again_over_an_old_one(tmp_path):
+def test_of_two_builds_of_one_key_the_first_stays(tmp_path):
     store, plan = engines.Engines(tmp_path / ".deploy"), tmp_path / "e.plan"
     for data in (b"one", b"two"):
         plan.write_bytes(data)
         store.keep("k", plan, {})
-    assert store.find("k")[0].read_bytes() == b"two"
+    assert store.find("k")[0].read_bytes() == b"one"
+    assert [path.name for path in (tmp_path / ".deploy" / "engines").iterdir()] == ["k"]
+
+
+def test_an_engine_that_cannot_be_kept_leaves_nothing(tmp_path, monkeypatch):
+    def full(*ignored):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "e.plan").write_bytes(b"engine")
+    monkeypatch.setattr(engines.os, "replace", full)
+    with pytest.raises(DeployError, match=r"cannot keep an engine in '.*': No space left on device"):
+        engines.Engines(tmp_path / ".deploy").keep("k", tmp_path / "e.plan", {})
+    assert list((tmp_path / ".deploy" / "engines").iterdir()) == []
 
 
 def test_what_was_timed_belongs_to_a_library_and_a_device():

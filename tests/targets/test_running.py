@@ -238,7 +238,7 @@ def test_the_real_runtime_on_this_machine_says_it_too():
     facts = json.loads(told)
     if "cannot be loaded" in facts.get("none", ""):
         pytest.skip(facts["none"])
-    assert set(facts) == {"capability", "cuda", "driver"} or "cudaError " in facts["none"]
+    assert {"name", "capability"} <= set(facts) or "cudaError " in facts["none"]
 
 
 def test_no_cuda_runtime_at_all_is_one_sentence():
@@ -275,7 +275,15 @@ def test_free_memory_is_the_systems_where_the_gpu_shares_it(shared, taken, gpu, 
 
 
 def test_the_gpu_tells_who_it_is(gpu):
-    assert gpu.capability() == "8.7" and gpu.versions() == ("12.6", "12.8")
+    assert gpu.facts() == {
+        "name": "Orin", "capability": "8.7", "multiprocessors": 14, "cuda": "12.6", "driver": "12.8",
+    }  # fmt: skip
+
+
+def test_a_dla_core_and_host_code_are_asked_for_when_an_engine_is_opened(open_model):
+    model = open_model("10.3", dla_core=1, version_compatible=True)
+    assert ("DLA_core", 1) in model.fake.said and ("engine_host_code_allowed", True) in model.fake.said
+    assert not [what for what, _ in open_model("10.3").fake.said if what in ("DLA_core", "engine_host_code_allowed")]
 
 
 def test_an_engine_built_by_a_version_runs_under_it(gpu, tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ SPIN, BLOCK = 1, 4
 TO_DEVICE, TO_HOST = 1, 2
 NO_DRIVER, NO_DEVICE, NO_MEMORY = (35, 3), (100, 38), (2,)
 """cudaErrorInsufficientDriver and cudaErrorInitializationError; cudaErrorNoDevice as of CUDA 10.1 and before."""
-MAJOR, MINOR, INTEGRATED = 75, 76, 18
-"""cudaDevAttrComputeCapabilityMajor and Minor, cudaDevAttrIntegrated."""
+MAJOR, MINOR, INTEGRATED, MULTIPROCESSORS = 75, 76, 18, 16
+"""cudaDevAttrComputeCapabilityMajor and Minor, cudaDevAttrIntegrated, cudaDevAttrMultiProcessorCount."""
 PLACES = (
     "/usr/local/cuda/lib64", "/usr/local/cuda/lib", "/usr/local/cuda/targets/*/lib", "/usr/lib/*-linux-gnu",
     "/usr/local/cuda-*/lib64", "/usr/local/cuda-*/targets/*/lib",
@@ -146,6 +146,22 @@ class Cuda(object):
         """Compute capability of the GPU, as 8.7."""
         major, minor = (self.number("cudaDeviceGetAttribute", which, 0) for which in (MAJOR, MINOR))
         return "%d.%d" % (major, minor)
+
+    def name(self) -> str:
+        """What the GPU is called: the first 256 bytes of cudaDeviceProp, whose size differs between versions."""
+        out = ctypes.create_string_buffer(8192)
+        newer = hasattr(self.lib, "cudaGetDeviceProperties_v2")
+        self.call("cudaGetDeviceProperties_v2" if newer else "cudaGetDeviceProperties", out, 0)
+        return out.raw[:256].partition(b"\0")[0].decode("utf-8", "replace")
+
+    def facts(self) -> Dict[str, Any]:
+        """What an engine depends on: two GPUs of one capability with other counts of processors share none."""
+        runtime, driver = self.versions()
+        multiprocessors = self.number("cudaDeviceGetAttribute", MULTIPROCESSORS, 0)
+        return {
+            "name": self.name(), "capability": self.capability(), "multiprocessors": multiprocessors,
+            "cuda": runtime, "driver": driver,
+        }  # fmt: skip
 
     def versions(self) -> Tuple[str, str]:
         """Versions of the runtime and of what the driver offers, as 12.6; the driver's is 0.0 without one."""

@@ -196,14 +196,14 @@ class Attempt(object):
         if not there:
             raise BoardError("option", "%s has no %s" % (self.lib.title, what), OUTSIDE_HINT % option, option=option)
 
-    def use_dla(self, builder: Any, config: Any, core: int) -> None:
+    def use_dla(self, builder: Any, config: Any, number: int) -> None:
         """Run on a DLA core what it can run, the rest on the GPU."""
         there = int(getattr(builder, "num_DLA_cores", 0))
-        if core >= there:
-            text = "the DLA core %d was asked for, %s finds %d here" % (core, self.lib.title, there)
+        if number >= there:
+            text = "the DLA core %d was asked for, %s finds %d here" % (number, self.lib.title, there)
             raise BoardError("option", text, OUTSIDE_HINT % "dla_core", option="dla_core")
         config.default_device_type = self.api.DeviceType.DLA
-        config.DLA_core = core
+        config.DLA_core = number
         self.flag(config, "GPU_FALLBACK")
 
     def cross(self, config: Any, capability: str) -> None:
@@ -273,7 +273,7 @@ class Attempt(object):
         from targets.harness.board import running
 
         try:
-            self.table.update(layers.inspect(self.lib, running.opened(self.lib, data)))
+            self.table.update(layers.inspect(self.lib, running.opened(self.lib, data, self.options)))
         except BoardError as error:
             self.notes.append("its layers are not listed: %s" % error.message)
 
@@ -368,7 +368,7 @@ def read_timing(path: str) -> Tuple[bool, bytes]:
 
 def write(path: str, data: bytes) -> None:
     """Write under a temporary name, force it to the disk and move it. Raises BoardError where that fails."""
-    part = path + ".part"
+    part = "%s.%d.part" % (path, os.getpid())
     try:
         with open(part, "wb") as file:
             file.write(data)

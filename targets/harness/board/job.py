@@ -15,14 +15,15 @@ from typing import Any, Callable, Sequence
 
 from targets.harness.board import cuda, engine, library, trtexec
 from targets.harness.board.errors import BoardError, Table
+from targets.harness.board.progress import Beat
 
 
 def gpu_facts() -> Table:
-    """The GPU here: compute capability and versions of CUDA, or why there is none."""
+    """The GPU here, or why there is none."""
     try:
         runtime = cuda.Cuda()
         runtime.call("cudaSetDevice", 0)
-        return {"capability": runtime.capability(), "cuda": runtime.versions()[0], "driver": runtime.versions()[1]}
+        return runtime.facts()
     except BoardError as error:
         return {"none": error.message}
 
@@ -45,7 +46,8 @@ def build(job: Table, tell: Callable[[Table], None]) -> Table:
     except BoardError:
         if job["library"] != "tensorrt" or not _has_trtexec():
             raise
-        return trtexec.build(trtexec.Trtexec(trtexec.find()), job)
+        with Beat(tell, None):
+            return trtexec.build(trtexec.Trtexec(trtexec.find()), job)
     return engine.build(job, tell, loaded)
 
 

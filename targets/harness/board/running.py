@@ -37,10 +37,18 @@ def protocol(options: Table) -> str:
     return "tensorrt-python-1/clock=wall/" + switches
 
 
-def opened(lib: Library, data: bytes) -> Any:
-    """An engine from its serialized form. Raises BoardError, in one sentence where there is no driver."""
+def opened(lib: Library, data: bytes, options: Table) -> Any:
+    """An engine from its serialized form. Raises BoardError, in one sentence where there is no driver.
+
+    options: dla_core; version_compatible, which lets an engine bring the code of the runtime that it was built with.
+    """
     del lib.errors[:]
-    engine = lib.api.Runtime(lib.logger).deserialize_cuda_engine(data)
+    runtime = lib.api.Runtime(lib.logger)
+    if options.get("dla_core") is not None:
+        runtime.DLA_core = options["dla_core"]
+    if options.get("version_compatible"):
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(data)
     if engine is not None:
         return engine
     if lib.errors and library.lacks_driver(lib.errors[0]):
@@ -82,8 +90,8 @@ def ports_of(lib: Library, engine: Any, context: Any) -> List[Port]:
 class EngineModel(Timed):
     """An opened engine with buffers bound once; it is timed like any other model of the agent.
 
-    options: library, seed, cuda_graph, spin and copies. Inputs are seeded noise. events: nanoseconds between the CUDA
-    events around the engine in every timed inference of the last block.
+    options: library, seed, cuda_graph, spin and copies, and those of `opened`. Inputs are seeded noise. events:
+    nanoseconds between the CUDA events around the engine in every timed inference of the last block.
     """
 
     def __init__(
@@ -108,7 +116,7 @@ class EngineModel(Timed):
             raise
 
     def _open(self, path: str, data: bytes) -> None:
-        self.engine = opened(self.lib, data)
+        self.engine = opened(self.lib, data, self.options)
         self.context = self.engine.create_execution_context()
         if self.context is None:
             raise BoardError("memory", "the engine '%s' does not fit: %s" % (path, self.lib.last_error("no context")))

@@ -126,6 +126,9 @@ class Trtexec(object):
         command += self.switches(options)
         if options.get("dla_core") is not None:
             command.append("%s=%d" % (self._need("--useDLACore", "dla_core"), options["dla_core"]))
+        command += (
+            [self._need("--versionCompatible", "version_compatible")] if options.get("version_compatible") else []
+        )
         return command + ["--exportTimes=" + times]
 
     def switches(self, options: Table) -> List[str]:

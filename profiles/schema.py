@@ -240,6 +240,32 @@ class JetsonSpec(Spec):
     telemetry_ms: int = Field(default=1000, ge=0, description="pause between two readings of power; 0: none")
 
 
+class TensorRTSpec(Spec):
+    """How engines are built, and how they are run and timed, by TensorRT or TensorRT for RTX: docs/boards.md.
+
+    Precision is no key: it is what the ONNX file says. A key that the library at hand does not know is an error.
+    """
+
+    workspace_mib: int | None = Field(
+        default=None, ge=1, description="largest scratch memory while building; left out, a share of what is free"
+    )
+    workspace_share: float = Field(default=0.5, gt=0, le=1, description="that share, rounded down to a power of two")
+    version_compatible: bool = Field(default=False, description="engines that later versions of the library run too")
+    hardware_compatible: Literal["none", "ampere+", "same-compute-capability"] = Field(
+        default="none", description="engines that other GPUs run too"
+    )
+    dla_core: int | None = Field(default=None, ge=0, description="the DLA core that runs what it can, the GPU the rest")
+    compute_capability: str | None = Field(
+        default=None, pattern=r"^\d+\.\d$", description="as 8.6: of another GPU than this one's; built, not measured"
+    )
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    tf32: bool = Field(default=True, description="float32 products may round their operands to 10 bits, as is usual")
+    timing_cache: bool = Field(default=True, description="reuse what was timed on this device by earlier builds")
+    cuda_graph: bool = Field(default=False, description="launch the engine as a CUDA graph")
+    spin: bool = Field(default=False, description="spin while waiting for the GPU, instead of sleeping")
+    copies: bool = Field(default=True, description="an inference includes the copies to the GPU and back")
+
+
 class Profile(Spec):
     """A device and what is asked of it."""
 
@@ -259,6 +285,7 @@ class Profile(Spec):
     graph: GraphSpec = GraphSpec()
     ssh: SshSpec = SshSpec()
     jetson: JetsonSpec = JetsonSpec()
+    tensorrt: TensorRTSpec = TensorRTSpec()
 
 
 def _keys(model: type[BaseModel]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 1 and path.parts[:4] == AGENT:
+            if node.level and path.parts[:4] == AGENT:
                 continue  # it runs on a device, where nothing of ours lies but itself
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
             yield str(node.module), node.lineno

@@ -157,14 +157,18 @@ def rows_job(
 
 
 def protocol(spec: MeasureSpec, mode: Mode, result: Mapping[str, Any]) -> str:
-    """One line that says how the numbers were taken."""
+    """One line that says how the numbers were taken; its first word is the protocol's id.
+
+    result: `protocols` names how each model was timed, where a model says so itself.
+    """
     flags = f"threads={spec.threads} spin={int(spec.spin)} inter=1 sequential optimisation=all"
     blocks = f"{len(result['repeats'])}x{result['rounds']} blocks of {result['dropped']}+{_counts(result['timed'])}"
     if spec.sustained_s and mode == "accept":
         first = result["repeats"][0]
         untimed = {name: result["dropped"] + count for name, count in first["untimed"].items()}
         blocks += f", the first 1x{len(first['order'])} of {_counts(untimed)}+{_counts(first['timed'])}"
-    return f"{driver.PROTOCOL} {mode} {pace_of(spec, mode)} {blocks} {flags}"
+    kinds = sorted(set(result.get("protocols", {}).values())) or [driver.PROTOCOL]
+    return f"{'+'.join(kinds)} {mode} {pace_of(spec, mode)} {blocks} {flags}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -183,6 +187,7 @@ def session_of(result: Mapping[str, Any], hashes: Mapping[str, str], setting: Se
             runtime,
             tuple(block_from_table(_block_table(r, name)) for r in result["repeats"]),
             setting.spec.paced_ms,
+            str(result.get("protocols", {}).get(name, "")),
         )
         for name in names
     }

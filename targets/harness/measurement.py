@@ -182,7 +182,8 @@ class Measurement:
     """All raw samples of one artifact in one session.
 
     name: its name in the session; sha256: of the artifact; runtime: name and version; processes: the `Blocks` of each
-    fresh process; paced_ms: the control period, None when back to back.
+    fresh process; paced_ms: the control period, None when back to back. protocol: how it was timed where that is not
+    the same for a whole session, as through Python or through trtexec; "" where the session's says it.
     """
 
     name: str
@@ -190,6 +191,7 @@ class Measurement:
     runtime: str
     processes: tuple[Blocks, ...]
     paced_ms: float | None = None
+    protocol: str = ""
 
     @cached_property
     def pooled_ns(self) -> Nanoseconds:
@@ -394,6 +396,12 @@ class Session:
             )
         if self.fingerprint.digest() != later.fingerprint.digest():
             raise UndecidedError("the device has changed between two sessions.", "deploy doctor --target T")
+        mine, theirs = ({n: m.protocol for n, m in each.measurements.items()} for each in (self, later))
+        if mine != theirs:
+            raise UndecidedError(
+                f"two sessions timed their networks under different protocols: {mine} and {theirs}.",
+                "time both through the same runtime with the same [tensorrt] keys.",
+            )
         if {n: m.sha256 for n, m in self.measurements.items()} != {n: m.sha256 for n, m in later.measurements.items()}:
             raise UndecidedError("two sessions did not measure the same networks.", "measure them again together.")
         offset = self._span_ns
@@ -464,7 +472,16 @@ def _later(processes: tuple[Blocks, ...], offset: int) -> tuple[Blocks, ...]:
 
 
 def _pairs(a: Measurement, b: Measurement) -> list[tuple[Blocks, Blocks, NDArray[np.bool_]]]:
-    """Processes of both with the rounds in which neither is flagged; all rounds where none is left."""
+    """Processes of both with the rounds in which neither is flagged; all rounds where none is left.
+
+    Raises UndecidedError where the two were timed under different protocols: their times are different quantities.
+    """
+    if a.protocol != b.protocol:
+        raise UndecidedError(
+            f"'{a.name}' and '{b.name}' were timed under different protocols, '{a.protocol}' and '{b.protocol}', "
+            "so their times do not compare.",
+            "time both through the same runtime with the same [tensorrt] keys.",
+        )
     pairs = []
     for one, two in zip(a.processes, b.processes, strict=True):
         usable = ~one.flagged & ~two.flagged
@@ -671,6 +688,7 @@ def _session_table(session: Session) -> dict[str, Any]:
                 "sha256": m.sha256,
                 "runtime": m.runtime,
                 "processes": [_block_table(b) for b in m.processes],
+                **({"protocol": m.protocol} if m.protocol else {}),
             }
             for m in session.measurements.values()
         ],
@@ -700,6 +718,7 @@ def _session(table: Mapping[str, Any]) -> Session:
             row["runtime"],
             tuple(block_from_table(b) for b in row["processes"]),
             spec.paced_ms,
+            str(row.get("protocol", "")),
         )
         for row in table["measurements"]
     }

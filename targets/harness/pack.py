@@ -19,7 +19,7 @@ def packed() -> bytes:
     """The zip. Not compressed and without dates: its bytes depend on the files alone."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as out:
-        for path in sorted([FOLDER / "__main__.py", *FOLDER.glob("board/*.py")]):
+        for path in sorted([FOLDER / "__main__.py", *FOLDER.glob("board/**/*.py")]):
             out.writestr(zipfile.ZipInfo(path.relative_to(FOLDER).as_posix()), path.read_bytes())
     return data.getvalue()
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from profiles import plugins
 from profiles.errors import DeployError
+from profiles.schema import Profile
 
 Array = NDArray[Any]
 CHUNK = 64
@@ -48,9 +49,14 @@ class Opened(ABC):
 
 
 class Runtime(ABC):
-    """A library that runs networks."""
+    """A library that runs networks. suffix: of its artifacts."""
 
     name: str
+    suffix = ".onnx"
+
+    def fitted(self, profile: Profile, state: Path) -> Runtime:
+        """Itself as a profile asks for it; state: the `.deploy` folder, where artifacts may be kept."""
+        return self
 
     @abstractmethod
     def version(self) -> str:
@@ -66,7 +72,7 @@ class Runtime(ABC):
 
 
 def load_runtime(name: str) -> Runtime:
-    """The runtime of this name. Raises UsageError for an unknown one."""
+    """The runtime of this name, as it is without a profile. Raises UsageError for an unknown one."""
     return cast(Runtime, plugins.load("targets.runtimes", name).runtime())
 
 

@@ -42,7 +42,7 @@ def run_agent(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[s
 
 def test_the_agent_is_python_3_6_that_imports_the_standard_library_and_a_runtime_when_it_is_used():
     everywhere = set()
-    for path in sorted(pack.FOLDER.glob("board/*.py")):
+    for path in sorted(pack.FOLDER.glob("board/**/*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 6))
         at_start = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
         froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]

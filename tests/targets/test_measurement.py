@@ -414,3 +414,50 @@ def test_networks_that_never_became_steady_are_named_with_how_many_of_their_proc
     told = replace(whole, measurements={**whole.measurements, "restless": shaken})
     assert told.unstable == {"restless": (1, 4)}
     assert not shaken.steady and shaken.unsteady == 1
+
+
+# --- numbers taken under different protocols -----------------------------------------------------------------------
+
+PYTHON = "tensorrt-python-1/clock=wall/cuda_graph=0/spin=0/copies=1"
+TRTEXEC = "tensorrt-trtexec-1/clock=event/cuda_graph=0/spin=0/copies=1"
+
+
+def timed_through(python, trtexec):
+    rng = np.random.default_rng(3)
+    base = session(a=noisy(rng, 1.0, processes=3), b=noisy(rng, 2.0, processes=3))
+    named = {
+        "a": replace(base.measurement("a"), protocol=python),
+        "b": replace(base.measurement("b"), protocol=trtexec),
+    }
+    return replace(base, measurements=named)
+
+
+@pytest.mark.parametrize("statistic", ["p50", "mean", "p90", "p99"])
+def test_a_ratio_across_protocols_is_refused(statistic):
+    assert timed_through(PYTHON, PYTHON).ratio("b", "a", statistic).center == pytest.approx(2.0, rel=0.05)
+    mixed = timed_through(PYTHON, TRTEXEC)
+    for ask in (mixed.ratio, mixed.process_ratios):
+        with pytest.raises(UndecidedError) as error:
+            ask("b", "a", statistic)
+        assert f"different protocols, '{TRTEXEC}' and '{PYTHON}'" in str(error.value) and error.value.exit_code == 4
+    with pytest.raises(UndecidedError):
+        mixed.low_ratio("b", "a")
+    with pytest.raises(UndecidedError):
+        judge(mixed, "b", "a", Budget(ratio=0.5))
+
+
+def test_sessions_of_different_protocols_are_not_joined():
+    first, later = timed_through(PYTHON, PYTHON), timed_through(PYTHON, TRTEXEC)
+    assert len(first.joined(timed_through(PYTHON, PYTHON)).measurement("a").processes) == 6
+    with pytest.raises(UndecidedError, match="timed their networks under different protocols"):
+        first.joined(later)
+    renamed = replace(first, protocol=f"{TRTEXEC} rank"), replace(first, protocol=f"{PYTHON} rank")
+    with pytest.raises(UndecidedError, match="measured differently"):
+        renamed[0].joined(renamed[1])
+
+
+def test_the_protocol_of_a_measurement_is_kept_in_its_record():
+    mixed = timed_through(PYTHON, TRTEXEC)
+    again = Session.from_json(mixed.to_json())
+    assert [m.protocol for m in again.measurements.values()] == [PYTHON, TRTEXEC]
+    assert "protocol" not in json.loads(session(a=[blocks([[1]])]).to_json())["measurements"][0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from profiles import plugins
-from profiles.errors import UsageError
+from profiles.errors import DeployError, UsageError
 from profiles.schema import load_profile, profile_names
 from targets.base import LayerTime, Target, load_target
 from targets.harness import lease as leases
@@ -74,7 +74,17 @@ def test_every_target_explains_what_is_not_as_it_should_be(target):
 @pytest.mark.parametrize("name", plugins.names("targets.runtimes"))
 def test_every_runtime_says_its_name_and_version(name):
     runtime = load_runtime(name)
-    assert isinstance(runtime, Runtime) and runtime.name and runtime.version()
+    assert isinstance(runtime, Runtime) and runtime.name and runtime.suffix.startswith(".")
+    try:
+        assert runtime.version()
+    except DeployError as error:
+        assert "is not installed here" in error.message and error.hint
+        pytest.skip(error.message)
+
+
+@pytest.mark.parametrize("name", plugins.names("targets.runtimes"))
+def test_every_runtime_takes_a_profile(name, tmp_path):
+    assert load_runtime(name).fitted(load_profile("local"), tmp_path).name == load_runtime(name).name
 
 
 @pytest.mark.parametrize("name", [*TARGETS, *(f"runtimes.{r}" for r in plugins.names("targets.runtimes"))])

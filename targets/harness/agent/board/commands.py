@@ -11,6 +11,7 @@
     agent job FOLDER                 one job that outlives its link: takes the lease, runs drive, rows or layers, and
                                         spools the result into its FOLDER until it is fetched
     agent guard FOLDER               gives back power mode and clocks when the job that started it is gone
+    agent engine VERB ...            builds an engine of TensorRT, or says which library is here: `tensorrt/job.py`
     agent infer                      one process that infers for `serve`
 
 The clock is read around a complete synchronous inference with pre-bound buffers, in the process that infers; no timing
@@ -86,6 +87,10 @@ def main(arguments: Sequence[str]) -> int:
         return run_detached(arguments[1])
     if len(arguments) == 2 and arguments[0] == "guard":
         return guard(arguments[1])
+    if arguments[:1] == ["engine"]:
+        from .tensorrt import job
+
+        return job.main(arguments[1:])
     if list(arguments) == ["infer"]:
         return inferrer()
     sys.stderr.write(str(__doc__) + "\n")

@@ -1,0 +1,1 @@
+"""What runs beside the agent on a board with TensorRT: builds engines, runs them, and drives trtexec."""

@@ -1,0 +1,88 @@
+"""One job in a process of its own, told in JSON lines: build an engine, or say which library is here.
+
+    agent engine build JOB.json OUT.json    an engine; progress, errors and the end go to stdout, what was done to
+                                            OUT.json
+    agent engine facts NAME                 the library of a runtime and the GPU, as JSON
+
+A builder takes gigabytes and crashes where it runs out of them: a process of its own takes nothing else with it.
+"""
+
+import json
+import os
+import sys
+from typing import Any, Callable, Sequence
+
+from ..base import die_with_parent
+from . import cuda, engine, library, trtexec
+from .errors import BoardError, Table
+from .progress import Beat
+
+
+def gpu_facts() -> Table:
+    """The GPU here, or why there is none."""
+    try:
+        runtime = cuda.Cuda()
+        runtime.call("cudaSetDevice", 0)
+        return runtime.facts()
+    except BoardError as error:
+        return {"none": error.message}
+
+
+def facts(name: str) -> Table:
+    """The library of a runtime, trtexec where it stands in for it, and the GPU."""
+    try:
+        here = library.load(name).facts()
+    except BoardError:
+        if name != "tensorrt":
+            raise
+        here = trtexec.facts(trtexec.Trtexec(trtexec.find()))
+    return {"library": here, "gpu": gpu_facts()}
+
+
+def build(job: Table, tell: Callable[[Table], None]) -> Table:
+    """Build through the library, or through trtexec where only that is there. Raises the library's error otherwise."""
+    try:
+        loaded = library.load(job["library"])
+    except BoardError:
+        if job["library"] != "tensorrt" or not _has_trtexec():
+            raise
+        with Beat(tell, None):
+            return trtexec.build(trtexec.Trtexec(trtexec.find()), job)
+    return engine.build(job, tell, loaded)
+
+
+def _has_trtexec() -> bool:
+    try:
+        return bool(trtexec.find())
+    except BoardError:
+        return False
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do one job; exit code 1 where it failed, 2 for a wrong command line. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def tell(table: Any) -> None:
+        answers.write(json.dumps(table) + "\n")
+        answers.flush()
+
+    try:
+        if len(arguments) == 2 and arguments[0] == "facts" and arguments[1] in library.MODULES:
+            tell(dict(facts(arguments[1]), event="done"))
+            return 0
+        if len(arguments) == 3 and arguments[0] == "build":
+            die_with_parent()
+            with open(arguments[1], "rb") as file:
+                job = json.loads(file.read().decode())
+            engine.write(arguments[2], json.dumps(build(job, tell)).encode())
+            tell({"event": "done"})
+            return 0
+    except BoardError as error:
+        tell(error.to_table())
+        return 1
+    except MemoryError:
+        tell(BoardError("memory", "out of memory").to_table())
+        return 1
+    sys.stderr.write(str(__doc__) + "\n")
+    return 2

@@ -1,0 +1,184 @@
+"""The host's side of building an engine: asks which library is here, looks for the engine by its key, else builds it.
+
+The builder runs in a process of its own (`agent/board/tensorrt/job.py`), which is told to end with this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import DeployError
+from targets.harness import pack
+from targets.harness.engines import Engines, engine_key, timing_name
+
+INSTALL = {
+    "tensorrt": "JetPack brings it; elsewhere: pip install tensorrt, from where NVIDIA's index is reached.",
+    "tensorrt-rtx": "pip install 'edge-deploy[tensorrt-rtx]'",
+}
+BUILD_HINT = 'export the network again, or run it elsewhere: runtime = "ort".'
+KILLED_HINT = "lower tensorrt.workspace_mib, close what else holds memory, or add swap while building."
+Progress = Callable[[float], None]
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine. record: what was done to build it; reused: whether it was there already."""
+
+    plan: Path
+    key: str
+    record: Mapping[str, Any]
+    reused: bool
+
+
+def facts(name: str) -> Table:
+    """The library of a runtime on this machine and the GPU. Raises DeployError where it is not installed."""
+    return _work(["facts", name], name, None)
+
+
+def build(
+    onnx: Path,
+    out: Path,
+    name: str,
+    options: Mapping[str, Any],
+    state: Path,
+    timing_cache: bool = True,
+    progress: Progress | None = None,
+    device: str | None = None,
+) -> Built:
+    """The engine of an ONNX file at `out`: from the state folder where its key is known, else built and kept there.
+
+    name: of the runtime; options: of the builder; device: the digest of a fingerprint, the GPU here if left out.
+    Raises DeployError in one sentence for what the library refuses.
+    """
+    here = facts(name)
+    capability = options.get("compute_capability")
+    where = device or (here["gpu"] if capability is None else {"capability": capability})
+    key, engines = engine_key(onnx, options, here["library"], where), Engines(state)
+    found, reused = engines.find(key), True
+    if found is None:
+        timing = timing_name(here["library"], where) if timing_cache else ""
+        with _building(state) as folder:
+            record = _build(onnx, name, options, folder, state / "timing" / timing if timing else None, progress)
+            engines.keep(key, folder / "engine.plan", {**record, **here, "options": dict(options)})
+        found, reused = engines.find(key), False
+        assert found is not None
+    built = Built(found[0], key, found[1], reused)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built.plan, out)
+    except OSError as error:
+        hint = "free space or choose another folder."
+        raise DeployError(f"cannot write '{out}': {error.strerror}.", hint) from None
+    return built
+
+
+@contextmanager
+def _building(state: Path) -> Iterator[Path]:
+    """A folder to build in, gone afterwards. Raises DeployError where none can be made."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        _sweep(state)
+        folder = tempfile.TemporaryDirectory(dir=state, prefix=f"build-{os.getpid()}-")
+    except OSError as error:
+        message = f"cannot make a folder in '{state}': {error.strerror}."
+        raise DeployError(message, "free space or choose another folder.") from None
+    with folder as name:
+        yield Path(name)
+
+
+def _sweep(state: Path) -> None:
+    """Remove what killed builds left behind."""
+    for left in state.glob("build-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _build(
+    onnx: Path, name: str, options: Mapping[str, Any], folder: Path, timing: Path | None, progress: Progress | None
+) -> Table:
+    """Build into engine.plan of a folder; the record of it."""
+    job = {"onnx": str(onnx.resolve()), "out": str((folder / "engine.plan").resolve()), "library": name}
+    job["timing_cache"] = str(timing.resolve()) if timing is not None else ""
+    (folder / "job.json").write_text(json.dumps({**job, "options": dict(options)}), encoding="utf-8")
+    _work(["build", str(folder / "job.json"), str(folder / "out.json")], name, progress)
+    record: Table = json.loads((folder / "out.json").read_bytes())
+    return record
+
+
+def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:
+    """Run a job and give its last event. Raises DeployError for what it reports."""
+    command = [sys.executable, str(pack.FOLDER), "engine", *arguments]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+        try:
+            last = _follow(process, progress)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        if last.get("event") == "error":
+            raise refused(last, name)
+        if last.get("event") != "done" or process.returncode:
+            errors.seek(0)
+            raise died(process.returncode, errors.read().decode("utf-8", "replace"))
+    return last
+
+
+def _follow(process: subprocess.Popen[bytes], progress: Progress | None) -> Table:
+    """Read a job's lines until it ends; the last event that is no progress."""
+    assert process.stdout is not None
+    last: Table = {}
+    for line in process.stdout:
+        if not line.endswith(b"\n"):
+            break  # cut off as it ended
+        event = json.loads(line)
+        if event["event"] != "progress":
+            last = event
+        elif progress is not None:
+            progress(float(event["done"]))
+    process.wait()
+    return last
+
+
+def refused(event: Mapping[str, Any], name: str) -> DeployError:
+    """The user's error for what a build reports. name: of the runtime."""
+    message, hint = str(event["message"]).rstrip("."), str(event.get("hint", ""))
+    if event["kind"] == "library":
+        hint = hint or INSTALL[name]
+    if event["kind"] == "model":
+        hint = hint or BUILD_HINT
+    if event["kind"] == "disk":
+        hint = hint or "free space or choose another folder."
+    return DeployError(f"{message}.", hint)
+
+
+def died(code: int, said: str) -> DeployError:
+    """The user's error for a build that ended without a word. code: as of subprocess; said: its stderr."""
+    lines = said.strip().splitlines()
+    if code == -signal.SIGKILL:
+        return DeployError("the building process was killed, as a system does that runs out of memory.", KILLED_HINT)
+    how = f"crashed by signal {-code} ({_signal(-code)})" if code < 0 else f"ended with code {code}"
+    last = f": {lines[-1]}" if lines else ""
+    return DeployError(f"the building process {how}{last}.", "free memory and try again, or use another version.")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

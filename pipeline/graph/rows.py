@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from pipeline.graph.inner import reads
 from pipeline.graph.probe import DimShape, Forms, Resolve, find_forms
 from pipeline.graph.sites import ACTIVATIONS, HEAVY, Links, Piece, find_pieces, link, result_of
 from pipeline.graph.template import Builder, Template, Widths, cut_template, independent, place
@@ -136,9 +137,9 @@ class Rows:
     def _shapes(self, nodes: frozenset[int], outputs: Sequence[str]) -> list[DimShape]:
         """Shapes in a site: border inputs first, then what the nodes make, then initializers."""
         makes = [name for index in sorted(nodes) for name in self._links.nodes[index].output if name]
-        reads = [name for index in sorted(nodes) for name in self._links.nodes[index].input if name]
-        borders = [name for name in reads if self._links.moves(name) and name not in makes]
-        names = dict.fromkeys([*borders, *makes, *outputs, *reads])
+        used = [name for index in sorted(nodes) for name in reads(self._links.nodes[index])]
+        borders = [name for name in used if self._links.moves(name) and name not in makes]
+        names = dict.fromkeys([*borders, *makes, *outputs, *used])
         return [self._forms.dims[name] for name in names if name in self._forms.dims]
 
     def _name(self, piece: Piece, template: Template) -> tuple[str, str]:
@@ -184,7 +185,7 @@ class Rows:
         weighted = all(
             any(name in template.weights for name in node.input)
             for node in template.nodes
-            if any(name in template.inputs for name in node.input)
+            if any(name in template.inputs for name in reads(node))
         )
         if not weighted or len(template.outputs) != 1:
             return Plan(template, "single")

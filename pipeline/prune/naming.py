@@ -31,6 +31,11 @@ def kind_of(value: Any) -> str:
     return f"{home}.{name}" if home else str(name)
 
 
+def is_custom(kind: str) -> bool:
+    """Whether a kind is an operator of torch.library that is not torch's own."""
+    return "::" in kind and not kind.startswith(("aten::", "prims::"))
+
+
 def kind_of_node(graph: fx.GraphModule, node: fx.Node) -> str:
     """`kind_of` what a node calls, empty for what is no module and no function."""
     if node.op == "call_module":

@@ -15,7 +15,7 @@ from pipeline.prune import operators
 from pipeline.prune.capture import Network
 from pipeline.prune.labels import Op
 from pipeline.prune.lowering import permutation
-from pipeline.prune.naming import kind_of, kind_of_node
+from pipeline.prune.naming import is_custom, kind_of, kind_of_node
 
 Shapes = Mapping[str, tuple[int, ...]]
 _UNARY_MODULES = (
@@ -276,7 +276,7 @@ def _function(node: fx.Node, shapes: Shapes) -> Described:
     if target is operator.getitem:
         return _getitem(node, shapes)
     kind = kind_of(target)
-    if "::" in kind and not kind.startswith(("aten::", "prims::")):
+    if is_custom(kind):
         return _plain("leaf", reason=f"there is no rule for {kind} ('{node.name}')")
     if target is getattr:
         name = {"T": "t", "mT": "mT"}.get(str(node.args[1]), str(node.args[1]))

@@ -11,9 +11,9 @@ becomes a leaf with the reason, and tracing begins anew. A leaf has to give tens
 whoever branches on a number that it made would be traced along one branch only. Where it gives anything else the module
 that called it is the leaf instead, and so on outwards; where that is the network itself, capture fails.
 
-Why not torch.export: it resolves shapes as this does and refuses control flow on data as this does, but for the whole
-network, without a leaf to go on with; and it gives one flat graph of ATen calls on lifted weights, in which the layers
-that surgery, training and the names of the ONNX file need would have to be found again.
+Why not torch.export: it resolves shapes as this does and refuses control flow on data and TorchScript as this does, but
+for the whole network, without a leaf to go on with; and it gives one flat graph of ATen calls on lifted weights, in
+which the layers that surgery, training and the names of the ONNX file need would have to be found again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.prune import operators
 from pipeline.prune.foreign import caught
-from pipeline.prune.naming import kind_of
+from pipeline.prune.naming import is_custom, kind_of
 from pipeline.prune.proxy import Known, OnData, holds_tensor, known, shapes_of, strange, unproxied
 from pipeline.prune.whole import Whole
 from profiles.errors import DeployError
@@ -131,6 +131,8 @@ class _Tracer(fx.Tracer):
         made: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, *rest)
         value = self._value(kind, target, args, kwargs)
         constant = kind != "get_attr" and self.makers and plain in MAKERS
+        if kind == "call_function" and not holds_tensor(value) and is_custom(kind_of(target)):
+            raise OnData(f"a number taken from data ({kind_of(target)})")
         if kind == "output" or (holds_tensor(value) and not constant):
             made = self._with_value(made, value)
             if target is operator.getitem and isinstance(args[0].value, Tensor):

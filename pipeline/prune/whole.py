@@ -3,7 +3,7 @@
 The exporter follows one run of the network: of an `if` on data it would write the branch that this run took. So for it
 the forward is compiled by TorchScript, whose `if` and `while` become If and Loop of ONNX, to a function that takes the
 module's tensors as arguments: they keep their names. A module that is TorchScript already runs through that function
-always, since copies of it would not be trainable.
+always, since copies of it would not be trainable; what is in it behaves as in eval mode, in training too.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class GroupEntry:
     """A channel group. units: how many can go, one by one; channels: of the first layer that makes them.
 
     state: `proved` may be pruned, `refuted` failed the proof, `frozen` was never offered, with the reason. made_by:
-    layers whose outputs they are; layers: all that hold some of them, makers first. parameters, macs: share of the
-    network's that goes where the whole group does. block: the residual block that it would go with, or "".
+    layers whose outputs they are; layers: all that hold some of them, makers first. Shares are of the
+    network's, and go where the whole group does. block: the residual block that it would go with, or "".
     """
 
     number: int
@@ -39,8 +39,8 @@ class GroupEntry:
     made_by: tuple[str, ...]
     layers: tuple[str, ...]
     members: tuple[str, ...]
-    parameters: float
-    macs: float
+    parameters_share: float
+    macs_share: float
     block: str = ""
 
 
@@ -51,8 +51,8 @@ class BlockEntry:
     name: str
     state: State
     reason: str
-    parameters: float
-    macs: float
+    parameters_share: float
+    macs_share: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LeafEntry:
 
 @dataclass(frozen=True)
 class GroupsData:
-    """All of it. parameters, macs: of the network; prunable_parameters, prunable_macs: share that may go at most.
+    """All of it. parameters: weights of layers; macs: per sample; prunable: the share that may go at most.
 
     inputs: name -> shape. boxes: the network as a picture. notes: one sentence each.
     """
@@ -76,8 +76,8 @@ class GroupsData:
     inputs: Mapping[str, tuple[int, ...]]
     parameters: int
     macs: int
-    prunable_parameters: float
-    prunable_macs: float
+    prunable_parameters_share: float
+    prunable_macs_share: float
     groups: tuple[GroupEntry, ...]
     blocks: tuple[BlockEntry, ...] = ()
     leaves: tuple[LeafEntry, ...] = ()
@@ -104,8 +104,8 @@ def summary(data: GroupsData) -> str:
 
 def reach(data: GroupsData) -> str:
     """How much may be pruned at most."""
-    share = f"{numbers.share(data.prunable_parameters)} of {numbers.count(data.parameters)} weights"
-    macs = f"{numbers.share(data.prunable_macs)} of {numbers.count(data.macs)} MACs"
+    share = f"{numbers.share(data.prunable_parameters_share)} of {numbers.count(data.parameters)} weights"
+    macs = f"{numbers.share(data.prunable_macs_share)} of {numbers.count(data.macs)} MACs"
     return f"at most {share} and {macs} can go, one unit of every group left."
 
 
@@ -114,7 +114,7 @@ def table(data: GroupsData) -> Grid:
     rows = tuple(
         (
             str(group.number), group.name, str(group.units), str(group.channels), _layers(group),
-            numbers.share(group.parameters), numbers.share(group.macs), group.state, group.reason,
+            numbers.share(group.parameters_share), numbers.share(group.macs_share), group.state, group.reason,
         )
         for group in data.groups
     )  # fmt: skip
@@ -143,7 +143,7 @@ def shorten(names: Sequence[str], most: int) -> str:
 def block_table(data: GroupsData) -> Grid:
     """Every residual block."""
     rows = tuple(
-        (block.name, numbers.share(block.parameters), numbers.share(block.macs), block.state, block.reason)
+        (block.name, numbers.share(block.parameters_share), numbers.share(block.macs_share), block.state, block.reason)
         for block in data.blocks
     )
     return Grid("Residual blocks", ("residual block", "weights", "MACs", "state", "why"), rows, text=(0, 3, 4))

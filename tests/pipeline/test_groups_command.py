@@ -79,14 +79,14 @@ def with_a_branch(project: Path) -> None:
 def test_json_has_stable_keys_and_says_what_goes_with_what(capsys: pytest.CaptureFixture[str], project: Path):
     found = told(capsys, "--project", str(project))
     assert list(found) == [
-        "network", "project", "inputs", "parameters", "macs", "prunable_parameters", "prunable_macs", "groups",
-        "blocks", "leaves", "notes", "counts",
+        "network", "project", "inputs", "parameters", "macs", "prunable_parameters_share", "prunable_macs_share",
+        "groups", "blocks", "leaves", "notes", "counts",
     ]  # fmt: skip
     assert found["counts"] == {"proved": 3, "refuted": 0, "frozen": 2} and found["inputs"] == {"input": [1, 1, 8, 8]}
     groups = {group["name"]: group for group in found["groups"]}
     assert set(next(iter(groups.values()))) == {
-        "number", "id", "name", "state", "reason", "units", "channels", "made_by", "layers", "members", "parameters",
-        "macs", "block",
+        "number", "id", "name", "state", "reason", "units", "channels", "made_by", "layers", "members",
+        "parameters_share", "macs_share", "block",
     }  # fmt: skip
     inside = groups["blocks.0.conv1"]
     assert (inside["units"], inside["channels"], inside["state"], inside["block"]) == (24, 24, "proved", "blocks.0")
@@ -94,10 +94,10 @@ def test_json_has_stable_keys_and_says_what_goes_with_what(capsys: pytest.Captur
     assert inside["layers"] == ["blocks.0.conv1", "blocks.0.bn1", "blocks.0.conv2"]
     weights = 2 * 24 * 16 * 9
     assert found["parameters"] == 9 * 16 + 2 * weights + 640
-    assert inside["parameters"] == pytest.approx(weights / found["parameters"])
+    assert inside["parameters_share"] == pytest.approx(weights / found["parameters"])
     assert groups["head"]["reason"] == "it is an output of the network" and groups["head"]["state"] == "frozen"
     assert [block["name"] for block in found["blocks"]] == ["blocks.0", "blocks.1"]
-    assert found["prunable_macs"] > 0.99 and found["leaves"] == found["notes"] == []
+    assert found["prunable_macs_share"] > 0.99 and found["leaves"] == found["notes"] == []
 
 
 def test_the_same_project_says_the_same_again(capsys: pytest.CaptureFixture[str], project: Path):
@@ -195,7 +195,8 @@ def test_the_page_fits_a_phone_and_a_desktop(capsys: pytest.CaptureFixture[str],
 def entry(number: int, **changes: object) -> GroupEntry:
     given = {
         "number": number, "id": f"id{number}", "name": f"layer{number}", "state": "proved", "reason": "", "units": 4,
-        "channels": 4, "made_by": (), "layers": (f"layer{number}",), "members": (), "parameters": 0.1, "macs": 0.1,
+        "channels": 4, "made_by": (), "layers": (f"layer{number}",), "members": (),
+        "parameters_share": 0.1, "macs_share": 0.1,
     }  # fmt: skip
     return GroupEntry(**given | changes)  # type: ignore[arg-type]
 

@@ -233,6 +233,22 @@ def test_where_only_the_network_itself_could_be_left_whole_capture_fails(network
         capture(network, (torch.randn(1, 8, 8, 8),))
 
 
+@torch.library.custom_op("leaves_test::count", mutates_args=())
+def count(x: Tensor) -> int:
+    return int((x > 0).sum())
+
+
+def test_a_number_that_a_custom_operator_gives_is_never_a_constant():
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * count(x)
+
+    model, network = captured(Counts())
+    assert list(network.leaves) == ["middle"] and "(leaves_test::count)" in network.leaves["middle"]
+    for x in inputs():
+        assert torch.allclose(network.graph(x), model(x), atol=1e-3)
+
+
 def test_a_number_that_was_taken_from_the_data_unseen_is_noticed():
     class Peeks(nn.Module):
         """Looks at the sign of a float32 where no tracer is."""

@@ -32,17 +32,15 @@ from pipeline.graph.narrow import narrow, narrow_file
 from pipeline.graph.optimize import PassLog, optimize
 from pipeline.graph.rewriting import Timing, choose
 from pipeline.graph.rows import Rows
-from pipeline.graph.verify import check_model
+from pipeline.graph.verify import check_model, compare_outputs, seeded_inputs
 from pipeline.latency.solvers.base import Solver
 from pipeline.latency.store import Store
 from pipeline.latency.tabulate import tabulate
 from pipeline.latency.timing import Tally
-from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity
+from pipeline.nouns import KeepUnits, LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.project import Project, load_project, predict_torch
-from pipeline.prune.capture import capture
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from pipeline.prune.evidence import Evidence, Samples, divergence, first
-from pipeline.prune.groups import find_groups
 from pipeline.prune.hashing import adaptive
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank, require_labels
@@ -58,7 +56,7 @@ from pipeline.report.data import Agreement
 from pipeline.run import BuildRequest, Run
 from pipeline.search import Found, Loop, Measured, Search
 from pipeline.stage import Outcome, Stage, run_or_reuse
-from pipeline.work import AGAIN, DENSE, PRUNED, PRUNED_AGAIN, BuildResult, Work
+from pipeline.work import AGAIN, DENSE, PRUNED, PRUNED_AGAIN, BuildResult, Work, captured, merged
 from profiles import plugins
 from profiles.errors import DeployError, UsageError
 from profiles.schema import Budget, Profile, PruneSpec, load_profile
@@ -75,6 +73,7 @@ SHORT_STEPS = 16
 REPORTED = ("none", "bn", "least-squares")
 DATA_FREE = {"criterion": "red", "repair": "merge"}
 """What ranks and repairs where there are no calibration samples and nothing else was asked for."""
+OWN_GAP = 1e-3
 MOST_OFFERS = 6
 """Rewritten networks that are measured in one session, beside the network without."""
 ATTEMPTS, STEP_BACK = 3, 0.985
@@ -88,7 +87,7 @@ def build(request: BuildRequest) -> BuildResult:
     Raises DeployError for what the user can mend; a missed budget or accuracy is a result, not an error.
     """
     project = load_project(request.project)
-    profile, notes = _asked(project, load_profile(request.target, _merged(project.overrides, request.overrides)))
+    profile, notes = _asked(project, load_profile(request.target, merged(project.overrides, request.overrides)))
     budget = Budget.parse(request.budget) if request.budget else profile.budget
     if budget is None:
         raise DeployError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
@@ -101,22 +100,15 @@ def build(request: BuildRequest) -> BuildResult:
         for note in notes:
             _say(run, f"note: {note}")
         begun = run.seconds
-        spec = profile.prune
-        heads = spec.attention == "heads"
-        network = find_groups(capture(model, project.example()), freeze=spec.freeze, heads=heads)
+        found = captured(project, model, profile.prune)
+        network = found.network
         offered = f"{len(network.topology.offered)} groups, {len(network.topology.removable)} blocks proved"
         run.finished("capture", run.seconds - begun, offered)
+        for note in found.notes:
+            _say(run, f"note: {note}")
         samples = samples.first(repair_limit(network))
-        work = Work(run, profile, budget, target, project, network, samples, notes)
+        work = Work(run, profile, budget, target, project, network, samples, (*notes, *found.notes))
         return _dry(work) if request.dry_run else _release(work)
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _asked(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
@@ -234,11 +226,31 @@ def _dense(work: Work) -> Outcome:
     def make(folder: Path) -> dict[str, Any]:
         raw = export(work.network.graph, work.project.inputs, folder / "raw.onnx", work.profile.graph.opset)
         log = optimize(raw, work.profile.graph.passes, folder / "dense.onnx")
+        _check_own(work, onnx.load_model(str(folder / "dense.onnx")))
         return {"onnx": folder / "dense.onnx", "passes": json.loads(log.to_json())}
 
     return work.run.stage(
         Stage("dense"), _written(work), {"project": work.source}, make, tools=TOOLS, detail=_nodes
     )
+
+
+def _check_own(work: Work, dense: onnx.ModelProto) -> None:
+    """With operators of the user's own: narrowing the file has to do what cutting the network does.
+
+    Raises DeployError where it does not: such an operator counts its channels where nothing can rewrite the number.
+    """
+    if not work.network.rules:
+        return
+    plan = PruningPlan(tuple(KeepUnits(g.id, tuple(range((g.size + 1) // 2))) for g in work.topology.offered))
+    try:
+        narrowed = narrow(dense, resolve(work.topology, plan))
+        gap = compare_outputs(predict_torch(prune(work.network, plan)), narrowed, seeded_inputs(narrowed)).max_rel
+        why = f"it differs from the cut network by {gap:.2g} of its largest output" if gap > OWN_GAP else ""
+    except DeployError as error:
+        why = error.message.rstrip(".")
+    if why:
+        message = f"the ONNX file cannot be cut through {' and '.join(map(repr, work.network.rules))}: {why}."
+        raise DeployError(message, "let its forward count channels by its parameters or by -1, or drop its rule.")
 
 
 def _written(work: Work) -> dict[str, Any]:

@@ -597,3 +597,36 @@ class CheckRecord:
     def same(self) -> bool:
         """Whether both are the same artifact, which makes it a check of the environment."""
         return self.baseline.sha256 == self.candidate.sha256
+
+
+# --- a picture of the network --------------------------------------------------------------------------------------
+
+
+Gives = tuple[tuple[str, int], ...]
+"""Channels in order: id of the group that each run of them is of ("" for none), and how many."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A tensor that a box reads. source: id of the box that made it."""
+
+    source: str
+    gives: Gives
+
+
+@dataclass(frozen=True)
+class Box:
+    """What a picture shows as one thing: a layer with the norms and activations after it, or where tensors meet.
+
+    title: path of the layer, or what it does. kind, detail: of its first operator. also: what else is in it, by name.
+    gives: the channels that come out of it. whole: why capture left a module whole, "" elsewhere.
+    """
+
+    id: str
+    title: str
+    kind: str
+    detail: str
+    also: tuple[str, ...]
+    lines: tuple[Line, ...]
+    gives: Gives
+    whole: str = ""

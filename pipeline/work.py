@@ -11,11 +11,13 @@ from typing import Any
 from pipeline.latency.operations import Operations
 from pipeline.nouns import Ranking, Topology
 from pipeline.project import Project
-from pipeline.prune.capture import Network
+from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Samples
+from pipeline.prune.groups import find_groups
+from pipeline.prune.own_rules import unmet
 from pipeline.report.data import ReportData
 from pipeline.run import Run
-from profiles.schema import Budget, Profile
+from profiles.schema import Budget, Profile, PruneSpec
 from targets.base import Target
 
 DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
@@ -23,6 +25,36 @@ DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
 PRUNED_AGAIN = "pruned-again"
 """Where rewrites of the pruned network are measured, it stands in the session twice."""
 NOISE_SAMPLES = 256
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables with those of `over` laid over them."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A project's network with its groups. notes: what a release engineer should know of it, a sentence each."""
+
+    network: Network
+    notes: tuple[str, ...]
+
+
+def captured(project: Project, model: Any, spec: PruneSpec) -> Captured:
+    """Capture a project's network and prove its groups, with the user's own rules. model: what `project.model` gave.
+
+    Raises DeployError for a network that cannot be captured, or a rule that does not fit.
+    """
+    rules = {kind: rule.apply for kind, rule in project.rules.items()}
+    network = capture(model, project.example(), rules)
+    network = find_groups(network, freeze=spec.freeze, heads=spec.attention == "heads")
+    notes = [f"'{name}' is left whole, {reason}." for name, reason in network.leaves.items()]
+    files = [(kind, rule.file) for kind, rule in project.rules.items()]
+    return Captured(network, (*notes, *unmet(network, model, files)))
 
 
 @dataclass(frozen=True)

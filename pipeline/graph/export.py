@@ -2,7 +2,8 @@
 
 torch's exporter merges equal initializers through Identity nodes, which would tie parameters that are only equal by
 chance: that is undone. What narrowing slices by name is asserted here: each parameter that the network uses is an
-initializer with the same name, shape and values.
+initializer with the same name, shape and values. A network with operators of the user's own, or with modules that
+capture left whole, is compared with its ONNX file on inputs of several signs and sizes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ from torch import fx, nn
 
 from pipeline.graph.absorbed import absorb
 from pipeline.graph.passes.base import is_parameter
+from pipeline.graph.verify import compare_outputs, seeded_inputs
 from profiles.errors import DeployError
 from profiles.schema import InputSpec
+
+SCALES = (1.0, -1.0, 0.1, -3.0, 3.0, -0.1)
+"""Inputs that a branch on data is looked for with are standard normal values times these."""
+LARGEST_GAP = 1e-3
+OWN_HINT = "take numbers out of data in no module that stays whole, and freeze nothing of it in numpy or in constants."
 
 
 def export(
@@ -44,6 +51,8 @@ def export(
         state = {name: tensor.detach().cpu().numpy() for name, tensor in _state(model).items()}
         _check_names(proto, state, _used(model) if names is None else names)
         _fix_outputs(proto, results)
+        if _has_own(model):
+            _check_numbers(model, proto)
     onnx.save_model(proto, str(out))
     return out
 
@@ -83,11 +92,8 @@ def _results(model: nn.Module, inputs: Sequence[InputSpec]) -> list[torch.Tensor
 
 def _trace(model: nn.Module, inputs: Sequence[InputSpec], opset: int, outputs: int) -> onnx.ModelProto:
     buffer = io.BytesIO()
-    level = logging.getLogger("torch.onnx").level
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            logging.getLogger("torch.onnx").setLevel(logging.CRITICAL)
+        with _quiet(), torch.no_grad():
             torch.onnx.export(
                 model,
                 _examples(inputs, model),
@@ -106,9 +112,23 @@ def _trace(model: nn.Module, inputs: Sequence[InputSpec], opset: int, outputs: i
         raise DeployError(f"the operator '{name}' has no ONNX form in opset {opset}.", hint) from error
     except (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
         raise DeployError(f"the network cannot be exported to ONNX: {_first_line(error)}") from error
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
     return onnx.load_from_string(buffer.getvalue())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings, and without the whole graph that it prints on stdout when it fails."""
+    logger, prints = logging.getLogger("torch.onnx"), torch._C._jit_onnx_log
+    level = logger.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logger.setLevel(logging.CRITICAL)
+            torch._C._jit_onnx_log = lambda *_: None
+            yield
+    finally:
+        logger.setLevel(level)
+        torch._C._jit_onnx_log = prints
 
 
 def _first_line(error: Exception) -> str:
@@ -162,9 +182,35 @@ def _used(model: nn.Module) -> set[str]:
         target = str(node.target)
         if node.op == "get_attr":
             used |= floating & {target}
-        elif node.op == "call_module" and type(model.get_submodule(target)).__module__.startswith("torch.nn"):
+        elif node.op == "call_module" and (
+            type(model.get_submodule(target)).__module__.startswith("torch.nn") or "ruled" in node.meta
+        ):
             used |= {name for name in floating if name.startswith(f"{target}.")}
     return used
+
+
+def _has_own(model: nn.Module) -> bool:
+    """Whether a captured network holds code of the user's that runs as it is."""
+    return isinstance(model, fx.GraphModule) and any(node.meta.keys() & {"leaf", "ruled"} for node in model.graph.nodes)
+
+
+def _check_numbers(model: nn.Module, proto: onnx.ModelProto) -> None:
+    """Raise DeployError where the file computes something else than the network."""
+    feeds = [
+        {name: (x * scale).astype(x.dtype) if x.dtype.kind == "f" else x for name, x in feed.items()}
+        for scale, feed in zip(SCALES, seeded_inputs(proto, count=len(SCALES)), strict=True)
+    ]
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+    def run(*arrays: Any) -> list[Any]:
+        return [t.cpu().numpy() for t in _flat(model(*(torch.from_numpy(array).to(device) for array in arrays)))]
+
+    with torch.no_grad():
+        gap = compare_outputs(run, proto, feeds)
+    if gap.max_rel > LARGEST_GAP:
+        raise DeployError(
+            f"the exported network differs from the given one by {gap.max_rel:.2g} of its largest output.", OWN_HINT
+        )
 
 
 def _check_names(proto: onnx.ModelProto, state: dict[str, Any], names: Collection[str]) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from pipeline.graph.absorbed import absorbed
+from pipeline.graph.inner import graphs, reads
 from pipeline.graph.passes.shortcut_conv import SELECTION, selection
 from pipeline.nouns import Block, ConstantValue, Cut
 from profiles.errors import DeployError
@@ -163,6 +164,8 @@ def _redirect(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 def _rename(graph: onnx.GraphProto, old: str, new: str, *, outputs: bool) -> None:
     for node in graph.node:
+        for inner in graphs(node):
+            _rename(inner, old, new, outputs=False)
         for names in (node.input, node.output) if outputs else (node.input,):
             for index, name in enumerate(names):
                 if name == old:
@@ -178,22 +181,12 @@ def _remove_dead(graph: onnx.GraphProto) -> None:
         if needed.isdisjoint(node.output):
             dead.append(index)
         else:
-            needed.update(node.input)
-            needed.update(_outer_names(node))
+            needed.update(reads(node))
     for index in dead:
         del graph.node[index]
     for index in range(len(graph.initializer) - 1, -1, -1):
         if graph.initializer[index].name not in needed:
             del graph.initializer[index]
-
-
-def _outer_names(node: onnx.NodeProto) -> Iterable[str]:
-    """What the branches of an If or a Loop read."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            for inner in attribute.g.node:
-                yield from inner.input
-                yield from _outer_names(inner)
 
 
 # --- constants ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from pipeline.graph.inner import reads
 from pipeline.graph.narrow import narrow
 from pipeline.graph.passes.base import is_parameter
 from pipeline.nouns import Cut, Dim, KeepUnits, PruningPlan, Topology
@@ -118,7 +119,7 @@ def _check_known(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> None:
 def _probe(bare: onnx.ModelProto, resolve: Resolve, widths: Mapping[str, int]) -> dict[str, Shape]:
     plan = PruningPlan(tuple(KeepUnits(group, tuple(range(width))) for group, width in widths.items()))
     cut = narrow(bare, resolve(plan))
-    known = {name for node in bare.graph.node for name in (*node.input, *node.output)}
+    known = {name for node in bare.graph.node for name in (*reads(node), *node.output)}
     return {name: shape for name, shape in tensor_shapes(cut).items() if name in known}
 
 

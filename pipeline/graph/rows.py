@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import onnx
 
+from pipeline.graph.inner import reads
 from pipeline.graph.probe import DimShape, Forms, Resolve, find_forms
 from pipeline.graph.sites import ACTIVATIONS, HEAVY, Links, Piece, find_pieces, link, result_of
 from pipeline.graph.template import Builder, Template, Widths, cut_template, independent, place
@@ -135,9 +136,9 @@ class Rows:
     def _shapes(self, nodes: frozenset[int], outputs: Sequence[str]) -> list[DimShape]:
         """Shapes in a site: border inputs first, then what the nodes make, then initializers."""
         makes = [name for index in sorted(nodes) for name in self._links.nodes[index].output if name]
-        reads = [name for index in sorted(nodes) for name in self._links.nodes[index].input if name]
-        borders = [name for name in reads if self._links.moves(name) and name not in makes]
-        names = dict.fromkeys([*borders, *makes, *outputs, *reads])
+        used = [name for index in sorted(nodes) for name in reads(self._links.nodes[index])]
+        borders = [name for name in used if self._links.moves(name) and name not in makes]
+        names = dict.fromkeys([*borders, *makes, *outputs, *used])
         return [self._forms.dims[name] for name in names if name in self._forms.dims]
 
     def _name(self, piece: Piece, template: Template) -> tuple[str, str]:
@@ -194,7 +195,7 @@ def _weighted(template: Template) -> bool:
     for node in template.nodes:
         if node.op_type == "Cast" and node.input[0] in borders:
             borders.add(node.output[0])
-        elif borders & set(node.input) and not any(name in template.weights for name in node.input):
+        elif borders & set(reads(node)) and not any(name in template.weights for name in node.input):
             return False
     return True
 

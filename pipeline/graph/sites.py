@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from pipeline.graph.inner import reads
 from pipeline.nouns import Topology
 
 HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN"})
@@ -48,7 +49,7 @@ class Links:
 
     def sources(self, index: Index) -> list[Index]:
         """Nodes that make the dynamic inputs of a node, in input order."""
-        made = (self.makers.get(name) for name in self.nodes[index].input)
+        made = (self.makers.get(name) for name in reads(self.nodes[index]))
         return list(dict.fromkeys(i for i in made if i is not None and i in self.dynamic))
 
 
@@ -72,15 +73,14 @@ def link(graph: onnx.GraphProto, inputs: Iterable[str]) -> Links:
     makers: dict[str, Index] = {}
     readers: dict[str, list[Index]] = {}
     for index, node in enumerate(nodes):
-        if any(name in moving for name in node.input):
+        if any(name in moving for name in reads(node)):
             dynamic.add(index)
             moving.update(name for name in node.output if name)
         for name in node.output:
             if name:
                 makers[name] = index
-        for name in dict.fromkeys(node.input):
-            if name:
-                readers.setdefault(name, []).append(index)
+        for name in reads(node):
+            readers.setdefault(name, []).append(index)
     frozen = {name: tuple(found) for name, found in readers.items()}
     return Links(nodes, makers, frozen, fed, frozenset(info.name for info in graph.output), frozenset(dynamic))
 
@@ -163,7 +163,7 @@ def _dominators(links: Links) -> dict[Index, Index]:
     depth: dict[Index, int] = {-1: 0}
     for index in sorted(links.dynamic):
         sources = links.sources(index)
-        if any(name in links.inputs for name in links.nodes[index].input):
+        if any(name in links.inputs for name in reads(links.nodes[index])):
             sources = [-1, *sources]
         meet = sources[0]
         for other in sources[1:]:

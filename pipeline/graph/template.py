@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from pipeline.graph.inner import reads, renamed
 from pipeline.graph.passes.base import is_parameter
 from pipeline.graph.probe import DimShape, Forms, Shape
 from pipeline.graph.sites import Links
@@ -108,7 +109,7 @@ def cut_template(
     """The nodes that `outputs` depend on among those given, in an order that only their structure decides."""
     order, borders = _order(links, nodes, outputs)
     protos = tuple(links.nodes[index] for index in order)
-    names = {name for node in protos for name in (*node.input, *node.output) if name}
+    names = {name for node in protos for name in (*reads(node), *node.output) if name}
     groups = sorted({group for name in names for dim in forms.dims[name] for group, _ in dim.terms})
     known = names | set(borders) | set(outputs)
     axes = {name: tuple(_axis(dim, dims, groups) for dim in forms.dims[name]) for name in known}
@@ -147,9 +148,8 @@ def _order(links: Links, nodes: frozenset[int], outputs: Sequence[str]) -> tuple
             return
         if index not in seen:
             seen.add(index)
-            for source in links.nodes[index].input:
-                if source:
-                    visit(source)
+            for source in reads(links.nodes[index]):
+                visit(source)
             order.append(index)
 
     for name in outputs:
@@ -237,7 +237,8 @@ def place(
         outputs = builder.names(len(node.output))
         proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain, name=f"n{len(builder.nodes)}", input=inputs)
         proto.output.extend(new if old else "" for old, new in zip(node.output, outputs, strict=True))
-        proto.attribute.extend(sorted(_attributes(template, node, widths), key=lambda attribute: attribute.name))
+        inner = (renamed(a, names, f"n{len(builder.nodes)}_") for a in _attributes(template, node, widths))
+        proto.attribute.extend(sorted(inner, key=lambda attribute: attribute.name))
         builder.nodes.append(proto)
         names.update({old: new for old, new in zip(node.output, outputs, strict=True) if old})
         if extra is not None and extra[0] == position:
@@ -257,16 +258,20 @@ def _inputs(
             found.append("")
         else:
             if name not in names:
-                names[name] = _initializer(builder, template, node, index, widths)
+                names[name] = _initializer(builder, template, node, index, widths, name)
             found.append(names[name])
+    for name in reads(node):
+        if name not in names and name not in node.input:
+            names[name] = _initializer(builder, template, node, -1, widths, name)
     for index in sorted(set(given) - set(range(len(node.input)))):
         found.extend("" for _ in range(index - len(found)))
         found.append(builder.constant(given[index]))
     return found
 
 
-def _initializer(builder: Builder, template: Template, node: onnx.NodeProto, index: int, widths: Widths) -> str:
-    name = node.input[index]
+def _initializer(
+    builder: Builder, template: Template, node: onnx.NodeProto, index: int, widths: Widths, name: str
+) -> str:
     shape = template.shape(name, widths)
     kept = template.constants.get(name)
     if kept is None or kept.shape != shape:

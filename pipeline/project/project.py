@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.project.batches import Batches, TrainBatches, a, collect, declared, grouped, natural_noise, pair
+from pipeline.project.rules import OwnRule, load_rules
 from pipeline.project.schema import FILE, ProjectFile, read_project_file
 from pipeline.project.usercode import Reference, UserCode
 from pipeline.project.weights import load_weights, make_hint, read_weights
@@ -53,18 +54,23 @@ def load_project(folder: Path) -> Project:
     code = UserCode((folder, *(_folder(text, folder) for text in file.path)))
     code.refuse_our_names()
     named = {"model.factory": file.model.factory, **file.data.named()}
-    return Project(folder, file, code, weights, {key: code.resolve(key, text) for key, text in named.items()})
+    references = {key: code.resolve(key, text) for key, text in named.items()}
+    return Project(folder, file, code, weights, references, load_rules(code, file.model.rules))
 
 
 @dataclass(frozen=True)
 class Project:
-    """A project whose names are resolved. weights: file of the trained weights, None where the factory brings them."""
+    """A project whose names are resolved. weights: file of the trained weights, None where the factory brings them.
+
+    rules: the user's own, by the kind of operator that each speaks for.
+    """
 
     folder: Path
     file: ProjectFile
     code: UserCode
     weights: Path | None
     references: dict[str, Reference]
+    rules: dict[str, OwnRule] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -127,10 +133,10 @@ class Project:
             text = " ".join(str(error).split()) or type(error).__name__
             hint = "set model.input in deploy.toml to what the network takes, batch axis first."
             raise DeployError(f"the network refuses {what}: {text}", hint) from error
-        outs = out if isinstance(out, tuple | list) else (out,)
+        outs = _flat(out)
         if not outs or not all(isinstance(each, Tensor) for each in outs):
             message = f"the network gives {a(out)}, not a tensor or a tuple of tensors."
-            raise DeployError(message, "let forward return tensors.")
+            raise DeployError(message, "let forward return tensors, in tuples, lists and dicts as you like.")
 
     def noise(self, samples: int) -> Batches:
         """Seeded inputs that stand in for data: `natural_noise`, and 0 and 1 where integers are asked."""
@@ -275,9 +281,17 @@ def predict_torch(module: nn.Module, batch: int = 256) -> Predict:
             module.train(training)
         if isinstance(outs[0], Tensor):
             return torch.cat(outs).cpu().numpy()
-        return tuple(torch.cat(column).cpu().numpy() for column in zip(*outs, strict=True))
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*map(_flat, outs), strict=True)]
+        return columns[0] if len(columns) == 1 else tuple(columns)
 
     return predict
+
+
+def _flat(value: Any) -> list[Any]:
+    """What an output holds, through tuples, lists and dicts, in order: as the network's ONNX file gives it."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [each for part in value for each in _flat(part)] if isinstance(value, tuple | list) else [value]
 
 
 @contextmanager

@@ -14,12 +14,16 @@ FILE = "deploy.toml"
 
 
 class ModelTable(Spec):
-    """`[model]`: the network, its weights and its inputs. Without `weights` the factory gives a trained network."""
+    """`[model]`: the network, its weights and its inputs. Without `weights` the factory gives a trained network.
+
+    rules: modules that say how channels pass through operators of the user's own (docs/operators.md).
+    """
 
     factory: str
     weights: str | None = None
     input: InputSpec | None = None
     inputs: tuple[InputSpec, ...] = ()
+    rules: str | tuple[str, ...] = ()
 
 
 class DataTable(Spec):

@@ -105,6 +105,13 @@ class UserCode:
         code = getattr(found, "__code__", None)
         return Reference(key, text, found, code.co_firstlineno if code else None)
 
+    def module(self, key: str, name: str) -> ModuleType:
+        """The module that a key of deploy.toml names. Raises UsageError for one that is not there, else DeployError."""
+        if not all(part.isidentifier() for part in name.split(".")):
+            hint = "write it without .py, like my_rules, with my_rules.py beside deploy.toml."
+            raise UsageError(f"deploy.toml: {key} is '{name}', which is no name of a module.", hint)
+        return self._import(key, name, name)
+
     def _import(self, key: str, text: str, name: str) -> ModuleType:
         self.activate()
         self._refuse_hidden({name.partition(".")[0]})

@@ -2,7 +2,8 @@
 
 `capture` deep-copies the network and traces it at the example's static shape (tracing.py): control flow on shapes is
 resolved, numbers that depend on the batch stay computed. A user's module that cannot be traced becomes a leaf whose
-channels stay, with the reason; where that is the network itself, the error names the module and the line. Then
+channels stay, with the reason; where that is the network itself, the error names the module and the line. An operator
+that a rule of the user's names stays whole too, and that rule says how channels pass. Then
 (lowering.py) in-place operations become plain ones, layers called as functions become modules, and what counts or
 indexes channels becomes a named module of operators.py; slices along channels are found by propagating labels once.
 Every node is described by a neutral `labels.Op`, which is all that the rules see.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from pipeline.nouns import Topology
 from pipeline.prune import operators
 from pipeline.prune.labels import Reader
 from pipeline.prune.lowering import call_new, lower, open_modules
+from pipeline.prune.naming import kind_of_node
+from pipeline.prune.rules.base import Rule
 from pipeline.prune.tracing import batched, trace
 from profiles.errors import DeployError
 
@@ -34,48 +37,64 @@ class Network:
     """A captured network. graph: editable, in eval mode, computes what the dense network computes.
 
     example: one input batch. shapes: node name -> output shape (of the example's batch). leaves: what could not be
-    captured, with the reason. topology and readers (units where channels are mixed): empty until `find_groups`
-    fills them.
+    captured, with the reason. rules: the user's own, by the kind of operator that they speak for. topology and readers
+    (units where channels are mixed): empty until `find_groups` fills them.
     """
 
     graph: fx.GraphModule
     example: tuple[Tensor, ...]
     shapes: dict[str, tuple[int, ...]]
     leaves: dict[str, str] = field(default_factory=dict)
+    rules: Mapping[str, Rule] = field(default_factory=dict)
     topology: Topology = EMPTY
     readers: tuple[Reader, ...] = ()
 
 
-def capture(model: nn.Module, example: Sequence[Tensor]) -> Network:
+def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rule] | None = None) -> Network:
     """Deep-copy a network and capture it for inputs like `example` (batch axis first).
 
+    rules: the user's own, by the kind of operator that each speaks for (naming.py); those operators stay whole.
     Raises DeployError where the network's own forward cannot be captured (naming module and line) or refuses the
     example's shape.
     """
-    example = tuple(example)
+    example, rules = tuple(example), dict(rules or {})
     dense = copy.deepcopy(model).eval()
     wider = batched(example, 1)
-    expected = _outputs(dense, example, wider)
+    expected = [(wider, _outputs(dense, example, wider), 0.0), *_others(dense, wider)]
     open_modules(dense)
     leaves: dict[str, str] = {}
-    graph = trace(dense, example, leaves)
+    graph = trace(dense, example, leaves, rules)
     lower(graph)
-    _slice_channels(graph, example, leaves)
+    for node in graph.graph.nodes:
+        if kind_of_node(graph, node) in rules:
+            node.meta["ruled"] = True
+    _slice_channels(graph, example, leaves, rules)
     _skips_first(graph)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
     graph.recompile()
     with torch.no_grad():
-        _check_equal(expected, graph(*wider))
+        for inputs, outputs, share in expected:
+            _check_equal(outputs, graph(*inputs), share)
     shapes = _shapes(graph, example)
-    return Network(graph, example, shapes, leaves)
+    return Network(graph, example, shapes, leaves, rules)
 
 
 @torch.no_grad()
-def _outputs(dense: nn.Module, example: tuple[Tensor, ...], wider: tuple[Tensor, ...]) -> Any:
-    """What the network gives for one sample more. Raises DeployError where it refuses the example."""
+def _others(dense: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[tuple[Tensor, ...], Any, float]]:
+    """Inputs of other signs and scale, their outputs, and what these may differ by: a branch on data shows plainly."""
+    others = tuple(x * -1.5 if x.is_floating_point() else x for x in inputs)
     try:
-        return dense(*wider)
+        return [(others, dense(*others), 1e-2)]
+    except Exception:  # noqa: BLE001  a network may refuse such inputs, and says so in its own way
+        return []
+
+
+@torch.no_grad()
+def _outputs(dense: nn.Module, example: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Any:
+    """What the network gives for these inputs. Raises DeployError where it refuses the example."""
+    try:
+        return dense(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in example)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -105,7 +124,9 @@ def _shapes(graph: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, tup
     return run.shapes
 
 
-def _slice_channels(graph: fx.GraphModule, example: tuple[Tensor, ...], leaves: dict[str, str]) -> None:
+def _slice_channels(
+    graph: fx.GraphModule, example: tuple[Tensor, ...], leaves: dict[str, str], rules: Mapping[str, Rule]
+) -> None:
     """Slices along an axis that turns out to hold channels become named modules."""
     from pipeline.prune.groups import propagate
     from pipeline.prune.neutral import picked
@@ -115,7 +136,7 @@ def _slice_channels(graph: fx.GraphModule, example: tuple[Tensor, ...], leaves: 
     sliced = [n for n in graph.graph.nodes if n.target is operator.getitem and picked(n, shapes)]
     if not sliced:
         return
-    space = propagate(Network(graph, example, shapes, leaves))
+    space = propagate(Network(graph, example, shapes, leaves, rules))
     for node in sliced:
         source, index = node.args[0], list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
         found = picked(node, shapes)
@@ -187,7 +208,8 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors(v)] if isinstance(value, tuple | list) else []
 
 
-def _check_equal(expected: Any, got: Any) -> None:
+def _check_equal(expected: Any, got: Any, share: float) -> None:
+    """Raise DeployError where outputs differ by more than rounding, and by more than this share of the largest."""
     before, after = tensors(expected), tensors(got)
     if not before or len(before) != len(after):
         raise DeployError(
@@ -195,7 +217,9 @@ def _check_equal(expected: Any, got: Any) -> None:
             "return a tensor, or tuples, lists and dicts of tensors, from forward.",
         )
     for a, b in zip(before, after, strict=True):
-        if not torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+        size = float(a.float().nan_to_num().abs().max()) if a.numel() else 0.0
+        near = max(1e-4, share * size)
+        if not torch.allclose(a.float(), b.float(), rtol=1e-3, atol=near, equal_nan=True):
             raise DeployError(
                 f"the captured network differs from the given one by {float((a - b).abs().max()):.3g}.",
                 "the forward depends on state or on random numbers; make it a function of its inputs.",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.nouns import Topology
-from pipeline.prune.capture import Network
+from pipeline.prune.capture import Network, tensors
 from pipeline.prune.execute import TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.maps import Gram, Maps, affordable, grams, maps
@@ -149,7 +149,7 @@ class Evidence:
 
 def first(outputs: Any) -> Tensor:
     """The first output of a network."""
-    return outputs if isinstance(outputs, Tensor) else next(iter(outputs))
+    return tensors(outputs)[0]
 
 
 def _gate_gradients(

@@ -21,6 +21,7 @@ from pipeline.prune import operators
 from pipeline.prune.capture import Network, ancestors, weight_count
 from pipeline.prune.labels import NONE, Ids, Labels, LabelSpace, Op, Reader
 from pipeline.prune.neutral import describe, layers
+from pipeline.prune.own_rules import apply_own
 from pipeline.prune.rules.base import rules, unknown
 
 
@@ -39,6 +40,8 @@ def propagate(network: Network, *, heads: bool = False) -> LabelSpace:
             _parameter(op, space)
         elif op.kind == "piece":
             space.tensors.setdefault(op.output, NONE)
+        elif op.kind in network.rules:
+            apply_own(network, op, space)
         else:
             table.get(op.kind, unknown)(op, space)
     return space

@@ -127,6 +127,11 @@ class LabelSpace:
         self._ties: list[tuple[Ids, Ids]] = []
         self._count = 0
 
+    @property
+    def count(self) -> int:
+        """Labels handed out so far."""
+        return self._count
+
     def fresh(self, n: int) -> Ids:
         """n labels that nothing is tied to yet."""
         ids = np.arange(self._count, self._count + n, dtype=np.int64)

@@ -147,7 +147,7 @@ class _Lowering:
                 p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
                 self.replace(node, "dropout", _DROPOUTS[node.target](float(p)), (node.args[0],))
         for module in self.module.modules():
-            if getattr(module, "inplace", False):
+            if getattr(module, "inplace", False) and not isinstance(module, torch.jit.ScriptModule):
                 module.inplace = False  # type: ignore[assignment]
 
     def _refuse_views(self, node: fx.Node, source: fx.Node) -> None:

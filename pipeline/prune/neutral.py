@@ -15,6 +15,7 @@ from pipeline.prune import operators
 from pipeline.prune.capture import Network
 from pipeline.prune.labels import Op
 from pipeline.prune.lowering import permutation
+from pipeline.prune.naming import is_custom, kind_of, kind_of_node
 
 Shapes = Mapping[str, tuple[int, ...]]
 _UNARY_MODULES = (
@@ -61,7 +62,14 @@ def _is_tensor(node: fx.Node, shapes: Shapes) -> bool:
     """Leaves numbers out: sizes, and what is computed of them."""
     if node.op == "output" or node.name in shapes:
         return True
-    return node.target != "size" and bool(_tensors(node, shapes)) and any(user.name in shapes for user in node.users)
+    return node.target != "size" and bool(_tensors(node, shapes)) and _gives_tensors(node, shapes)
+
+
+def _gives_tensors(node: fx.Node, shapes: Shapes) -> bool:
+    """Whether tensors come of a node that is none itself: pieces of a tuple, also of one inside it, or outputs."""
+    pieces = [user for user in node.users if user.target in (operator.getitem, getattr)]
+    direct = any(user.op == "output" or user.name in shapes for user in node.users)
+    return direct or any(_gives_tensors(piece, shapes) for piece in pieces)
 
 
 def _tensors(node: fx.Node, shapes: Shapes) -> list[fx.Node]:
@@ -99,9 +107,42 @@ def _kind(network: Network, node: fx.Node, modules: dict[str, nn.Module], shapes
         return _plain("input" if node.op == "placeholder" else "output")
     if node.op == "get_attr":
         return "parameter", {"value": str(node.target)}, {}, ()
+    kind = kind_of_node(network.graph, node)
+    if kind in network.rules:
+        return _own(network, node, kind, shapes)
     if node.op == "call_module":
         return _module(network, node, modules[str(node.target)], shapes)
     return _method(node, shapes) if node.op == "call_method" else _function(node, shapes)
+
+
+def _own(network: Network, node: fx.Node, kind: str, shapes: Shapes) -> Described:
+    """An operator that a rule of the user's speaks for: all its parameters, and its own numbers.
+
+    attrs: of a module the numbers and texts among its attributes, of a function `arguments` (None for a tensor) and
+    keywords. pieces: what it gives where that is no single tensor, in order.
+    """
+    module = network.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    params: dict[str, str] = {}
+    if module is None or isinstance(module, operators.Applied):
+        attrs: dict[str, Any] = {name: value for name, value in node.kwargs.items() if _is_plain(value)}
+        attrs["arguments"] = tuple(value if _is_plain(value) else None for value in node.args)
+    else:
+        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        params = {name: f"{node.target}.{name}" for name, _ in tensors}
+        own = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+        attrs = {name: value for name, value in own.items() if _is_plain(value)}
+    pieces: tuple[str, ...] = ()
+    if node.name not in shapes:
+        taken = {user.args[1]: user.name for user in node.users if user.target is operator.getitem}
+        count = max([len(node.meta.get("shape") or ()), *(i + 1 for i in taken if isinstance(i, int))])
+        pieces = tuple(taken.get(i, f"{node.name}[{i}]") for i in range(count))
+    return kind, params, attrs, pieces
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def _named(path: str, module: nn.Module, *roles: str) -> dict[str, str]:
@@ -133,7 +174,8 @@ def _module(network: Network, node: fx.Node, module: nn.Module, shapes: Shapes) 
         return _pool(node, shapes, int(name[-2]))
     if isinstance(module, nn.Upsample | nn.UpsamplingNearest2d | nn.UpsamplingBilinear2d):
         return _pool(node, shapes)
-    reason = network.leaves.get(path, f"there is no rule for {name} '{path}'")
+    called = kind_of(module) if isinstance(module, operators.Applied) else name
+    reason = network.leaves.get(path, f"there is no rule for {called} '{path}'")
     return _plain("leaf", reason=reason)
 
 
@@ -233,6 +275,9 @@ def _function(node: fx.Node, shapes: Shapes) -> Described:
     name = str(getattr(target, "__name__", target))
     if target is operator.getitem:
         return _getitem(node, shapes)
+    kind = kind_of(target)
+    if is_custom(kind):
+        return _plain("leaf", reason=f"there is no rule for {kind} ('{node.name}')")
     if target is getattr:
         name = {"T": "t", "mT": "mT"}.get(str(node.args[1]), str(node.args[1]))
     known = str(getattr(target, "__module__", None) or "torch").split(".")[0] in ("torch", "_operator", "math")

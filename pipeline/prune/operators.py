@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,23 @@ class InTraining(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.module(x)) if self.training else x
+
+
+class Applied(nn.Module):
+    """A function of the user's as one operator: an autograd function, whose own backward stays, or TorchScript's."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.function, "apply", self.function)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Applied:
+        return Applied(self.function).train(self.training)
+
+    def extra_repr(self) -> str:
+        return str(getattr(self.function, "__qualname__", self.function))
 
 
 class ScaledAttention(nn.Module):

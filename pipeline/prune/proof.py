@@ -29,6 +29,8 @@ from profiles.errors import DeployError
 TOLERANCE = 1e-8
 LARGEST = 1e-5
 QUIET_GAIN = 0.2
+FAILS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, DeployError)
+"""What a forward of the user's raises when its module was cut in a way that it does not bear."""
 Item = ChannelGroup | Block
 
 
@@ -85,8 +87,8 @@ class _Proof:
             if not worst <= TOLERANCE and not worst <= self._rounding(masked, keep, skip):
                 return f"masking and cutting it differ by {worst:.2g}"
             return _train_step(pruned, self.inputs) if train else None
-        except (RuntimeError, ValueError, IndexError, TypeError, DeployError) as error:
-            return f"cutting it fails: {str(error).splitlines()[0]}"
+        except FAILS as error:
+            return f"cutting it fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
     def _rounding(self, masked: Tensor, keep: Tensor, skip: dict[str, int]) -> float:
         """What rounding may make where the random network is chaotic: inputs moved by 1e-15 move its outputs too."""

@@ -2,10 +2,18 @@
 
 Shapes, types and lengths are then plain numbers, so control flow on them, unpacking and asserts run as written, and the
 graph is the network's at the static shape of the example. What makes a tensor from sizes alone (`x.new_zeros(…)`) gives
-the tensor itself, which the forward may fill in place. A module that cannot be traced (control flow on data, writes
-into an activation) becomes a leaf with the reason; a module that gives its input back in eval mode (stochastic depth)
-is kept as it is. The network is traced at two batch sizes: a number that differs depends on the batch and becomes a
-multiple of `x.size(0)`.
+the tensor itself, which the forward may fill in place. A module that gives its input back in eval mode (stochastic
+depth) is kept as it is. The network is traced at two batch sizes: a number that differs depends on the batch and
+becomes a multiple of `x.size(0)`.
+
+The innermost module whose forward cannot be traced (control flow on data, writes into an activation, TorchScript)
+becomes a leaf with the reason, and tracing begins anew. A leaf has to give tensors, or tuples, lists and dicts of them:
+whoever branches on a number that it made would be traced along one branch only. Where it gives anything else the module
+that called it is the leaf instead, and so on outwards; where that is the network itself, capture fails.
+
+Why not torch.export: it resolves shapes as this does and refuses control flow on data and TorchScript as this does, but
+for the whole network, without a leaf to go on with; and it gives one flat graph of ATen calls on lifted weights, in
+which the layers that surgery, training and the names of the ONNX file need would have to be found again.
 """
 
 from __future__ import annotations
@@ -13,20 +21,26 @@ from __future__ import annotations
 import inspect
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import _symbolic_trace as fx_trace
-from torch.fx.node import map_aggregate
 
 from pipeline.prune import operators
+from pipeline.prune.foreign import caught
+from pipeline.prune.naming import is_custom, kind_of
+from pipeline.prune.proxy import Known, OnData, holds_tensor, known, shapes_of, strange, unproxied
+from pipeline.prune.whole import Whole
 from profiles.errors import DeployError
 
 MAKERS = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like", "ones_like", "full_like"}
-DATA = {"item", "tolist", "__bool__", "equal", "allclose", "is_nonzero", "numpy"}
+DATA = {"item", "tolist", "__bool__", "equal", "allclose", "is_nonzero", "numpy", "__array__"}
+"""What turns data into numbers."""
+SHAPED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
+"""What gives a tensor whose shape depends on data: a forward that reads its sizes branches on data."""
+JOINS = {"cat", "concat", "concatenate", "stack"}
 CONTAINERS = (
     nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder,
     nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
@@ -34,75 +48,51 @@ CONTAINERS = (
 
 
 class Stuck(Exception):
-    """Tracing failed inside this module."""
+    """Tracing failed inside this module. on_data: because its forward asks what only data can answer."""
 
-    def __init__(self, path: str, reason: str) -> None:
+    def __init__(self, path: str, reason: str, on_data: bool) -> None:
         super().__init__(reason)
-        self.path, self.reason = path, reason
+        self.path, self.reason, self.on_data = path, reason, on_data
 
 
 class Uneven(Exception):
     """The two traces differ in more than numbers."""
 
 
-class _Known(fx.Proxy):
-    """A proxy with its value."""
-
-    value: Any = None
-    base: Any = None  # the tensor that this is a part of, and the index
-
-    @property
-    def __class__(self) -> Any:  # isinstance(x, Tensor) holds where the value is one
-        return Tensor if isinstance(self.value, Tensor) else _Known
-
-    @__class__.setter
-    def __class__(self, kind: Any) -> None:
-        raise TypeError("the class of a proxy is fixed")
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.value, name)
-        if isinstance(found, Tensor):
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return fx.proxy.Attribute(self, name) if callable(found) else found
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([operator.getitem(cast(Any, self), i) for i in range(len(self.value))])
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def __bool__(self) -> bool:
-        if isinstance(self.value, Tensor):
-            return bool(self.tracer.to_bool(self))
-        return bool(self.value)
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise TypeError("the forward writes into an activation")
-
-
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: Mapping[str, str], example: tuple[Tensor, ...], *, makers: bool) -> None:
+    def __init__(
+        self, leaves: Mapping[str, str], kinds: Collection[str], example: tuple[Tensor, ...], *, makers: bool
+    ) -> None:
         super().__init__()
-        self.leaves, self.example, self.makers = leaves, example, makers
+        self.leaves, self.kinds, self.example, self.makers = leaves, kinds, example, makers
         self.kept: list[str] = []
         self._running = False
+        self._inside: list[str] = []
+        self._functions = 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = type(m).__module__.startswith("torch.nn") and not isinstance(m, CONTAINERS)
         ours = isinstance(m, operators.ScaledAttention | operators.InTraining | operators.Einsum)
-        return own or ours or module_qualified_name in self.leaves
+        return own or ours or module_qualified_name in self.leaves or kind_of(m) in self.kinds
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of a network's forward."""
+        with caught(self.kinds, self._apply):
+            return super().trace(root, concrete_args)
+
+    def _apply(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """A function that cannot be looked into becomes a call of a module at the root, which knows it."""
+        while True:
+            name = f"function_{self._functions}"
+            self._functions += 1
+            there = getattr(self.root, name, None)
+            if there is None or (isinstance(there, operators.Applied) and there.function is function):
+                break
+        if there is None:
+            self.root.add_module(name, operators.Applied(function))
+        result = self.create_proxy("call_module", name, args, kwargs)
+        self._check_leaf(kind_of(function), result)
+        return result
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -114,10 +104,10 @@ class _Tracer(fx.Tracer):
         return root_fn, args
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Known(node, self)
+        return Known(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is _Known:
+        if known(a):
             return a.node
         if isinstance(a, torch.Size):
             return tuple(a)
@@ -132,14 +122,18 @@ class _Tracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, *rest: Any
     ) -> Any:
         plain = getattr(target, "__name__", str(target))
-        if kind in ("call_method", "call_function") and plain in DATA:
-            raise TypeError(f"control flow on data ({plain}) cannot be traced")
-        if kind == "call_method" and plain.endswith("_") and type(args[0]) is _Known and args[0].base is not None:
+        if kind in ("call_method", "call_function"):
+            _refuse_data(plain, target, args, kwargs)
+        if plain in JOINS and args and known(args[0]) and not isinstance(args[0].value, Tensor):
+            args = (list(args[0]), *args[1:])  # what is joined are its pieces, one by one
+        if kind == "call_method" and plain.endswith("_") and known(args[0]) and args[0].base is not None:
             return self._written(plain, args[0])
         made: Any = super().create_proxy(kind, target, args, kwargs, name, type_expr, *rest)
         value = self._value(kind, target, args, kwargs)
         constant = kind != "get_attr" and self.makers and plain in MAKERS
-        if kind == "output" or (_holds_tensor(value) and not constant):
+        if kind == "call_function" and not holds_tensor(value) and is_custom(kind_of(target)):
+            raise OnData(f"a number taken from data ({kind_of(target)})")
+        if kind == "output" or (holds_tensor(value) and not constant):
             made = self._with_value(made, value)
             if target is operator.getitem and isinstance(args[0].value, Tensor):
                 object.__setattr__(made, "base", (args[0], args[1]))
@@ -153,7 +147,7 @@ class _Tracer(fx.Tracer):
         if method != "zero_":
             raise TypeError(f"the forward writes into a part of a tensor ({method})")
         mask = torch.ones_like(base.value)
-        mask[_unproxied(index)] = 0
+        mask[unproxied(index)] = 0
         product = self.create_proxy("call_function", operator.mul, (base, mask), {})
         object.__setattr__(base, "node", product.node)
         object.__setattr__(base, "value", product.value)
@@ -167,7 +161,7 @@ class _Tracer(fx.Tracer):
 
     @torch.no_grad()
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = _unproxied(args), _unproxied(kwargs)
+        args, kwargs = unproxied(args), unproxied(kwargs)
         self._running = True
         try:
             if kind == "get_attr":
@@ -184,17 +178,43 @@ class _Tracer(fx.Tracer):
         if self._running:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
+        self._inside.append(path)
         try:
+            if isinstance(m, torch.jit.ScriptModule) and path not in self.leaves:
+                raise Stuck(path, "it is TorchScript", False)
             result = super().call_module(m, forward, args, kwargs)
         except Stuck:
             raise
         except Exception as error:
-            raise Stuck(path, where(error)) from error
-        idle = bool(args) and result is args[0] and type(result) is _Known and path not in self.leaves
+            raise Stuck(path, where(error), isinstance(error, OnData)) from error
+        finally:
+            self._inside.pop()
+        if self.is_leaf_module(m, path):
+            self._check_leaf(path, result)
+            return result
+        idle = bool(args) and result is args[0] and known(result)
         if idle and not kwargs and not any(True for _ in (*m.parameters(), *m.buffers(), *m.children())):
             self.kept.append(path)
             return self.create_proxy("call_module", path, args, kwargs)
         return result
+
+    def _check_leaf(self, path: str, result: Any) -> None:
+        """What a leaf gives besides tensors may depend on data: then the module that called it is the leaf."""
+        found = strange(unproxied(result))
+        if found:
+            reason = f"{_place(traceback.extract_stack())}'{path}' gives a {found}, which may depend on data"
+            raise Stuck(self._inside[-1] if self._inside else "", reason, True)
+
+
+def _refuse_data(name: str, target: Any, args: Any, kwargs: Any) -> None:
+    """Raise OnData for what reads numbers or shapes out of data."""
+    if name in DATA:
+        raise OnData(f"a number taken from data ({name})")
+    index = unproxied(args[1]) if target is operator.getitem else None
+    masks = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in (index if type(index) is tuple else (index,)))
+    alone = name == "where" and len(args) + len(kwargs) == 1
+    if name in SHAPED_BY_DATA or alone or masks:
+        raise OnData(f"a shape that depends on data ({'a mask as index' if masks else name})")
 
 
 def _input_names(forward: Any, count: int) -> list[str]:
@@ -204,43 +224,17 @@ def _input_names(forward: Any, count: int) -> list[str]:
     return [positional[i] if i < len(positional) else f"{rest}_{i}" for i in range(count)]
 
 
-def _unproxied(value: Any) -> Any:
-    return map_aggregate(value, lambda a: cast(Any, a).value if cast(Any, type(a)) is _Known else a)
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_tensor(v) for v in value.values())
-    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(_holds_tensor(v) for v in value))
-
-
-def shapes_of(value: Any) -> Any:
-    """Shape of a tensor, a list of those of a sequence, None of anything else."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if isinstance(value, tuple | list):
-        return [shapes_of(v) for v in value]
-    return None
-
-
 def where(error: BaseException) -> str:
     """The user's line in which tracing failed, and why."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    frames = [f for f in frames if "pipeline/prune/tracing" not in f.filename]
-    place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-    return f"{place}{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{_place(traceback.extract_tb(error.__traceback__))}{reason}"
 
 
-@contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Functions that a user wrapped to keep torch.fx out are traced: their control flow is on shapes."""
-    known = fx_trace._wrapped_fns_to_patch
-    kept = dict(known)
-    known.clear()
-    try:
-        yield
-    finally:
-        known.update(kept)
+def _place(frames: traceback.StackSummary) -> str:
+    """`nets.py:12: ` of the innermost frame that is neither torch's nor of this folder."""
+    own = Path(__file__).parent
+    outside = [f for f in frames if "/torch/" not in f.filename and Path(f.filename).parent != own]
+    return f"{Path(outside[-1].filename).name}:{outside[-1].lineno}: " if outside else ""
 
 
 def batched(example: tuple[Tensor, ...], extra: int) -> tuple[Tensor, ...]:
@@ -248,37 +242,53 @@ def batched(example: tuple[Tensor, ...], extra: int) -> tuple[Tensor, ...]:
     return tuple(torch.cat([x] + [x[:1]] * extra) if extra else x for x in example)
 
 
-def trace(dense: nn.Module, example: tuple[Tensor, ...], leaves: dict[str, str]) -> fx.GraphModule:
+def trace(
+    dense: nn.Module, example: tuple[Tensor, ...], leaves: dict[str, str], kinds: Collection[str] = ()
+) -> fx.GraphModule:
     """The network's graph; every node's meta has its `shape` at the example's batch and, `wider`, at one sample more.
 
-    leaves: filled with what cannot be traced. Raises DeployError where that is the network itself.
+    leaves: filled with what cannot be traced and is `Whole` in the graph; the meta of its nodes has `leaf`.
+    kinds: operators that are not traced into. Raises DeployError where the network itself cannot be traced.
     """
+    if isinstance(dense, torch.jit.ScriptModule):
+        message = "the network cannot be captured: it is TorchScript as a whole."
+        raise DeployError(message, "let the factory give the torch.nn.Module that it was made from.")
+    on_data: set[str] = set()
     try:
-        tracer, graph = _attempt(dense, example, leaves)
+        tracer, graph = _attempt(dense, example, leaves, on_data, kinds)
     except Exception as error:
         raise _cannot(dense, error) from error
     module = fx.GraphModule(dense, graph, class_name=type(dense).__name__)
     for path in dict.fromkeys(tracer.kept):
         owner, _, name = path.rpartition(".")
         setattr(module.get_submodule(owner), name, operators.InTraining(module.get_submodule(path)))
+    for path in leaves:
+        module.set_submodule(path, Whole(module.get_submodule(path), on_data=path in on_data))
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.target in leaves:
+            node.meta["leaf"] = True
     return module
 
 
-def _attempt(dense: nn.Module, example: tuple[Tensor, ...], leaves: dict[str, str]) -> tuple[_Tracer, fx.Graph]:
+def _attempt(
+    dense: nn.Module, example: tuple[Tensor, ...], leaves: dict[str, str], on_data: set[str], kinds: Collection[str]
+) -> tuple[_Tracer, fx.Graph]:
     """Both traces, with leaves added until they succeed; without constants made from sizes where those vary."""
     makers = True
     while True:
         try:
-            with _unwrapped():
-                first = _Tracer(leaves, example, makers=makers)
-                graph = first.trace(dense)
-                wider = _Tracer(leaves, batched(example, 1), makers=makers).trace(dense)
+            first = _Tracer(leaves, kinds, example, makers=makers)
+            graph = first.trace(dense)
+            wider = _Tracer(leaves, kinds, batched(example, 1), makers=makers).trace(dense)
             _blend(dense, graph, wider, len(example[0]))
             return first, graph
         except Stuck as stuck:
             if not stuck.path or stuck.path in leaves:
                 raise
+            for inside in [path for path in leaves if path.startswith(f"{stuck.path}.")]:
+                del leaves[inside]
             leaves[stuck.path] = f"cannot be captured: {stuck.reason}"
+            on_data |= {stuck.path} if stuck.on_data else set()
         except Uneven:
             if not makers:
                 raise

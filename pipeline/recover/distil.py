@@ -38,8 +38,12 @@ def imitation(outputs: Any, teacher: Any, targets: Any, temperature: float) -> T
 
 
 def outputs_of(outputs: Any) -> tuple[Tensor, ...]:
-    """The outputs of a network as a tuple."""
-    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+    """The outputs of a network as a tuple, through tuples, lists and dicts."""
+    if isinstance(outputs, dict):
+        outputs = tuple(outputs.values())
+    if isinstance(outputs, tuple | list):
+        return tuple(each for part in outputs for each in outputs_of(part))
+    return (outputs,)
 
 
 def _classifies(outputs: Any, targets: Any) -> bool:

@@ -2,12 +2,13 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from sample_project import NETS, TOML
 
-from pipeline.project import load_project
+from pipeline.project import load_project, predict_torch
 from pipeline.project.weights import read_weights
 from profiles.errors import DeployError
 
@@ -140,7 +141,15 @@ def test_an_input_shape_that_the_network_refuses_is_named(world):
 
 
 def test_a_network_that_gives_no_tensors_is_refused(world):
-    nets = "from torch import nn\nclass net(nn.Module):\n    def forward(self, x):\n        return {'logits': x}\n"
+    nets = "from torch import nn\nclass net(nn.Module):\n    def forward(self, x):\n        return {'logits': 3}\n"
     with pytest.raises(DeployError) as caught:
         load_project(world(nets=nets)).model()
     assert caught.value.message == "the network gives a dict, not a tensor or a tuple of tensors."
+
+
+def test_a_network_may_give_its_tensors_in_dicts_and_lists(world):
+    gives = "return {'a': x[:, 0], 'rest': [x[:, 1:], (x.sum((1, 2, 3)),)]}"
+    nets = f"from torch import nn\nclass net(nn.Module):\n    def forward(self, x):\n        {gives}\n"
+    predict = predict_torch(load_project(world(nets=nets)).model(), batch=2)
+    outputs = predict(np.ones((5, 3, 8, 8), np.float32))
+    assert [array.shape for array in outputs] == [(5, 8, 8), (5, 2, 8, 8), (5,)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from profiles.errors import UsageError
 from profiles.schema import MeasureSpec, Profile
 from targets.base import LayerTime, Progress, RowTimes, Target
 from targets.harness import bench, device
@@ -45,12 +46,7 @@ class AgentTarget(Target):
 
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
-        self.runtime = load_runtime(profile.runtime)
-        if profile.runtime != "ort":
-            raise UsageError(
-                f"target '{profile.target}' runs the runtime 'ort', "
-                f"the profile '{profile.name}' asks for '{profile.runtime}'."
-            )
+        self.runtime = load_runtime(profile.runtime).fitted(profile, state)
 
     @abstractmethod
     def _facts(self) -> Table:
@@ -66,8 +62,23 @@ class AgentTarget(Target):
     ) -> Answer:
         """Have the agent do a job while the device is leased. The paths in it are files of this machine."""
 
+    def _in_runtime(self, job: Table) -> Table:
+        """The job with what its runtime has to know."""
+        return {**job, "options": {**job["options"], **self.runtime.options()}}
+
+    @contextmanager
+    def _artifacts(self, models: Sequence[Path]) -> Iterator[list[Path]]:
+        """What the runtime makes of small ONNX models, there until the end."""
+        if self.runtime.suffix == ".onnx":
+            yield list(models)
+            return
+        self.state.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.state, prefix="rows-") as folder:
+            names = [Path(folder) / f"{number}{self.runtime.suffix}" for number in range(len(models))]
+            yield [self.build(model, name) for model, name in zip(models, names, strict=True)]
+
     def fingerprint(self) -> Fingerprint:
-        """The device, its ONNX Runtime and the profile's threading."""
+        """The device, its runtime and the profile's threading."""
         return self._fingerprint(self.profile.measure)
 
     def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
@@ -86,7 +97,7 @@ class AgentTarget(Target):
     ) -> Session:
         """Time all artifacts interleaved, in fresh processes."""
         hashes = bench.hash_artifacts(artifacts)
-        job = bench.drive_job(artifacts, hashes, spec, mode, self.profile.providers)
+        job = self._in_runtime(bench.drive_job(artifacts, hashes, spec, mode, self.profile.providers))
         done = self._run(
             "drive", job, bench.session_limit_s(spec), progress, lambda seen: device.preflight(spec, seen).require()
         )
@@ -98,14 +109,15 @@ class AgentTarget(Target):
     def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
         """Time small models in turn with five sessions of the reference."""
         bench.hash_artifacts({path.name: path for path in (*models, reference)})
-        job = bench.rows_job(models, reference, rounds, self.profile.measure, self.profile.providers)
-        result = self._run("rows", job, ROWS_LIMIT_S).result
+        with self._artifacts([*models, reference]) as built:
+            job = bench.rows_job(built[:-1], built[-1], rounds, self.profile.measure, self.profile.providers)
+            result = self._run("rows", self._in_runtime(job), ROWS_LIMIT_S).result
         ms = np.array(result["rows"], dtype=np.float64).reshape(len(models), rounds) * 1e-6
         return RowTimes(ms, np.median(np.array(result["reference"], dtype=np.float64), axis=0) * 1e-6)
 
     def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:
-        """What ONNX Runtime's profiler counts, several short sessions of every artifact in turn."""
+        """What the runtime's profiler counts, several short sessions of every artifact in turn."""
         hashes = bench.hash_artifacts(artifacts)
-        job = bench.layers_job(artifacts, hashes, spec, self.profile.providers)
+        job = self._in_runtime(bench.layers_job(artifacts, hashes, spec, self.profile.providers))
         result = self._run("layers", job, LAYERS_LIMIT_S).result
         return {name: tuple(LayerTime(**row) for row in result["layers"][name]) for name in artifacts}

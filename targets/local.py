@@ -30,7 +30,7 @@ class Local(AgentTarget):
         self._opened: dict[tuple[str, int, int], Opened] = {}
 
     def _facts(self) -> Table:
-        return machine.facts(self.runtime.name)
+        return machine.asked_facts(self.runtime.name)
 
     def _state(self) -> Table:
         return machine.state(str(self.state))
@@ -47,7 +47,7 @@ class Local(AgentTarget):
         return Answer(result, facts, seen, held.owner, started)
 
     def build(self, onnx: Path, out: Path) -> Path:
-        """The ONNX file itself, opened and run once."""
+        """What the runtime makes of it, the ONNX file itself for ONNX Runtime; opened once."""
         return self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
@@ -68,11 +68,12 @@ class Local(AgentTarget):
     def doctor(self) -> list[Condition]:
         """The lease, the preflight, the runtime with its providers, and the places that are written to."""
         found = [_lease_place(), device.lease_condition(leases.holder(self.device))]
-        return [*found, *self.preflight().conditions, self._runtime(), self._providers()]
+        found += [*self.preflight().conditions, self._runtime()]
+        return [*found, self._providers()] if self.profile.runtime == "ort" else found
 
     def _runtime(self) -> Condition:
         try:
-            return Condition("runtime", f"onnxruntime {self.runtime.version()}", True)
+            return Condition("runtime", f"{self.runtime.name} {self.runtime.version()}", True)
         except DeployError as error:
             return Condition("runtime", "missing", False, "nothing can be measured without it", error.hint, fatal=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +13,17 @@ from profiles.errors import DeployError, UsageError
 from profiles.schema import Profile
 from targets._agents import AgentTarget, Answer, Look, Table, Verb
 from targets.base import Array, Progress, Target
-from targets.harness import device, lease
+from targets.harness import building, device, lease
 from targets.harness.agent.board.files import sha256
 from targets.harness.agent.board.inferring import pack_arrays, unpack_arrays
 from targets.harness.device import Condition
 from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refusal, refused
 from targets.runtimes.base import Opened, Port, infer
 from targets.runtimes.ort import unreadable
+from targets.runtimes.tensorrt import TensorRT
+
+FACTS_S, BUILD_LIMIT_S = 120.0, 3600.0
+"""For a board to load a library of engines; for it to build one, which takes minutes."""
 
 
 class Ssh(AgentTarget):
@@ -32,10 +37,11 @@ class Ssh(AgentTarget):
                 'write a file robot-7.toml with extends = "ssh" and host = "robot-7", then --target robot-7.toml',
             )
         self.board = Board(Place(profile.host, profile.ssh))
+        self.board.runtime = self.runtime.name
         self._opened: dict[tuple[str, int, int], RemoteSession] = {}
 
     def _facts(self) -> Table:
-        return self.board.ask({"do": "facts"})[0]
+        return self.board.ask({"do": "facts", "runtime": self.runtime.name}, patience_s=FACTS_S)[0]
 
     def _state(self) -> Table:
         return self.board.ask({"do": "state", "device": DEVICE})[0]
@@ -51,7 +57,10 @@ class Ssh(AgentTarget):
         return Answer(done.result, facts, state, lease.owner(), done.started)
 
     def build(self, onnx: Path, out: Path) -> Path:
-        """The ONNX file itself, opened and run once on the board."""
+        """The ONNX file itself, opened and run once on the board; or the engine that its runtime builds of it there."""
+        if isinstance(self.runtime, TensorRT):
+            self.runtime.built(onnx, out, site=BoardSite(self.board))
+            return out
         opened = self._open(onnx)
         arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
         opened.run(arrays)
@@ -75,7 +84,8 @@ class Ssh(AgentTarget):
         stat = artifact.stat()
         key = (str(artifact.resolve()), stat.st_mtime_ns, stat.st_size)
         if key not in self._opened:
-            self._opened[key] = RemoteSession(self.board, artifact, self.profile.providers)
+            options = {"threads": 0, "spin": False, "providers": list(self.profile.providers), "seed": 0}
+            self._opened[key] = RemoteSession(self.board, artifact, {**options, **self.runtime.options()})
         return self._opened[key]
 
     def doctor(self) -> list[Condition]:
@@ -90,20 +100,54 @@ class Ssh(AgentTarget):
         found += [device.lease_condition(seen["holder"])]
         found += device.preflight(self.profile.measure, seen).conditions
         try:
-            facts, there = self._facts(), self.board.ask({"do": "providers"})[0]["there"]
+            facts = self._facts()
+            there = self.board.ask({"do": "providers"})[0]["there"] if self.profile.runtime == "ort" else []
         except DeployError as error:
             why = "nothing can be measured without it"
             return [*found, Condition("runtime", error.message.rstrip("."), False, why, error.hint, fatal=True)]
         found += [Condition("runtime", f"{facts['runtime']} {facts['runtime_version']}", True)]
+        if self.profile.runtime != "ort":
+            gpu = str(facts["gpu"])
+            why = "engines are built and run on it"
+            return [*found, Condition("gpu", gpu, gpu != "none", why, "look at its driver on the board.", fatal=True)]
         return [*found, device.providers_condition(self.profile.providers, there)]
+
+
+class BoardSite:
+    """A board on which engines are built: its own library, its own GPU, its own timing caches."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def facts(self, name: str) -> Table:
+        """The library and the GPU there."""
+        found: Table = self._board.ask({"do": "facts", "runtime": name}, patience_s=FACTS_S)[0]["engines"]
+        return found
+
+    def build(
+        self,
+        onnx: Path,
+        name: str,
+        options: Mapping[str, Any],
+        timing: str,
+        folder: Path,
+        progress: Progress | None,
+    ) -> Table:
+        """In a job that outlives the link; the engine is fetched."""
+        digest = sha256(str(onnx))
+        job = {"models": [digest], "library": name, "options": dict(options), "timing_cache": timing}
+        done = self._board.run("build", job, {digest: onnx}, {onnx.name: str(onnx)}, BUILD_LIMIT_S, progress)
+        self._board.get(done.result["sha256"], done.result["size"], folder / "engine.plan")
+        record: Table = done.result["record"]
+        return record
 
 
 class RemoteSession(Opened):
     """An ONNX file that a board runs. The batch is free here: the board runs a fixed one over what it is given."""
 
-    def __init__(self, board: Board, artifact: Path, providers: Sequence[str]) -> None:
+    def __init__(self, board: Board, artifact: Path, options: Table) -> None:
         self._board, self._artifact, self._digest = board, artifact, sha256(str(artifact))
-        self._options = {"threads": 0, "spin": False, "providers": list(providers)}
+        self._options = options
         found = self._ask(None, b"")[0]
         self.inputs = tuple(_port(table) for table in found["inputs"])
         self.outputs = tuple(_port(table) for table in found["outputs"])
@@ -133,6 +177,8 @@ class RemoteSession(Opened):
     def _explain(self, event: Table) -> DeployError:
         """The user's error for what the board says of this file."""
         place, message = self._board.place, str(event["message"]).rstrip(".")
+        if "hint" in event:
+            return building.refused(event, self._board.runtime)
         if event["kind"] == "model":
             version = str(self._board.ask({"do": "facts"})[0]["runtime_version"])
             if event["step"] == "open":

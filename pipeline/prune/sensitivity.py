@@ -39,7 +39,8 @@ class LossProbe:
     def __init__(self, network: Network, samples: Samples) -> None:
         self.network = network
         self.inputs = samples.joined()
-        self.taps = DenseTaps(network, self.inputs, rows_worth(network))
+        rows, self.turns = rows_worth(network)
+        self.taps = DenseTaps(network, self.inputs, rows)
         self.values = _dense_values(network.graph, self.inputs)
         self.dense = first(self.values[_output(network.graph)])
         self.whole = resolve(network.topology, PruningPlan())
@@ -53,7 +54,7 @@ class LossProbe:
         cut = resolve(self.network.topology, plan)
         pruned = carry_out(self.network.graph, cut)
         dirty = _reached(pruned, _changed(self.network, pruned, cut, self.whole))
-        fit = SequentialFit(pruned, self.network, cut, self.taps, turns=TURNS, only=dirty)
+        fit = SequentialFit(pruned, self.network, cut, self.taps, turns=self.turns, only=dirty)
         outputs = fit.run(*self.inputs, initial_env=_start(pruned, dirty, self.values))
         loss = float(divergence(first(outputs), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
@@ -185,15 +186,16 @@ def _dense_values(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str
     return run.kept
 
 
-def rows_worth(network: Network) -> int:
-    """Rows of patches that a probe refits each layer on: fewer where the layers are so wide that solving takes long."""
+def rows_worth(network: Network) -> tuple[int, int]:
+    """Rows of patches that a probe refits each layer on, and how often: less where wide layers take long to solve."""
     shapes = [m.weight.shape for m in network.graph.modules() if isinstance(m, nn.Conv2d | nn.Conv1d | nn.Linear)]
     depths = [math.prod(shape[1:]) for shape in shapes]
 
     def macs(rows: int) -> float:
         return sum(rows * d * min(rows, d) + min(rows, d) ** 3 / 3 for d in depths)
 
-    return next((rows for rows in range(ROWS, FEWEST_ROWS, -256) if macs(rows) <= FIT_MACS), FEWEST_ROWS)
+    rows = next((rows for rows in range(ROWS, FEWEST_ROWS, -256) if macs(rows) <= FIT_MACS), FEWEST_ROWS)
+    return rows, TURNS if macs(rows) <= FIT_MACS else 1
 
 
 def affordable(network: Network) -> int:

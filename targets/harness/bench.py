@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import MeasureSpec
-from targets.harness import pack
+from targets.harness import building, pack
 from targets.harness.agent.board import driver, machine
 from targets.harness.agent.board.files import sha256
 from targets.harness.device import Fingerprint, Preflight
@@ -350,6 +350,8 @@ def mendable(event: Mapping[str, Any], paths: Mapping[str, str], version: str) -
     """
     kind, message, name = event["kind"], str(event["message"]).rstrip("."), event["model"]
     where = paths.get(name, name)
+    if "hint" in event:
+        return building.refused(event, "tensorrt")
     if kind == "model":
         hint = "export the network again, or check the file."
         return DeployError(f"ONNX Runtime {version} cannot run '{where}': {message}.", hint)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from profiles.errors import DeployError
 from targets.harness import pack
@@ -42,6 +42,35 @@ class Built:
     reused: bool
 
 
+class Site(Protocol):
+    """A device on which engines are built. All methods raise DeployError in one sentence for what is refused there."""
+
+    def facts(self, name: str) -> Table:
+        """The library of a runtime (`library`) and the GPU (`gpu`)."""
+
+    def build(
+        self, onnx: Path, name: str, options: Mapping[str, Any], timing: str, folder: Path, progress: Progress | None
+    ) -> Table:
+        """Build into engine.plan of a folder of this machine; the record of it. timing: name of the cache, or ""."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """This machine. state: where timing caches lie."""
+
+    state: Path
+
+    def facts(self, name: str) -> Table:
+        """What is installed here."""
+        return facts(name)
+
+    def build(
+        self, onnx: Path, name: str, options: Mapping[str, Any], timing: str, folder: Path, progress: Progress | None
+    ) -> Table:
+        """In a process of its own."""
+        return _build(onnx, name, options, folder, self.state / "timing" / timing if timing else None, progress)
+
+
 def facts(name: str) -> Table:
     """The library of a runtime on this machine and the GPU. Raises DeployError where it is not installed."""
     return _work(["facts", name], name, None)
@@ -55,14 +84,16 @@ def build(
     state: Path,
     timing_cache: bool = True,
     progress: Progress | None = None,
+    site: Site | None = None,
     device: str | None = None,
 ) -> Built:
     """The engine of an ONNX file at `out`: from the state folder where its key is known, else built and kept there.
 
-    name: of the runtime; options: of the builder; device: the digest of a fingerprint, the GPU here if left out.
-    Raises DeployError in one sentence for what the library refuses.
+    name: of the runtime; options: of the builder; site: where it is built, this machine if left out; device: the digest
+    of a fingerprint, the site's GPU if left out. Raises DeployError in one sentence for what the library refuses.
     """
-    here = facts(name)
+    site = site or Here(state)
+    here = site.facts(name)
     capability = options.get("compute_capability")
     where = device or (here["gpu"] if capability is None else {"capability": capability})
     key, engines = engine_key(onnx, options, here["library"], where), Engines(state)
@@ -70,7 +101,7 @@ def build(
     if found is None:
         timing = timing_name(here["library"], where) if timing_cache else ""
         with _building(state) as folder:
-            record = _build(onnx, name, options, folder, state / "timing" / timing if timing else None, progress)
+            record = site.build(onnx, name, options, timing, folder, progress)
             engines.keep(key, folder / "engine.plan", {**record, **here, "options": dict(options)})
         found, reused = engines.find(key), False
         assert found is not None

@@ -26,13 +26,18 @@ GOVERNORS = frozenset({"", "performance", "userspace"})
 """Frequency governors that leave the clock alone; "" where the system shows none."""
 
 
+LATER = frozenset({"board", "power_mode", "gpu"})
+"""Fields of a fingerprint that are part of it only where a device has them."""
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """What a latency depends on and what stays the same between runs on one machine.
 
     cpu_flags and runtime_build are SHA-256 hashes; cpu_quota: cores that a control group allows, or None; power: the
     frequency governor, "" where the system shows none; clocks: "locked", "floating" or "hidden". board and power_mode:
-    of a Jetson, its module with the release of its system, and the mode by name.
+    of a Jetson, its module with the release of its system, and the mode by name. gpu: what engines run on, with the
+    versions of CUDA and of the driver.
     """
 
     machine: str
@@ -54,6 +59,7 @@ class Fingerprint:
     simulated: bool = False
     board: str = ""
     power_mode: str = ""
+    gpu: str = ""
 
     def digest(self) -> str:
         """SHA-256 of all fields, in hex: equal on the same machine, runtime and threading."""
@@ -68,7 +74,7 @@ class Fingerprint:
         """Plain table for JSON."""
         table = asdict(self)
         table["providers"] = list(self.providers)
-        return {key: value for key, value in table.items() if value or key not in ("board", "power_mode")}
+        return {key: value for key, value in table.items() if value or key not in LATER}
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Fingerprint:

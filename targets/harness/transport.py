@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import SshSpec
 from targets.harness import bench, lease, pack
+from targets.harness.agent.board.files import sha256 as agent_sha256
 from targets.harness.agent.board.peer import MARK, Lost, Peer
 
 HELLO_S = 60.0
@@ -241,6 +242,7 @@ class Board:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.runtime = "onnxruntime"
         self.wish: Table = {}
         """The state that jobs ask of the board: `Arrangement` on its side."""
         self._link: Link | None = None
@@ -379,6 +381,7 @@ class Board:
         request = {
             "do": "start", "id": follow.id, "verb": verb, "work": job, "device": DEVICE, "owner": lease.owner(),
             "limit_s": limit_s, "wait_s": WAIT_S, "absent_s": PATIENCE_S, "wish": self.wish,
+            "runtime": self.runtime,
         }  # fmt: skip
         try:
             boot = self.try_to(request, patience_s=HASH_S)[0]["boot"]
@@ -436,13 +439,32 @@ class Board:
         self.ask({"do": "drop", "id": follow.id})
         return Done(json.loads(zlib.decompress(data)), follow.seen, follow.started)
 
+    def get(self, digest: str, size: int, out: Path) -> None:
+        """Fetch a file that lies on the board, as an engine that was built there."""
+        with out.open("wb") as file:
+
+            def part(link: Link) -> None:
+                while file.tell() < size:
+                    got = link.ask({"do": "get", "sha256": digest, "offset": file.tell()})[1]
+                    if not got:
+                        break
+                    file.write(got)
+
+            with self._in_words():
+                self._persist(part)
+        if agent_sha256(str(out)) != digest:
+            text = f"what '{self.place.host}' sent of '{out.name}' is damaged: its SHA-256 differs."
+            raise DeployError(text, "run it again.")
+
     def _failed(self, outcome: Table, names: Mapping[str, str], limit_s: float) -> DeployError:
         """The user's error for a job that ended without a result."""
         if outcome["event"] == "died":
             return bench.died(outcome["code"], outcome["said"])
         if outcome["kind"] == "astray":
             return bench.astray(limit_s)
-        version = str(self.ask({"do": "facts"})[0]["runtime_version"]) if outcome["kind"] == "model" else ""
+        version = ""
+        if outcome["kind"] == "model" and "hint" not in outcome:
+            version = str(self.ask({"do": "facts", "runtime": self.runtime})[0]["runtime_version"])
         return refused(self.place, outcome, names, version)
 
     def _stop(self, name: str) -> None:

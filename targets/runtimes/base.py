@@ -58,6 +58,10 @@ class Runtime(ABC):
         """Itself as a profile asks for it; state: the `.deploy` folder, where artifacts may be kept."""
         return self
 
+    def options(self) -> dict[str, Any]:
+        """What the agent has to know to open and time its artifacts; nothing for ONNX Runtime."""
+        return {}
+
     @abstractmethod
     def version(self) -> str:
         """Version of the library that is installed."""

@@ -39,6 +39,10 @@ class TensorRT(Runtime):
         """The same with a profile's keys and its state folder."""
         return TensorRT(self.name, profile.tensorrt, state)
 
+    def options(self) -> dict[str, Any]:
+        """The library, and how its engines are run."""
+        return {"library": self.name, **running_options(self.spec)}
+
     def version(self) -> str:
         """Version of the library that is loaded."""
         try:
@@ -51,15 +55,17 @@ class TensorRT(Runtime):
         self.built(onnx, out)
         return out
 
-    def built(self, onnx: Path, out: Path, progress: building.Progress | None = None) -> building.Built:
-        """As `build`, with a progress bar and the record of what was done."""
+    def built(
+        self, onnx: Path, out: Path, progress: building.Progress | None = None, site: building.Site | None = None
+    ) -> building.Built:
+        """As `build`, with a progress bar and the record of what was done. site: where, this machine if left out."""
         if not onnx.is_file():
             raise DeployError(f"there is no file '{onnx}'.")
         options = builder_options(self.spec)
         if self.state is not None:
-            return building.build(onnx, out, self.name, options, self.state, self.spec.timing_cache, progress)
+            return building.build(onnx, out, self.name, options, self.state, self.spec.timing_cache, progress, site)
         with tempfile.TemporaryDirectory() as folder:
-            return building.build(onnx, out, self.name, options, Path(folder), False, progress)
+            return building.build(onnx, out, self.name, options, Path(folder), False, progress, site)
 
     def open(self, artifact: Path, providers: Sequence[str], threads: int) -> Opened:
         """Open an engine on this machine's GPU."""

@@ -427,7 +427,7 @@ def test_a_worker_answers_in_json_and_names_what_it_cannot_do(conv):
     ]
     done = run_agent("worker", "net", stdin="\n".join(json.dumps(r) for r in requests) + "\n")
     opened, timed, refused, unknown = map(json.loads, done.stdout.splitlines())
-    assert opened == {"opened": "a"}
+    assert opened == {"opened": "a", "protocol": ""}
     assert len(timed["ns"]) == 5 and min(timed["ns"]) > 0 and timed["switches"] >= 0
     assert refused["kind"] == "model" and refused["message"].startswith("no provider NoSuchProvider, there are ")
     assert unknown["message"] == "unknown request 'sing'"

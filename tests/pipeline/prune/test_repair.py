@@ -229,11 +229,13 @@ def test_both_forms_of_ridge_regression_find_the_minimum(rows, columns):
 
 
 def test_a_probe_of_a_network_with_wide_layers_takes_fewer_rows():
-    def rows(width: int) -> int:
+    def rows(width: int) -> tuple[int, int]:
         network = find_groups(capture(nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 8, 3)), example()))
         return rows_worth(network)
 
-    assert rows(16) == ROWS > rows(2048) > rows(4096) >= FEWEST_ROWS
+    assert rows(16) == (ROWS, 2)
+    assert ROWS > rows(2048)[0] > rows(4096)[0] >= FEWEST_ROWS and rows(2048)[1] == 2
+    assert rows(16384) == (FEWEST_ROWS, 1)
 
 
 def test_widths_to_value_are_spread_and_hold_both_ends():

@@ -1,12 +1,13 @@
 """The measuring agent, which runs on the device with nothing but Python 3.6 or later, numpy and ONNX Runtime.
 
-    agent facts                      who the device is, as JSON
+    agent facts [RUNTIME]            who the device is, as JSON
     agent state FOLDER               how busy, hot and full it is, as JSON
     agent worker NAME                one process that holds models (NAME is for people): JSON requests on stdin,
                                         JSON answers on stdout
     agent drive JOB.json OUT.json    spawns workers and measures several models in turn (measurement.md, section 3)
     agent rows JOB.json OUT.json     many small models in turn in one process, for the latency table
     agent layers JOB.json OUT.json   several models in turn under the runtime's profiler: what each layer takes
+    agent build JOB.json OUT.json    an engine of a model
     agent serve FOLDER               the far end of a link: requests on stdin, answers on stdout, files in FOLDER
     agent job FOLDER                 one job that outlives its link: takes the lease, runs drive, rows or layers, and
                                         spools the result into its FOLDER until it is fetched
@@ -32,9 +33,9 @@ import sys
 from typing import Sequence
 
 from .arrange import guard
-from .base import AgentError, die_with_parent, program, tell
+from .base import AgentError, Table, die_with_parent, program, tell
 from .driver import drive
-from .files import write_result
+from .files import sha256, write_result
 from .inferring import inferrer
 from .job import run_detached, stop
 from .layers import layers
@@ -54,6 +55,8 @@ def run_job(verb: str, job_path: str, out_path: str) -> int:
     try:
         if verb == "layers":
             table = layers(job, os.path.dirname(os.path.abspath(out_path)))
+        elif verb == "build":
+            table = build(job, os.path.dirname(os.path.abspath(out_path)))
         else:
             table = drive(job) if verb == "drive" else rows(job)
         digest = write_result(out_path, table)
@@ -67,19 +70,32 @@ def run_job(verb: str, job_path: str, out_path: str) -> int:
     return 0
 
 
+def build(job: Table, folder: str) -> Table:
+    """Build an engine into the job's folder; what was done, with its SHA-256 and size."""
+    from .tensorrt import job as engines
+
+    plan = os.path.join(folder, "engine.plan")
+    record = engines.build(dict(job, onnx=job["models"][0], out=plan), tell)
+    return {"record": record, "sha256": sha256(plan), "size": os.path.getsize(plan)}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one verb; exit code 2 for a wrong command line."""
     own = program()
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != own]
     if len(arguments) == 2 and arguments[0] == "worker":
         return worker()
-    if list(arguments) == ["facts"]:
-        tell(facts("onnxruntime"))
+    if arguments[:1] == ["facts"] and len(arguments) <= 2:
+        try:
+            tell(facts((list(arguments[1:]) or ["onnxruntime"])[0]))
+        except AgentError as error:
+            tell(error.to_table())
+            return 1
         return 0
     if len(arguments) == 2 and arguments[0] == "state":
         tell(state(arguments[1]))
         return 0
-    if len(arguments) == 3 and arguments[0] in ("drive", "rows", "layers"):
+    if len(arguments) == 3 and arguments[0] in ("drive", "rows", "layers", "build"):
         return run_job(*arguments)
     if len(arguments) == 2 and arguments[0] == "serve":
         return serve(arguments[1])

@@ -126,13 +126,14 @@ def drive(job: Table) -> Table:
 def take_turns(job: Table, rng: random.Random, names: List[str], begin: int) -> Table:
     """The processes and rounds of a job, one after the other."""
     repeats: List[Table] = []
+    protocols: Dict[str, str] = {}
     plan: Optional[Plan] = None
     medians: Dict[str, int] = {}
     for repeat in range(job["processes"]):
         workers: Dict[str, Worker] = {}
         try:
             woken = CLOCK()
-            warmups = start_workers(job, workers, rng, repeat)
+            warmups = start_workers(job, workers, rng, repeat, protocols)
             if plan is None:
                 medians = {name: int(warmups[name]["windows_ns"][-1]) for name in names}
                 plan = plan_blocks(job, medians, (CLOCK() - woken) * 1e-9)
@@ -145,7 +146,7 @@ def take_turns(job: Table, rng: random.Random, names: List[str], begin: int) -> 
                 worker.close()
     assert plan is not None
     flag(repeats, names)
-    return {"repeats": repeats, "rounds": plan[0], "dropped": plan[1], "timed": plan[2]}
+    return {"repeats": repeats, "rounds": plan[0], "dropped": plan[1], "timed": plan[2], "protocols": protocols}
 
 
 def refuse_changed(job: Table) -> None:
@@ -174,8 +175,13 @@ def telemetry(
     return seen
 
 
-def start_workers(job: Table, workers: Dict[str, Worker], rng: random.Random, repeat: int) -> Dict[str, Table]:
-    """Start one process a model, open the models and warm them up one after the other, in random order."""
+def start_workers(
+    job: Table, workers: Dict[str, Worker], rng: random.Random, repeat: int, protocols: Dict[str, str]
+) -> Dict[str, Table]:
+    """Start one process a model, open the models and warm them up one after the other, in random order.
+
+    protocols: filled with how each is timed, where its runtime says so.
+    """
     patience, environment = job["patience_s"], environment_of(job)
     order = list(job["models"])
     rng.shuffle(order)
@@ -184,7 +190,9 @@ def start_workers(job: Table, workers: Dict[str, Worker], rng: random.Random, re
         request = {"do": "open", "name": model["name"], "path": model["path"], "options": job["options"]}
         workers[model["name"]].send(request)
     for model in order:
-        workers[model["name"]].receive(patience)
+        said = workers[model["name"]].receive(patience).get("protocol")
+        if said:
+            protocols[model["name"]] = said
     warmups = {}
     for position, model in enumerate(order):
         name = model["name"]

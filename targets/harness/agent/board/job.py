@@ -14,9 +14,9 @@ from typing import Any, Callable
 
 from .arrange import Arrangement
 from .base import AgentError, Table, program, read_text
-from .files import write_file, write_result
+from .files import sha256, write_file, write_result
 from .lease import Lease, lock
-from .machine import facts, require_runtime, state
+from .machine import asked_facts, require_runtime, state
 
 
 def locked(path: str) -> bool:
@@ -67,19 +67,25 @@ def leased(job: Table, folder: str, note: Callable[[Table], None]) -> Table:
         note({"event": "waiting", "holder": holder})
 
     try:
-        require_runtime()
+        runtime = str(job.get("runtime") or "onnxruntime")
+        require_runtime(runtime)
         lease.take(job["owner"], job["limit_s"], job["wait_s"], waiting)
-        arrangement = Arrangement(os.path.dirname(os.path.dirname(folder)), job.get("wish"), note)
+        home = os.path.dirname(os.path.dirname(folder))
+        arrangement = Arrangement(home, job.get("wish"), note)
         try:
             arrangement.begin(lease.file)
             seen: Table = {"event": "leased"}
             if job["verb"] in ("drive", "facts"):
-                seen.update(facts=facts("onnxruntime"), state=state(folder))
+                seen.update(facts=asked_facts(runtime), state=state(folder))
             note(seen)
             if job["verb"] == "facts":
                 write_result(os.path.join(folder, "out.json"), {})
                 return spool(folder, os.path.join(folder, "out.json"))
-            return attend(job, folder, note, absence)
+            outcome = attend(job, folder, note, absence)
+            if job["verb"] == "build" and outcome["event"] == "done":
+                plan = os.path.join(folder, "engine.plan")
+                os.replace(plan, os.path.join(home, "objects", sha256(plan)))
+            return outcome
         finally:
             arrangement.end()
     finally:

@@ -7,7 +7,7 @@ from typing import Dict, List, Sequence, Tuple
 
 from .base import AgentError, Table, median, tell
 from .driver import refuse_changed
-from .model import Model
+from .model import Model, open_model
 
 
 def layers(job: Table, folder: str) -> Table:
@@ -31,6 +31,11 @@ def layers(job: Table, folder: str) -> Table:
 
 def profiled(model: Table, job: Table, prefix: str) -> Dict[Tuple[str, str], float]:
     """One profiled session of a model: (name, operator) of a layer -> its ms per inference, in order of execution."""
+    if job["options"].get("library"):
+        engine = open_model(model["path"], job["options"])
+        engine.block(job["dropped"], 1)
+        found: Dict[Tuple[str, str], float] = engine.profile(job["runs"])
+        return found
     opened = Model(model["path"], dict(job["options"], profile=prefix))
     opened.block(job["dropped"], job["runs"])
     path = opened.session.end_profiling()

@@ -2,14 +2,16 @@
 
 import glob
 import hashlib
+import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import jetson
-from .base import CLOCK, AgentError, Table, read_number, read_text
+from .base import CLOCK, AgentError, Table, program, read_number, read_text
 from .files import sha256
 
 BUSY_CORES = 0.2
@@ -123,19 +125,31 @@ def runtime_build(package: str) -> Tuple[str, str]:
     return str(module.__version__), digest.hexdigest()
 
 
-def require_runtime() -> None:
-    """Raise AgentError where what inference needs is not installed."""
+def require_runtime(name: str) -> None:
+    """Raise AgentError where what inference needs is not installed. name: onnxruntime, or a runtime of engines."""
     from importlib import util
 
+    if name != "onnxruntime":
+        return  # what is lacking is said when it is loaded
     for package in ("onnxruntime", "numpy"):
         if util.find_spec(package) is None:
             raise AgentError("runtime", "%s is not installed" % package, package=package)
 
 
-def facts(package: str) -> Table:
+def runtime_facts(name: str) -> Table:
+    """Name, version and hash of a runtime; of one of engines the GPU too, and in `engines` what their key holds."""
+    if name == "onnxruntime":
+        version, build = runtime_build(name)
+        return {"runtime": name, "runtime_version": version, "runtime_build": build}
+    from .tensorrt import job, opening
+
+    found = job.facts(name)
+    return dict(opening.device(found), engines=found)
+
+
+def facts(runtime: str) -> Table:
     """What does not change between two runs on this device: the fields of a fingerprint."""
     name, flags = processor()
-    version, build = runtime_build(package)
     governors = sorted({read_text(folder + "/scaling_governor") for folder in clock_folders()})
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found: Table = {
@@ -148,14 +162,29 @@ def facts(package: str) -> Table:
         "memory_mib": int(round(pages / 2.0**20 / 256.0)) * 256,
         "power": " ".join(governors),
         "clocks": clocks(),
-        "runtime": package,
-        "runtime_version": version,
-        "runtime_build": build,
         "python": "%d.%d" % sys.version_info[:2],
     }
+    found.update(runtime_facts(runtime))
     if jetson.there():
         found.update(jetson.facts(), clocks=jetson.clocks(clocks()))
     return found
+
+
+def asked_facts(runtime: str) -> Table:
+    """`facts`; for a runtime of engines by a process of its own, since its library would stay loaded in this one."""
+    if runtime == "onnxruntime":
+        return facts(runtime)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, program(), "facts", runtime], stdout=pipe, stderr=pipe)
+    said, errors = process.communicate()
+    try:
+        table: Table = json.loads(said.decode().splitlines()[-1])
+    except (ValueError, IndexError):
+        text = errors.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+        raise AgentError("broken", text[-1]) from None
+    if table.get("event") == "error":
+        raise AgentError(table.pop("kind"), table.pop("message"), **table)
+    return table
 
 
 def processor_ticks() -> Tuple[int, int, int]:

@@ -26,9 +26,12 @@ NUMPY_TYPES = {
 
 def runtime_errors() -> Tuple[Type[Exception], ...]:
     """The exception classes that ONNX Runtime raises."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as native
-
-    own = [value for value in vars(native).values() if isinstance(value, type) and issubclass(value, Exception)]
+    try:
+        from onnxruntime.capi import onnxruntime_pybind11_state as native
+    except ImportError:  # a board that runs engines only
+        own: List[Type[Exception]] = []
+    else:
+        own = [value for value in vars(native).values() if isinstance(value, type) and issubclass(value, Exception)]
     return tuple(own) + (RuntimeError, ValueError, TypeError, OSError, MemoryError)
 
 
@@ -41,8 +44,24 @@ def error_text(error: BaseException) -> str:
     return text[max(0, scarce) :].strip().rstrip(".")
 
 
+def open_model(path: str, options: Table) -> Any:
+    """A network that can be timed, in the runtime that the options name; ONNX Runtime where they name none."""
+    if options.get("library"):
+        from .tensorrt import opening
+
+        return opening.model(path, options)
+    return Model(path, options)
+
+
 def open_session(path: str, options: Table) -> Any:
-    """A session of ONNX Runtime. options: threads (0: all cores), spin, providers, profile."""
+    """A network that infers on arrays: a session of ONNX Runtime, or an engine that looks like one.
+
+    options: threads (0: all cores), spin, providers, profile; of an engine those of its own runtime.
+    """
+    if options.get("library"):
+        from .tensorrt import opening
+
+        return opening.session(path, options)
     import onnxruntime as ort
 
     asked = list(options["providers"])
@@ -63,7 +82,7 @@ def open_session(path: str, options: Table) -> Any:
 
 
 class Model(object):
-    """An opened session with input and output buffers bound once.
+    """An opened session of ONNX Runtime with input and output buffers bound once.
 
     options: threads, spin, providers, seed; profile: the beginning of the path of the profiler's file, where the
     runtime's profiler is to run. Inputs are seeded noise of the declared shapes; a free batch axis is 1.

@@ -1,18 +1,18 @@
 """Rows of the latency table: many small models in one process."""
 
 import random
-from typing import List
+from typing import Any, List
 
 from .base import Table, median
-from .model import Model
+from .model import open_model
 from .worker import quiet_collector
 
 
 def rows(job: Table) -> Table:
     """Block medians in ns of every model in every round, with several sessions of the reference among them."""
-    models: List[Model] = []
+    models: List[Any] = []
     for path in list(job["models"]) + [job["reference"]] * job["sessions"]:
-        models.append(Model(path, job["options"]))
+        models.append(open_model(path, job["options"]))
     quiet_collector()
     counts = []
     for model in models:

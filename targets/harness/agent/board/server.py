@@ -19,7 +19,7 @@ from .files import sha256, write_file
 from .inferring import Inferring
 from .job import locked
 from .lease import Lease, holder_of, lock
-from .machine import facts, require_runtime, state
+from .machine import asked_facts, require_runtime, state
 from .peer import ALIVE_S, MARK, Lost, Peer
 
 IDLE_S, FOLLOWED_S, LOOK_S = 120.0, 45.0, 0.25
@@ -75,8 +75,10 @@ class Server(object):
             return self.infer(request)
         if verb == "fetch":
             return self.fetch(request)
+        if verb == "get":
+            return self.get(request)
         verbs: Dict[str, Callable[[Table], Table]] = {
-            "facts": lambda _: self.facts(),
+            "facts": self.facts,
             "providers": lambda _: self.providers(),
             "state": self.state,
             "have": self.have, "put": self.put, "start": self.start, "follow": self.follow,
@@ -93,14 +95,15 @@ class Server(object):
             seen["root"] = jetson.may_be_root()
         return seen
 
-    def facts(self) -> Table:
-        """Who the device is."""
-        require_runtime()
-        return dict(facts("onnxruntime"), event="facts")
+    def facts(self, request: Table) -> Table:
+        """Who the device is, with the runtime that is asked for."""
+        runtime = str(request.get("runtime") or "onnxruntime")
+        require_runtime(runtime)
+        return dict(asked_facts(runtime), event="facts")
 
     def providers(self) -> Table:
         """Where the runtime can run; asked of a process of its own, since it would stay loaded in this one."""
-        require_runtime()
+        require_runtime("onnxruntime")
         code = "import onnxruntime as o, sys; sys.stderr.write(' '.join(o.get_available_providers()))"
         process = subprocess.Popen([sys.executable, "-c", code], cwd="/", stderr=subprocess.PIPE)
         said = process.communicate()[1].decode("utf-8", "replace").strip().splitlines() or [""]
@@ -244,6 +247,9 @@ class Server(object):
         placed = dict(job, models=[path(model) for model in job["models"]])
         if "reference" in job:
             placed["reference"] = path(job["reference"])
+        if job.get("timing_cache"):
+            os.makedirs(os.path.join(self.folder, "timing"), mode=0o700, exist_ok=True)
+            placed["timing_cache"] = os.path.join(self.folder, "timing", os.path.basename(job["timing_cache"]))
         return placed
 
     def follow(self, request: Table) -> Table:
@@ -303,6 +309,13 @@ class Server(object):
             data = file.read(1 << 18)
         return {"event": "part", "bytes": len(data)}, data
 
+    def get(self, request: Table) -> Tuple[Table, bytes]:
+        """A part of a file that lies here, as of an engine that was built here."""
+        with open(self.object_path(request["sha256"]), "rb") as file:
+            file.seek(request["offset"])
+            data = file.read(1 << 18)
+        return {"event": "part", "bytes": len(data)}, data
+
     def drop(self, request: Table) -> Table:
         """Forget a job that has ended."""
         folder = self.job_folder(request["id"])
@@ -322,7 +335,7 @@ class Server(object):
         request["path"] = self.object_path(request["sha256"])
         if not os.path.isfile(request["path"]):
             raise AgentError("missing", "the file is not there", request["sha256"])
-        require_runtime()
+        require_runtime(str(request["options"].get("library") or "onnxruntime"))
         lease = Lease(request["device"])
         try:
             lease.take(request["owner"], 60.0, request["wait_s"], lambda holder: self.peer.send(

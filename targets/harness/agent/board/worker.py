@@ -5,11 +5,11 @@ import json
 import os
 import signal
 import sys
-from typing import Dict, List
+from typing import Any, Dict, List
 
 from .base import AgentError, Table, die_with_parent, read_number, read_text
 from .machine import clock_folders, clocks, group_folders, quota_stops, throttle_paths
-from .model import Model
+from .model import open_model
 
 
 class Watch(object):
@@ -50,7 +50,7 @@ def worker() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    models: Dict[str, Model] = {}
+    models: Dict[str, Any] = {}
     watch = Watch()
     for line in sys.stdin:
         try:
@@ -64,15 +64,15 @@ def worker() -> int:
     return 0
 
 
-def answer_request(request: Table, models: Dict[str, Model], watch: Watch) -> Table:
+def answer_request(request: Table, models: Dict[str, Any], watch: Watch) -> Table:
     """Do one request: open, warm or block."""
     verb, name = request["do"], request["name"]
     if verb == "open":
-        models[name] = Model(request["path"], request["options"])
+        models[name] = open_model(request["path"], request["options"])
         quiet_collector()
-        return {"opened": name}
+        return {"opened": name, "protocol": getattr(models[name], "protocol", "")}
     if verb == "warm":
-        warmth = models[name].warm(request["rule"])
+        warmth: Table = models[name].warm(request["rule"])
         models[name].check()
         return warmth
     if verb == "block":

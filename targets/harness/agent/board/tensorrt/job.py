@@ -15,6 +15,7 @@ from typing import Any, Callable, Sequence
 from ..base import die_with_parent
 from . import cuda, engine, library, trtexec
 from .errors import BoardError, Table
+from .opening import has_trtexec
 from .progress import Beat
 
 
@@ -44,18 +45,11 @@ def build(job: Table, tell: Callable[[Table], None]) -> Table:
     try:
         loaded = library.load(job["library"])
     except BoardError:
-        if job["library"] != "tensorrt" or not _has_trtexec():
+        if job["library"] != "tensorrt" or not has_trtexec():
             raise
         with Beat(tell, None):
             return trtexec.build(trtexec.Trtexec(trtexec.find()), job)
     return engine.build(job, tell, loaded)
-
-
-def _has_trtexec() -> bool:
-    try:
-        return bool(trtexec.find())
-    except BoardError:
-        return False
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,0 +1,54 @@
+"""Opens an engine through the library, or through trtexec where only that is there."""
+
+from typing import Any, Dict
+
+from . import library, running, trtexec
+from .errors import BoardError, Table
+
+
+def has_trtexec() -> bool:
+    """Whether trtexec can stand in for the library."""
+    try:
+        return bool(trtexec.find())
+    except BoardError:
+        return False
+
+
+def model(path: str, options: Table) -> Any:
+    """An engine that can be timed. options: library, and those of running."""
+    try:
+        loaded = library.load(options["library"])
+    except BoardError:
+        if options["library"] != "tensorrt" or not has_trtexec():
+            raise
+        opened: Any = trtexec.TrtexecModel(path, options)
+        opened.protocol = trtexec.protocol(options)
+        return opened
+    opened = running.EngineModel(path, options, loaded)
+    opened.protocol = running.protocol(options)
+    return opened
+
+
+def session(path: str, options: Table) -> Any:
+    """An engine that infers on arrays. Raises BoardError where only trtexec is there, which tells no outputs."""
+    try:
+        loaded = library.load(options["library"])
+    except BoardError as error:
+        if options["library"] == "tensorrt" and has_trtexec():
+            text = "trtexec tells no outputs, and %s" % error.message
+            hint = "install TensorRT's Python module: apt-get install python3-libnvinfer."
+            raise BoardError("library", text, hint) from None
+        raise
+    return running.EngineSession(running.EngineModel(path, options, loaded))
+
+
+def device(facts: Table) -> Dict[str, Any]:
+    """What a fingerprint holds of `job.facts`: runtime, its version, the hash of its file, and the GPU."""
+    gpu = facts["gpu"]
+    named = "" if "none" in gpu else "%(name)s %(capability)s, CUDA %(cuda)s, driver %(driver)s" % gpu
+    return {
+        "runtime": facts["library"]["name"],
+        "runtime_version": facts["library"]["version"],
+        "runtime_build": facts["library"]["build"],
+        "gpu": named or "none",
+    }

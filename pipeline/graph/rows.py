@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 
 from pipeline.graph.inner import reads
-from pipeline.graph.probe import DimShape, Forms, Resolve, find_forms
+from pipeline.graph.probe import FLOATING, DimShape, Forms, Resolve, find_forms
 from pipeline.graph.sites import ACTIVATIONS, HEAVY, Links, Piece, find_pieces, link, result_of
 from pipeline.graph.template import Builder, Template, Widths, cut_template, independent, place
 from pipeline.graph.verify import true_inputs
@@ -106,7 +106,7 @@ class Rows:
 
     def _find_carried(self, name: str) -> bool:
         index = self._links.makers.get(name)
-        if index is None or len(self._forms.dense[name]) != 4:
+        if index is None or len(self._forms.dense[name]) != 4 or self._forms.types.get(name) not in FLOATING:
             return False
         node = self._links.nodes[index]
         if node.op_type == "Conv":

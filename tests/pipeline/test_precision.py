@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from tiny_project import request, write_project
+from tiny_project import replace, request, write_project
 
 from pipeline.flow import BuildResult, build
 from pipeline.graph.rewriting import Timing
@@ -189,6 +189,25 @@ def test_candidates_are_measured_in_half_and_taken_before_the_rounding(tmp_path:
     session = sessions(result)["session candidates 1"]
     assert session.measurements["pruned"].sha256 == stages(result)["halve exported"]["outputs"]["onnx"]
     assert result.report is not None and result.report.agreement is not None and result.report.agreement.argmax > 0.5
+
+
+def test_what_overflows_on_calibration_samples_ships_in_float32_and_is_named(tmp_path: Path):
+    project = write_project(tmp_path / "tiny")
+    loud = "return self.head(nn.functional.adaptive_avg_pool2d(3e4 * y, 2).flatten(1)) / 3e4"
+    replace(project / "tinynet.py", "return self.head(nn.functional.adaptive_avg_pool2d(y, 2).flatten(1))", loud)
+    given = {**HALF, "prune": {"rounds": 1, "value_widths": 1}, "recover": {"epochs": 0}}
+    result = build(request(project, tmp_path / "root", budget="0.8x", overrides=given))
+    assert result.report is not None
+    [row] = [row for row in result.report.passes if row.name == "fp16 (precision)"]
+    assert any(
+        "/head/Gemm" in why and " reaches " in why and "on 128 calibration samples" in why for why in row.refused
+    )
+    assert not any(why.startswith(("/stem", "/blocks")) for why in row.refused) and row.changed > 5
+    both = {TensorProto.FLOAT, TensorProto.FLOAT16}
+    assert kinds(bundle(result) / "model.onnx") == kinds(bundle(result) / "dense.onnx") == both
+    assert all(kinds(path) == both for path in (run_of(result) / "work").glob("round-*.onnx"))
+    assert result.summary["accuracy"] > 0.85
+    assert verify(bundle(result), load_target(load_profile("simulated"), tmp_path).infer) == []
 
 
 def test_a_dry_run_in_half_has_a_table_of_its_own(tmp_path: Path):

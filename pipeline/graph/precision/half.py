@@ -9,8 +9,8 @@ nothing of samples and go on until nothing changes, while this rounds, once, at 
 
 Written here because the ready-made converters do not fit. onnxconverter-common's and ONNX Runtime's float16 go by
 operator alone, clip constants silently, and give invalid graphs for casts and resizes that the network itself has (its
-issues 208, 272 and 320). NVIDIA's AutoCast, in ModelOpt, does look at samples, with a fixed limit of 512; it brings all
-of ModelOpt to a tool that has to run beside the torch and ONNX versions of its user.
+issues 208, 272 and 320). NVIDIA's AutoCast, in ModelOpt, does look at samples, with a fixed limit of 512; ModelOpt 0.47
+wants onnx 1.21, onnxruntime-gpu 1.24 and cupy, which is neither what runs here nor what a machine without a GPU has.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def to_half(graph: gs.Graph, ranges: Mapping[str, Range], told: str = "the sampl
     kept = find_kept(graph, ranges, told)
     refused = tuple(Refusal(node.name, kept[id(node)]) for node in graph.nodes if id(node) in kept)
     ports = _ports(graph, kept)
-    floats = {id(t) for node in nodes_within(graph) for t in (*node.inputs, *node.outputs) if is_float32(t)}
+    floats = {id(t): t for node in nodes_within(graph) for t in (*node.inputs, *node.outputs) if is_float32(t)}
     casts, halves = _Casts(graph), dict[int, gs.Variable]()
     for node in [node for node in graph.nodes if id(node) in ports]:
         for index in ports[id(node)].outputs:

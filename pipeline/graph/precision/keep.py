@@ -16,8 +16,8 @@ numbers lie below the normal ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from math import prod
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -112,9 +112,9 @@ def _reason(
 def _terms(node: gs.Node) -> int | None:
     """How many numbers make one of the result, None where shapes are not known."""
     if node.op == "AveragePool":
-        return int(prod(node.attrs["kernel_shape"]))
+        return int(math.prod(node.attrs["kernel_shape"]))
     before, after = static_shape(node.inputs[0]), static_shape(node.outputs[0])
-    return None if before is None or after is None else prod(before) // max(1, prod(after))
+    return None if before is None or after is None else math.prod(before) // max(1, math.prod(after))
 
 
 def _weight_reason(tensor: gs.Constant) -> str | None:
@@ -125,7 +125,7 @@ def _weight_reason(tensor: gs.Constant) -> str | None:
         return f"'{tensor.name}' holds {largest:.3g}, and half precision ends at {LARGEST:.0f}"
     moved = rounding(finite)
     if moved > ROUNDED:
-        return f"half precision moves '{tensor.name}' by {100 * moved:.2g} %: its numbers lie below {SMALLEST:.1e}"
+        return f"half precision moves '{tensor.name}' by {100 * moved:.3g} %: its numbers lie below {SMALLEST:.1e}"
     return None
 
 
@@ -145,7 +145,9 @@ def _range_reason(what: str, tensor: gs.Tensor, ranges: Mapping[str, Range], tol
     found = ranges.get(tensor.name)
     if found is None:
         return None
-    if not found.peak * MARGIN <= LARGEST:  # a NaN too
+    if not math.isfinite(found.peak):
+        return f"{what} is not finite on {told}"
+    if found.peak * MARGIN > LARGEST:
         return f"{what} reaches {found.peak:.3g} on {told}, within {MARGIN:g}x of {LARGEST:.0f}"
     if 0 < found.rms < SMALLEST:
         return f"{what} has the rms {found.rms:.2g} on {told}, below {SMALLEST:.1e}"
@@ -196,7 +198,7 @@ def _is_larger(node: gs.Node, statistics: set[int]) -> bool:
     result = static_shape(node.outputs[0])
     if result is None or any(size is None for size in sizes):
         return True
-    return prod(result) > max(prod(size or ()) for size in sizes)
+    return math.prod(result) > max(math.prod(size or ()) for size in sizes)
 
 
 # --- for company -----------------------------------------------------------------------------------------------------

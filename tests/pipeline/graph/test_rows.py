@@ -261,6 +261,23 @@ def test_without_a_following_activation_the_block_is_still_one_site(tmp_path):
     assert [site.kind for site in sample.rows.sites] == ["conv3x3", "block", "conv1x1"]
 
 
+def test_integers_do_not_come_in_the_layout_of_convolutions(tmp_path):
+    class Stepped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.b(F.relu(self.a(x)).to(torch.int32).to(torch.float32))
+
+    sample = Sample(Stepped(), tmp_path)
+    carried = {node.op_type: sample.rows.carried(node.output[0]) for node in sample.model.graph.node[:3]}
+    assert carried == {"Conv": True, "Relu": True, "Cast": False}
+    last = sample.site("b")
+    row = onnx.load_from_string(sample.rows.row(last, sample.widths(last), copies=sample.rows.copies(last)[1]))
+    assert open_session(row).run(None, seeded_inputs(row, 0, 1)[0])
+
+
 # --- in half precision -----------------------------------------------------------------------------------------------
 
 

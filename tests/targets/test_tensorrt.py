@@ -145,6 +145,18 @@ def test_an_asymmetric_quantisation_names_its_node_and_what_mends_it(exported, r
     assert "zero points of 0" in error.hint and "ActivationSymmetric" in error.hint
 
 
+def test_a_quantisation_in_the_other_format_is_told_to_change_it(exported, rtx, tmp_path):
+    path = tmp_path / "q.onnx"
+    quantization.quantize_static(
+        exported["resnet20"], path, Noise((1, 3, 32, 32)), quant_format=quantization.QuantFormat.QOperator,
+        activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True},
+    )  # fmt: skip
+    error = refused(rtx, path, tmp_path)
+    assert "(QLinearConv): it has no operator QLinearConv (and" in error.message
+    assert "QuantFormat.QDQ" in error.hint
+
+
 def one_node(path, op, inputs=("relu",), weights=(), domain=""):
     nodes = [
         helper.make_node("Relu", ["input"], ["relu"], name="first"),

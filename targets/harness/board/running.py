@@ -43,7 +43,7 @@ def opened(lib: Library, data: bytes, options: Table) -> Any:
     options: dla_core; version_compatible, which lets an engine bring the code of the runtime that it was built with.
     """
     del lib.errors[:]
-    runtime = lib.api.Runtime(lib.logger)
+    runtime = lib.make("Runtime")
     if options.get("dla_core") is not None:
         runtime.DLA_core = options["dla_core"]
     if options.get("version_compatible"):

@@ -241,6 +241,14 @@ def test_the_real_runtime_on_this_machine_says_it_too():
     assert {"name", "capability"} <= set(facts) or "cudaError " in facts["none"]
 
 
+def test_the_runtime_of_a_wheel_is_found_too(runtime_file, tmp_path, monkeypatch):
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    shutil.copy(runtime_file, folder / "libcudart.so.13")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), ""])
+    assert str(folder / "libcudart.so.13") in cuda._candidates()
+
+
 def test_no_cuda_runtime_at_all_is_one_sentence():
     with pytest.raises(BoardError, match=r"the CUDA runtime \(libcudart\) cannot be loaded here: .*none\.so"):
         Cuda("/none.so")

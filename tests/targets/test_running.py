@@ -209,6 +209,20 @@ def test_a_session_looks_like_onnx_runtimes(open_model):
     assert out.dtype == np.float32 and (out == 2).all() and session.get_outputs()[0].name == "output"
 
 
+def test_a_type_that_numpy_lacks_is_refused_by_name_where_numpy_is_needed(open_model):
+    model = open_model("10.3", [dict(PORTS[0]), dict(PORTS[1], kind="BF16")])
+    assert model.ports[1].bytes == 48 * 2
+    with pytest.raises(BoardError, match="tensor 'output' of the engine is bfloat16, which numpy lacks"):
+        running.EngineSession(model)
+
+
+def test_an_engine_that_fails_in_the_middle_is_one_sentence(open_model):
+    model = open_model()
+    model.fake.launch = lambda *ignored: False
+    with pytest.raises(BoardError, match=r"TensorRT 10\.3\.0 does not run the engine: it does not say why"):
+        model.block(0, 1)
+
+
 def test_an_engine_that_cannot_be_captured_says_which_key_to_set(open_model, gpu):
     gpu.lib.fake_reset(0, 0, 0, 1)
     with pytest.raises(BoardError) as error:

@@ -93,7 +93,7 @@ def test_wall_times_hold_the_copies_and_events_only_the_engine(graph, open_model
     wall = model.block(2, 20)
     assert len(wall) == len(model.events) == 20
     assert all(200_000 <= event <= ns for event, ns in zip(model.events, wall, strict=True))
-    assert timing.median(model.events) < 400_000
+    assert sum(model.events) < sum(wall)
 
 
 def test_copies_are_made_only_where_they_are_asked_for(open_model, gpu):

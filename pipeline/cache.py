@@ -5,6 +5,7 @@
     .deploy/locks/                   one file a lock, so that two builds on one folder wait for each other
     .deploy/runs/                    one file a run: where it lies, so that `gc` keeps what it refers to
     .deploy/baselines/               one file a profile: what nightly checks compare with, kept by `gc` for ever
+    .deploy/engines/, timing/        built engines, and what was timed for them (targets/harness/engines.py)
 
 Everything is written under a temporary name, flushed to the disk and then moved into place, so a kill at any moment
 leaves either the whole file or none of it. A read checks the hash: a damaged object is dropped and counts as absent.
@@ -257,7 +258,16 @@ class Cache:
             if path.name not in referred:
                 size, objects = size + path.stat().st_size, objects + 1
                 path.unlink()
+        for path in (*self.root.glob("engines/*"), *self.root.glob("timing/*")):
+            if path.stat().st_mtime < before:  # what is used stays young
+                size, objects = size + _bytes(path), objects + 1
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self.root.glob("locks/*-*"):
             path.unlink()  # nobody holds one: every build also holds `use`
         shutil.rmtree(self.root / "scratch", ignore_errors=True)
         return Swept(objects, keys, size)
+
+
+def _bytes(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(each.stat().st_size for each in (path, *path.glob("*")) if each.is_file())

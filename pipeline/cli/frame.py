@@ -34,7 +34,15 @@ PLUGINS = {
     "targets": "targets",
 }
 STATE = Path(".deploy")
-RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "onnx", "onnx-graphsurgeon")
+RUNTIMES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13-libs",
+    "torch",
+    "onnx",
+    "onnx-graphsurgeon",
+)
 
 
 # --- the frame --------------------------------------------------------------------------------------------------------

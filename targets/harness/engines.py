@@ -3,6 +3,8 @@
     .deploy/engines/<key>/engine.plan, record.json     a built engine and what was done to build it
     .deploy/timing/<device and library>.cache          what the library has timed on this device
 
+`deploy gc` removes what was not used for a while.
+
 A key is the hash of the ONNX file's bytes and of every weight file beside it (so of weights, shapes and precision), of
 the options the builder was given, of the library's version and file, and of the device. Names of files, of graphs and
 times play no part: two networks of one structure with other weights never share an engine, whatever they are called.
@@ -91,6 +93,7 @@ class Engines:
         try:
             record = json.loads((folder / "record.json").read_bytes())
             if digest(str(folder / "engine.plan")) == record["sha256"]:
+                os.utime(folder)  # what is used stays young for `deploy gc`
                 return folder / "engine.plan", record
         except (OSError, ValueError, KeyError, TypeError):
             pass

@@ -170,3 +170,18 @@ def test_gc_refuses_while_a_build_uses_the_folder(cache: Cache):
     with cache.in_use(), pytest.raises(DeployError) as caught:
         cache.gc(0)
     assert caught.value.message == f"a build is using '{cache.root}'."
+
+
+def test_collecting_removes_engines_and_timings_that_nobody_used(tmp_path):
+    cache, old = Cache(tmp_path), time.time() - 10 * 86400
+    for name in ("used", "unused"):
+        (tmp_path / "engines" / name).mkdir(parents=True)
+        (tmp_path / "engines" / name / "engine.plan").write_bytes(b"12345")
+        (tmp_path / "timing").mkdir(exist_ok=True)
+        (tmp_path / "timing" / f"{name}.cache").write_bytes(b"123")
+    for path in (tmp_path / "engines" / "unused", tmp_path / "timing" / "unused.cache"):
+        os.utime(path, (old, old))
+    swept = cache.gc(keep_days=5)
+    assert (swept.objects, swept.bytes) == (2, 8)
+    assert [path.name for path in (tmp_path / "engines").iterdir()] == ["used"]
+    assert [path.name for path in (tmp_path / "timing").iterdir()] == ["used.cache"]

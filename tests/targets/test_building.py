@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def python_of(version):
 def test_a_missing_library_says_how_to_get_it(tmp_path):
     with pytest.raises(DeployError) as error:
         building.build(write_conv(tmp_path / "a.onnx"), tmp_path / "a.plan", "tensorrt", OPTIONS, tmp_path / ".deploy")
-    assert error.value.message.startswith("there is no trtexec at /usr/src/tensorrt/bin/trtexec")
+    assert error.value.message.startswith("TensorRT is not installed here: No module named 'tensorrt'")
     assert error.value.hint == building.INSTALL["tensorrt"]
     with pytest.raises(DeployError) as error:
         load_runtime("tensorrt").version()
@@ -137,7 +138,7 @@ def test_the_boards_modules_need_nothing_but_the_standard_library_and_one_anothe
 
 
 @pytest.mark.parametrize("version", ["3.6", "3.8", "3.10", "3.13"])
-def test_they_are_imported_and_refuse_in_one_line_under_every_python_of_a_board(version, tmp_path):
+def test_they_work_under_every_python_of_a_board(version, stand_in, tmp_path):  # noqa: F811
     python = python_of(version)
     (tmp_path / pack.NAME).write_bytes(pack.packed())
     job = {"onnx": str(write_conv(tmp_path / "a.onnx")), "out": str(tmp_path / "e"), "library": "tensorrt-rtx"}
@@ -149,5 +150,14 @@ def test_they_are_imported_and_refuse_in_one_line_under_every_python_of_a_board(
     code = f"import sys; sys.path.insert(0, '{pack.NAME}'); from board.tensorrt import onnxfile; "
     code += "print(onnxfile.read('a.onnx').opset)"
     assert subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path).stdout == "17\n"
+    binary = stand_in()
+    (tmp_path / "job.json").write_text(json.dumps({**job, "library": "tensorrt", "options": {}}), encoding="utf-8")
+    path = os.pathsep.join((str(Path(binary.path).parent), os.environ["PATH"]))
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path}, check=False
+    )
+    shares = [json.loads(line)["done"] for line in done.stdout.splitlines()[:-1]]
+    assert done.returncode == 0 and shares[0] < 0.01 and shares[-1] == 1.0
+    assert json.loads((tmp_path / "out.json").read_text())["bytes"] == len("plan\n")
     usage = subprocess.run([python, pack.NAME, "engine"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert usage.returncode == 2 and "agent engine build JOB.json OUT.json" in usage.stderr

@@ -293,6 +293,7 @@ def test_a_refusal_names_the_node_whether_or_not_the_parser_does(version, make, 
         ),
         ("Dropout", "UNSUPPORTED_NODE: training mode", "training mode", "drop-dropout"),
         ("Range", "[8] Assertion failed: inputs.at(0).is_weights()", "inputs.at(0).is_weights()", "fold-constants"),
+        ("QLinearConv", "false", "it has no operator QLinearConv", "QuantFormat.QDQ"),
         ("Resize", "unsupported opset 21", "unsupported opset 21", "graph.opset=13"),
     ],
 )
@@ -398,6 +399,18 @@ def test_layers_without_details_are_names():
 
 
 # --- the library -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_library_that_gives_no_builder_without_a_driver_says_so(version, make, tmp_path):
+    fake = Fake(version)
+    fake.broken = "CUDA initialization failure with error: 35"
+    with pytest.raises(BoardError) as error:
+        make(version, write_conv(tmp_path / "c.onnx"), fake=fake)
+    assert error.value.kind == "device" and "finds no GPU with a driver that fits" in error.value.message
+    fake.broken = "something else"
+    with pytest.raises(BoardError, match=r"TensorRT [\d.]+ gives no Builder: something else"):
+        make(version, write_conv(tmp_path / "c.onnx"), fake=fake)
 
 
 def test_a_missing_library_says_every_reason():

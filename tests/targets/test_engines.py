@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import numpy as np
 import onnx
@@ -113,6 +115,15 @@ def test_a_damaged_engine_is_dropped_and_none_is_none(tmp_path):
     kept.write_bytes(b"enginX")
     assert store.find("ab" * 32) is None and not kept.parent.exists()
     assert [path.name for path in kept.parent.parent.iterdir()] == []
+
+
+def test_an_engine_that_is_used_stays_young(tmp_path):
+    store, plan = engines.Engines(tmp_path / ".deploy"), tmp_path / "e.plan"
+    plan.write_bytes(b"engine")
+    folder = store.keep("k", plan, {}).parent
+    os.utime(folder, (1, 1))
+    store.find("k")
+    assert folder.stat().st_mtime > time.time() - 60
 
 
 def test_of_two_builds_of_one_key_the_first_stays(tmp_path):

@@ -93,7 +93,7 @@ def test_wall_times_hold_the_copies_and_events_only_the_engine(graph, open_model
     wall = model.block(2, 20)
     assert len(wall) == len(model.events) == 20
     assert all(200_000 <= event <= ns for event, ns in zip(model.events, wall, strict=True))
-    assert timing.median(model.events) < 400_000
+    assert sum(model.events) < sum(wall)
 
 
 def test_copies_are_made_only_where_they_are_asked_for(open_model, gpu):
@@ -209,6 +209,20 @@ def test_a_session_looks_like_onnx_runtimes(open_model):
     assert out.dtype == np.float32 and (out == 2).all() and session.get_outputs()[0].name == "output"
 
 
+def test_a_type_that_numpy_lacks_is_refused_by_name_where_numpy_is_needed(open_model):
+    model = open_model("10.3", [dict(PORTS[0]), dict(PORTS[1], kind="BF16")])
+    assert model.ports[1].bytes == 48 * 2
+    with pytest.raises(BoardError, match="tensor 'output' of the engine is bfloat16, which numpy lacks"):
+        running.EngineSession(model)
+
+
+def test_an_engine_that_fails_in_the_middle_is_one_sentence(open_model):
+    model = open_model()
+    model.fake.launch = lambda *ignored: False
+    with pytest.raises(BoardError, match=r"TensorRT 10\.3\.0 does not run the engine: it does not say why"):
+        model.block(0, 1)
+
+
 def test_an_engine_that_cannot_be_captured_says_which_key_to_set(open_model, gpu):
     gpu.lib.fake_reset(0, 0, 0, 1)
     with pytest.raises(BoardError) as error:
@@ -239,6 +253,14 @@ def test_the_real_runtime_on_this_machine_says_it_too():
     if "cannot be loaded" in facts.get("none", ""):
         pytest.skip(facts["none"])
     assert {"name", "capability"} <= set(facts) or "cudaError " in facts["none"]
+
+
+def test_the_runtime_of_a_wheel_is_found_too(runtime_file, tmp_path, monkeypatch):
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    shutil.copy(runtime_file, folder / "libcudart.so.13")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), ""])
+    assert str(folder / "libcudart.so.13") in cuda._candidates()
 
 
 def test_no_cuda_runtime_at_all_is_one_sentence():

@@ -15,6 +15,7 @@ import pytest
 from conftest import write_conv
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
+from test_engine import half
 from test_engines import other_weights
 
 from benchmarks import nets
@@ -45,7 +46,7 @@ class Noise(quantization.CalibrationDataReader):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """ResNet-20, MobileNetV1, and the former quantised symmetrically and not, as ONNX files."""
+    """ResNet-20, MobileNetV1, the former quantised symmetrically and not, and float16 beside float32, as ONNX files."""
     folder, found = tmp_path_factory.mktemp("nets"), {}
     for name, model, size in (("resnet20", nets.resnet20(), 32), ("mobilenetv1", nets.mobilenetv1(), 96)):
         found[name] = export(model, [InputSpec(shape=(1, 3, size, size))], folder / f"{name}.onnx")
@@ -56,6 +57,7 @@ def exported(tmp_path_factory):
             activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
             extra_options={"ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": False},
         )  # fmt: skip
+    found["float16"] = half(folder / "float16.onnx")
     return found
 
 
@@ -72,7 +74,7 @@ def test_the_plug_in_tells_the_version_of_the_library_that_is_loaded():
     assert len(version) == 3 and version >= (1, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenetv1", "int8"])
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv1", "int8", "float16"])
 def test_an_engine_is_built_for_a_card_that_is_not_here(name, exported, rtx, tmp_path):
     shares = []
     built = rtx.built(exported[name], tmp_path / "e.plan", shares.append)
@@ -80,7 +82,8 @@ def test_an_engine_is_built_for_a_card_that_is_not_here(name, exported, rtx, tmp
     assert built.record["bytes"] == (tmp_path / "e.plan").stat().st_size > exported[name].stat().st_size // 4
     assert built.record["way"] == "strong typing" and built.record["flags"] == ["TF32"]
     assert shares[0] < 0.1 and shares[-1] == 1.0 and shares == sorted(shares)
-    assert onnxfile.read(str(exported[name])).quantized == (name == "int8")
+    facts = onnxfile.read(str(exported[name]))
+    assert facts.quantized == (name == "int8") and ("float16" in facts.elements) == (name == "float16")
 
 
 def test_a_known_engine_is_not_built_again(exported, rtx, tmp_path, monkeypatch):
@@ -143,6 +146,18 @@ def test_an_asymmetric_quantisation_names_its_node_and_what_mends_it(exported, r
     assert first.op_type in error.message and "zero point" in error.message.lower()
     assert any(f"'{n.name}'" in error.message for n in onnx.load(exported["asymmetric"]).graph.node)
     assert "zero points of 0" in error.hint and "ActivationSymmetric" in error.hint
+
+
+def test_a_quantisation_in_the_other_format_is_told_to_change_it(exported, rtx, tmp_path):
+    path = tmp_path / "q.onnx"
+    quantization.quantize_static(
+        exported["resnet20"], path, Noise((1, 3, 32, 32)), quant_format=quantization.QuantFormat.QOperator,
+        activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True},
+    )  # fmt: skip
+    error = refused(rtx, path, tmp_path)
+    assert "(QLinearConv): it has no operator QLinearConv (and" in error.message
+    assert "QuantFormat.QDQ" in error.hint
 
 
 def one_node(path, op, inputs=("relu",), weights=(), domain=""):

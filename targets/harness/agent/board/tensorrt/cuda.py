@@ -7,6 +7,7 @@ cudaGraphInstantiateWithFlags is there and taken, before it the five arguments o
 import ctypes
 import glob
 import os
+import sys
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -195,7 +196,8 @@ def _candidates() -> List[str]:
     except OSError:
         pass
     found.append("libcudart.so")
-    for place in PLACES:
+    wheels = tuple(os.path.join(folder, "nvidia", "*", "lib") for folder in sys.path if folder)
+    for place in PLACES + wheels:
         found += sorted(glob.glob(os.path.join(place, "libcudart.so*")), key=len)
     return found + ["libcudart.so.%s" % version for version in ("13", "12", "11.0", "10.2")]
 

@@ -108,7 +108,7 @@ class Attempt(object):
 
     def build(self, way: Way) -> Optional[bytes]:
         """The serialized engine, or None where the library finds none."""
-        builder = self.api.Builder(self.lib.logger)
+        builder = self.lib.make("Builder")
         network = self.network(builder, way)
         config = builder.create_builder_config()
         self.configure(builder, config, way)

@@ -53,6 +53,16 @@ class Library(object):
         """Whether an enumeration of the library has a member."""
         return hasattr(getattr(self.api, kind, None), member)
 
+    def make(self, kind: str) -> Any:
+        """A Builder or a Runtime. Raises BoardError where the library gives none, as without a driver."""
+        try:
+            return getattr(self.api, kind)(self.logger)
+        except TypeError as error:  # pybind11: the factory gave a null pointer
+            if self.errors and lacks_driver(self.errors[0]):
+                raise no_driver(self.title, self.errors[0]) from None
+            reason = self.last_error(str(error).split("\n")[0])
+            raise BoardError("library", "%s gives no %s: %s" % (self.title, kind, reason)) from None
+
     def last_error(self, otherwise: str) -> str:
         """The first error that was logged, without codes and source places, or another text."""
         return clean(self.errors[0]) if self.errors else otherwise

@@ -25,6 +25,9 @@ SYMMETRIC = (
     "quantise it again with zero points of 0: symmetric signed 8-bit activations and weights "
     "(onnxruntime.quantization: ActivationSymmetric and WeightSymmetric, QuantType.QInt8, QuantFormat.QDQ)."
 )
+FORMAT = "quantise it again with Q/DQ pairs instead of integer operators (onnxruntime.quantization: QuantFormat.QDQ)."
+INTEGER = ("QLinear", "ConvInteger", "MatMulInteger", "DynamicQuantize")
+"""How the operators begin that quantised networks in the other format are made of."""
 MENDS = (
     (r"zero.?p(?:oin)?t|symmetric", SYMMETRIC),
     (r"only int8|UINT8|uint8", SYMMETRIC),
@@ -50,6 +53,8 @@ def refusal(title: str, model: OnnxFile, complaints: Sequence[Complaint]) -> Boa
 
 def mend(complaint: Complaint, opset: int) -> str:
     """The next step for a complaint."""
+    if complaint.op.startswith(INTEGER):
+        return FORMAT
     quantising = complaint.op in ("QuantizeLinear", "DequantizeLinear")
     for pattern, hint in MENDS:
         if re.search(pattern, complaint.text, re.IGNORECASE) and (hint is not SYMMETRIC or quantising):

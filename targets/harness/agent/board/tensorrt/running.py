@@ -43,7 +43,7 @@ def opened(lib: Library, data: bytes, options: Table) -> Any:
     options: dla_core; version_compatible, which lets an engine bring the code of the runtime that it was built with.
     """
     del lib.errors[:]
-    runtime = lib.api.Runtime(lib.logger)
+    runtime = lib.make("Runtime")
     if options.get("dla_core") is not None:
         runtime.DLA_core = options["dla_core"]
     if options.get("version_compatible"):
@@ -109,6 +109,7 @@ class EngineModel(Timed):
         self.events: List[int] = []
         self.held: List[Tuple[str, c_void_p]] = []
         self.steps: Tuple[Callable[[], None], ...] = ()
+        self.enqueue: Any = None
         try:
             self._open(path, data)
         except BaseException:
@@ -149,7 +150,7 @@ class EngineModel(Timed):
 
     def close(self) -> None:
         """Give back what was taken; the model cannot be used afterwards."""
-        self.steps, self.context, self.engine = (), None, None
+        self.steps, self.enqueue, self.context, self.engine = (), None, None, None
         while self.held:
             release, handle = self.held.pop()
             getattr(self.cuda.lib, release)(handle)
@@ -182,20 +183,24 @@ class EngineModel(Timed):
 
     # --- inference
 
-    def enqueue(self) -> None:
-        """Give the engine to the stream."""
-        if hasattr(self.context, "execute_async_v3"):
-            went = self.context.execute_async_v3(self.stream.value)
-        else:
-            places = [self.device[port.name].value for port in self.ports]
-            went = self.context.execute_async_v2(bindings=places, stream_handle=self.stream.value)
-        if went is False:
-            raise BoardError(
-                "model", "%s does not run the engine: %s" % (self.lib.title, self.lib.last_error("no reason"))
-            )
+    def _enqueuing(self) -> Callable[[], None]:
+        """A function that gives the engine to the stream, with everything looked up before."""
+        context, stream = self.context, self.stream.value
+        named = hasattr(context, "execute_async_v3")
+        run: Any = context.execute_async_v3 if named else context.execute_async_v2
+        places = [] if named else [[self.device[port.name].value for port in self.ports]]
+        arguments: List[Any] = places + [stream]
+
+        def enqueue() -> None:
+            if run(*arguments) is False:
+                reason = self.lib.last_error("it does not say why")
+                raise BoardError("model", "%s does not run the engine: %s" % (self.lib.title, reason))
+
+        return enqueue
 
     def _prepare(self) -> None:
         """One inference, so that everything is there; then the graph where it is asked for, and the calls of `once`."""
+        self.enqueue = self._enqueuing()
         self.enqueue()
         self.cuda.call("cudaStreamSynchronize", self.stream)
         launch = self._captured() if self.options["cuda_graph"] else self.enqueue
@@ -292,6 +297,11 @@ class EngineSession(object):
 
     def __init__(self, model: EngineModel) -> None:
         self.model = model
+        for port in model.ports:
+            if port.dtype not in CODES:
+                raise BoardError(
+                    "model", "tensor '%s' of the engine is %s, which numpy lacks" % (port.name, port.dtype)
+                )
 
     def _values(self, fed: bool) -> List[Any]:
         ports = [port for port in self.model.ports if port.fed is fed]

@@ -82,7 +82,7 @@ class AgentTarget(Target):
         return self._fingerprint(self.profile.measure)
 
     def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
-        return device.fingerprint(self._facts(), self.profile.providers, spec)
+        return device.fingerprint(self._facts(), self.runtime.manner(self.profile.providers), spec)
 
     def preflight(self) -> Preflight:
         """How busy, hot and full the device is."""
@@ -101,7 +101,7 @@ class AgentTarget(Target):
         done = self._run(
             "drive", job, bench.session_limit_s(spec), progress, lambda seen: device.preflight(spec, seen).require()
         )
-        fingerprint = device.fingerprint(done.facts, self.profile.providers, spec)
+        fingerprint = device.fingerprint(done.facts, self.runtime.manner(self.profile.providers), spec)
         preflight = device.preflight(spec, done.state)
         setting = bench.Setting(fingerprint, preflight, spec, mode, done.owner, done.started)
         return bench.session_of(done.result, hashes, setting)

@@ -62,6 +62,10 @@ class Runtime(ABC):
         """What the agent has to know to open and time its artifacts; nothing for ONNX Runtime."""
         return {}
 
+    def manner(self, providers: Sequence[str]) -> tuple[str, ...]:
+        """What a fingerprint says of how artifacts are built and run: the profile's providers for ONNX Runtime."""
+        return tuple(providers)
+
     @abstractmethod
     def version(self) -> str:
         """Version of the library that is installed."""

@@ -43,6 +43,12 @@ class TensorRT(Runtime):
         """The library, and how its engines are run."""
         return {"library": self.name, **running_options(self.spec)}
 
+    def manner(self, providers: Sequence[str]) -> tuple[str, ...]:
+        """The protocol's id, and what the builder is asked for beyond its defaults."""
+        usual, asked = builder_options(TensorRTSpec()), builder_options(self.spec)
+        other = [f"{name}={value}" for name, value in sorted(asked.items()) if value != usual[name]]
+        return (running.protocol(running_options(self.spec)), *other)
+
     def version(self) -> str:
         """Version of the library that is loaded."""
         try:

@@ -34,7 +34,7 @@ def facts(name: str) -> Table:
     try:
         here = library.load(name).facts()
     except BoardError:
-        if name != "tensorrt" or not _has_trtexec():
+        if name != "tensorrt" or not has_trtexec():
             raise
         here = trtexec.facts(trtexec.Trtexec(trtexec.find()))
     return {"library": here, "gpu": gpu_facts()}

@@ -263,7 +263,8 @@ def trace(
         owner, _, name = path.rpartition(".")
         setattr(module.get_submodule(owner), name, operators.InTraining(module.get_submodule(path)))
     for path in leaves:
-        module.set_submodule(path, Whole(module.get_submodule(path), on_data=path in on_data))
+        leaf = module.get_submodule(path)
+        module.set_submodule(path, Whole(leaf, kind_of(leaf), on_data=path in on_data))
     for node in module.graph.nodes:
         if node.op == "call_module" and node.target in leaves:
             node.meta["leaf"] = True

@@ -29,9 +29,11 @@ sys.path.append(str(Path(__file__).parents[1] / "prune"))  # the networks are th
 from leaf_nets import (
     Around,
     Branch,
+    Called,
     Deeper,
     FromDoubles,
     FromPairs,
+    HoldsScript,
     Loose,
     Outputs,
     Rectified,
@@ -72,6 +74,8 @@ LEAVES = {
     "named tuple": (FromDoubles, True),
     "script": (lambda: torch.jit.script(Rectified().eval()), True),
     "tensor of its own": (Remembers, True),
+    "defaults": (Called, True),
+    "script inside": (HoldsScript, True),
     "script with a tensor of its own": (lambda: torch.jit.script(Remembers().eval()), True),
     "writes": (Writes, False),
 }
@@ -120,8 +124,8 @@ def test_every_row_of_the_table_runs_at_any_width(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
-        (ThroughNumpy, "ThroughNumpy reads numbers out of its data, and TorchScript cannot compile it: "),
-        (Loose, "Loose reads numbers out of its data, and TorchScript cannot compile it: "),
+        (ThroughNumpy, "leaf_nets.ThroughNumpy reads numbers out of its data, and TorchScript cannot compile it: "),
+        (Loose, "leaf_nets.Loose reads numbers out of its data, and TorchScript cannot compile it: "),
     ],
 )
 def test_what_would_be_exported_with_one_branch_only_is_refused(tmp_path: Path, middle, reason: str):

@@ -210,11 +210,13 @@ def _refuse_data(name: str, target: Any, args: Any, kwargs: Any) -> None:
     """Raise OnData for what reads numbers or shapes out of data."""
     if name in DATA:
         raise OnData(f"a number taken from data ({name})")
-    index = unproxied(args[1]) if target is operator.getitem else None
-    masks = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in (index if type(index) is tuple else (index,)))
+    index = args[1] if target is operator.getitem else ()
+    picks = [i.value for i in (index if type(index) is tuple else (index,)) if known(i)]
+    masked = any(isinstance(value, Tensor) and value.dtype == torch.bool for value in picks)
+    repeated = name == "repeat_interleave" and any(known(a) for a in (*args[1:], *kwargs.values()))
     alone = name == "where" and len(args) + len(kwargs) == 1
-    if name in SHAPED_BY_DATA or alone or masks:
-        raise OnData(f"a shape that depends on data ({'a mask as index' if masks else name})")
+    if name in SHAPED_BY_DATA or alone or masked or repeated:
+        raise OnData(f"a shape that depends on data ({'a mask as index' if masked else name})")
 
 
 def _input_names(forward: Any, count: int) -> list[str]:

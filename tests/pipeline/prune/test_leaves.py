@@ -153,6 +153,21 @@ def test_modules_inside_a_leaf_that_are_leaves_no_more_are_not_named():
     assert list(network.leaves) == ["middle"]
 
 
+def test_a_mask_that_is_known_beforehand_is_traced_through():
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.arange(8) % 2 == 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x[:, :, self.rows].repeat_interleave(2, dim=2)
+
+    model, network = captured(Masks())
+    assert network.leaves == {}
+    for x in inputs():
+        assert torch.allclose(network.graph(x), model(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["class", "kept name"])
 def test_an_autograd_function_is_one_operator_that_keeps_its_backward(how: str):
     model, network = captured(ByFunction(how))

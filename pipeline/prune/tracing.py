@@ -69,6 +69,8 @@ class _Tracer(fx.Tracer):
         self._running = False
         self._inside: list[str] = []
         self._functions = 0
+        self.own: dict[str, tuple[Any, ...]] = {}
+        """Inputs of modules that rules of the user's name, by path."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = type(m).__module__.startswith("torch.nn") and not isinstance(m, CONTAINERS)
@@ -190,6 +192,8 @@ class _Tracer(fx.Tracer):
         finally:
             self._inside.pop()
         if self.is_leaf_module(m, path):
+            if kind_of(m) in self.kinds:
+                self.own[path] = unproxied((*args, *kwargs.values()))
             self._check_leaf(path, result)
             return result
         idle = bool(args) and result is args[0] and known(result)
@@ -264,13 +268,24 @@ def trace(
     for path in dict.fromkeys(tracer.kept):
         owner, _, name = path.rpartition(".")
         setattr(module.get_submodule(owner), name, operators.InTraining(module.get_submodule(path)))
-    for path in leaves:
+    on_data |= {path for path, inputs in tracer.own.items() if _asks_data(module.get_submodule(path), inputs)}
+    whole = {*leaves, *on_data}
+    for path in whole:
         leaf = module.get_submodule(path)
         module.set_submodule(path, Whole(leaf, kind_of(leaf), on_data=path in on_data))
     for node in module.graph.nodes:
-        if node.op == "call_module" and node.target in leaves:
+        if node.op == "call_module" and node.target in whole:
             node.meta["leaf"] = True
     return module
+
+
+def _asks_data(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether the forward of a module that was not traced into asks what only data can answer."""
+    try:
+        _Tracer({}, (), inputs, makers=True).trace(module)
+    except Exception as error:  # noqa: BLE001  what cannot be traced for another reason is run as it is
+        return isinstance(error, OnData) or (isinstance(error, Stuck) and error.on_data)
+    return False
 
 
 def _attempt(
@@ -291,6 +306,7 @@ def _attempt(
             for inside in [path for path in leaves if path.startswith(f"{stuck.path}.")]:
                 del leaves[inside]
             leaves[stuck.path] = f"cannot be captured: {stuck.reason}"
+            on_data -= {path for path in on_data if path.startswith(f"{stuck.path}.")}
             on_data |= {stuck.path} if stuck.on_data else set()
         except Uneven:
             if not makers:

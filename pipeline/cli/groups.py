@@ -120,7 +120,8 @@ def _data(project: Project, found: Captured, coupled: Topology, drawn: Sketch) -
 
 def _layers(group: ChannelGroup, made: frozenset[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Layers that make the channels of a group, and all that hold some, those first."""
-    layers = {member: member.rpartition("[")[0].rpartition(".")[0] or member for member in group.members}
+    names = {member: member.rpartition("[")[0] for member in group.members}
+    layers = {member: name.rpartition(".")[0] or name for member, name in names.items()}
     makers = tuple(dict.fromkeys(layers[member] for member in group.members if member in made))
     return makers, tuple(dict.fromkeys([*makers, *layers.values()]))
 

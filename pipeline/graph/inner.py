@@ -31,11 +31,37 @@ def _outer(graph: onnx.GraphProto) -> list[str]:
     return [name for name in dict.fromkeys(used) if name not in made]
 
 
+def lift_parameters(graph: onnx.GraphProto) -> None:
+    """Move what is stored in graphs inside nodes to the outer graph, each name once: narrowing finds it there."""
+    stored = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        for inner in graphs(node):
+            lift_parameters(inner)
+            graph.initializer.extend(tensor for tensor in inner.initializer if tensor.name not in stored)
+            stored |= {tensor.name for tensor in inner.initializer}
+            del inner.initializer[:]
+
+
+def forget_shapes(graph: onnx.GraphProto) -> None:
+    """Take the stored shapes out of the graphs inside nodes: they follow from what those read."""
+    for node in graph.node:
+        for inner in graphs(node):
+            forget_shapes(inner)
+            del inner.value_info[:]
+            for info in inner.output:
+                info.type.tensor_type.ClearField("shape")
+
+
 def renamed(attribute: onnx.AttributeProto, names: Mapping[str, str], prefix: str) -> onnx.AttributeProto:
-    """A copy of an attribute that reads outer tensors by their new names; what its graph makes begins with `prefix`."""
+    """A copy of an attribute that reads outer tensors by their new names, without shapes.
+
+    What its graph makes begins with `prefix`.
+    """
     result = onnx.AttributeProto.FromString(attribute.SerializeToString())
     if result.type == onnx.AttributeProto.GRAPH:
         _rename(result.g, names, f"{prefix}{attribute.name}_")
+        for info in result.g.output:
+            info.type.tensor_type.ClearField("shape")
     return result
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from pipeline.graph.absorbed import absorbed
-from pipeline.graph.inner import graphs, reads
+from pipeline.graph.inner import forget_shapes, graphs, reads
 from pipeline.graph.passes.shortcut_conv import SELECTION, selection
 from pipeline.nouns import Block, ConstantValue, Cut
 from profiles.errors import DeployError
@@ -111,6 +111,7 @@ def _shell(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(model.graph.node)
     graph.input.extend(model.graph.input)
     graph.output.extend(model.graph.output)
+    forget_shapes(graph)
     return result
 
 

@@ -17,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from pipeline.graph.absorbed import absorb, absorbed
+from pipeline.graph.inner import lift_parameters
 from pipeline.graph.passes.base import PassResult, Refusal, is_parameter
 from pipeline.graph.probe import with_shapes
 from pipeline.graph.verify import Difference, check_model, compare_outputs, open_session, seeded_inputs
@@ -142,6 +143,7 @@ class Draft:
         proto.ir_version = self.model.ir_version
         proto.metadata_props.extend(self.model.metadata_props)
         del proto.graph.value_info[:]
+        lift_parameters(proto.graph)
         return proto
 
 

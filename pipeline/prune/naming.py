@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,19 +17,24 @@ def kind_of(value: Any) -> str:
     if isinstance(value, operators.Applied):
         value = value.function
     if isinstance(value, Whole):
-        value = value.kind
+        return value.kind
     if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         packet = value.overloadpacket if isinstance(value, torch._ops.OpOverload) else value
         return str(packet._qualified_op_name)
     if isinstance(value, torch.jit.ScriptModule):
-        return f"TorchScript {value.original_name}"
+        return _unmangled(value._c._type().qualified_name())
     if isinstance(value, torch.jit.ScriptFunction):
-        return f"TorchScript {value.name}"
+        return _unmangled(value.qualified_name)
     if isinstance(value, nn.Module):
         value = type(value)
     name = getattr(value, "__qualname__", getattr(value, "__name__", str(value)))
     home = getattr(value, "__module__", None)
     return f"{home}.{name}" if home else str(name)
+
+
+def _unmangled(name: str) -> str:
+    """TorchScript's name of a class or function as Python has it."""
+    return re.sub(r"___torch_mangle_\d+\.", "", name.removeprefix("__torch__."))
 
 
 def is_custom(kind: str) -> bool:

@@ -79,7 +79,7 @@ def unmet(network: Network, model: nn.Module, files: Iterable[tuple[str, str]]) 
     """A sentence for every kind that a rule file names and the network does not have. files: (kind, file) pairs."""
     there = {kind_of_node(network.graph, node) for node in network.graph.graph.nodes}
     known = {name for name in there | {kind_of(m) for m in model.modules()} if name}
-    known = {name for name in known if not name.startswith(("torch.", "pipeline.", "_operator.", "TorchScript "))}
+    known = {name for name in known if not name.startswith(("torch.", "pipeline.", "_operator."))}
     return [
         f"{file} names '{kind}', which the network does not have. {near_miss(kind, known)}"
         for kind, file in files

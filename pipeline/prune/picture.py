@@ -14,6 +14,7 @@ from pipeline.prune import operators
 from pipeline.prune.capture import Network
 from pipeline.prune.groups import propagate
 from pipeline.prune.labels import Ids, Labels, LabelSpace, Op
+from pipeline.prune.naming import kind_of
 from pipeline.prune.neutral import describe
 from pipeline.prune.whole import Whole
 
@@ -114,7 +115,9 @@ class _Drawing:
     def _title(self, op: Op) -> str:
         """Path of a layer, else what the operator is called."""
         node = self.nodes[op.name]
-        if "weight" in op.params:
+        if isinstance(self._module(node), operators.Applied):
+            return kind_of(self._module(node)).rpartition(".")[2]
+        if "weight" in op.params and op.kind not in self.network.rules:
             return op.params["weight"].rpartition(".")[0] or op.name
         if node.op == "call_module" and not op.name.rpartition("_")[2].isdigit():
             return str(node.target)

@@ -69,6 +69,8 @@ class _Tracer(fx.Tracer):
         self._running = False
         self._inside: list[str] = []
         self._functions = 0
+        self.own: dict[str, tuple[Any, ...]] = {}
+        """Inputs of modules that rules of the user's name, by path."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = type(m).__module__.startswith("torch.nn") and not isinstance(m, CONTAINERS)
@@ -190,6 +192,8 @@ class _Tracer(fx.Tracer):
         finally:
             self._inside.pop()
         if self.is_leaf_module(m, path):
+            if kind_of(m) in self.kinds:
+                self.own[path] = unproxied((*args, *kwargs.values()))
             self._check_leaf(path, result)
             return result
         idle = bool(args) and result is args[0] and known(result)
@@ -210,11 +214,13 @@ def _refuse_data(name: str, target: Any, args: Any, kwargs: Any) -> None:
     """Raise OnData for what reads numbers or shapes out of data."""
     if name in DATA:
         raise OnData(f"a number taken from data ({name})")
-    index = unproxied(args[1]) if target is operator.getitem else None
-    masks = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in (index if type(index) is tuple else (index,)))
+    index = args[1] if target is operator.getitem else ()
+    picks = [i.value for i in (index if type(index) is tuple else (index,)) if known(i)]
+    masked = any(isinstance(value, Tensor) and value.dtype == torch.bool for value in picks)
+    repeated = name == "repeat_interleave" and any(known(a) for a in (*args[1:], *kwargs.values()))
     alone = name == "where" and len(args) + len(kwargs) == 1
-    if name in SHAPED_BY_DATA or alone or masks:
-        raise OnData(f"a shape that depends on data ({'a mask as index' if masks else name})")
+    if name in SHAPED_BY_DATA or alone or masked or repeated:
+        raise OnData(f"a shape that depends on data ({'a mask as index' if masked else name})")
 
 
 def _input_names(forward: Any, count: int) -> list[str]:
@@ -262,12 +268,24 @@ def trace(
     for path in dict.fromkeys(tracer.kept):
         owner, _, name = path.rpartition(".")
         setattr(module.get_submodule(owner), name, operators.InTraining(module.get_submodule(path)))
-    for path in leaves:
-        module.set_submodule(path, Whole(module.get_submodule(path), on_data=path in on_data))
+    on_data |= {path for path, inputs in tracer.own.items() if _asks_data(module.get_submodule(path), inputs)}
+    whole = {*leaves, *on_data}
+    for path in whole:
+        leaf = module.get_submodule(path)
+        module.set_submodule(path, Whole(leaf, kind_of(leaf), on_data=path in on_data))
     for node in module.graph.nodes:
-        if node.op == "call_module" and node.target in leaves:
+        if node.op == "call_module" and node.target in whole:
             node.meta["leaf"] = True
     return module
+
+
+def _asks_data(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether the forward of a module that was not traced into asks what only data can answer."""
+    try:
+        _Tracer({}, (), inputs, makers=True).trace(module)
+    except Exception as error:  # noqa: BLE001  what cannot be traced for another reason is run as it is
+        return isinstance(error, OnData) or (isinstance(error, Stuck) and error.on_data)
+    return False
 
 
 def _attempt(
@@ -288,6 +306,7 @@ def _attempt(
             for inside in [path for path in leaves if path.startswith(f"{stuck.path}.")]:
                 del leaves[inside]
             leaves[stuck.path] = f"cannot be captured: {stuck.reason}"
+            on_data -= {path for path in on_data if path.startswith(f"{stuck.path}.")}
             on_data |= {stuck.path} if stuck.on_data else set()
         except Uneven:
             if not makers:

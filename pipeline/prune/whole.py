@@ -24,9 +24,13 @@ OWN = ("_parameters", "_buffers", "_modules")
 
 @dataclass(frozen=True)
 class Compiled:
-    """A forward as a function of its inputs and of tensors, given by name: the module's, or constants of its own."""
+    """A forward as a function of its inputs and of tensors, given by name: the module's, or constants of its own.
+
+    inputs: name -> default of each, or None.
+    """
 
     function: Any
+    inputs: Mapping[str, Any]
     names: tuple[str, ...]
     constants: Mapping[str, Tensor]
 
@@ -34,22 +38,23 @@ class Compiled:
         return self
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        given = {**self.inputs, **dict(zip(self.inputs, inputs, strict=False)), **keywords}
         tensors = (self.constants[n] if n in self.constants else _tensor(module, n) for n in self.names)
-        return self.function(*inputs, *keywords.values(), *tensors)
+        return self.function(*given.values(), *tensors)
 
 
 class Whole(nn.Module):
     """A module whose channels stay. Its tensors and submodules are those of the module, under the same names.
 
-    on_data: its forward asks what only data can answer. Exporting it raises DeployError where that could not be
-    compiled; a forward that asks nothing of the data is then exported as it runs.
+    kind: what it is called. on_data: its forward asks what only data can answer: exporting it raises DeployError where
+    that could not be compiled. A forward that asks nothing of the data is then exported as it runs.
     """
 
     _module: Any
 
-    def __init__(self, module: nn.Module, *, on_data: bool) -> None:
+    def __init__(self, module: nn.Module, kind: str, *, on_data: bool) -> None:
         super().__init__()
-        self.kind, self.on_data, self.reason = type(module), on_data, ""
+        self.kind, self.on_data, self.reason = kind, on_data, ""
         self.compiled: Compiled | None = None
         self.__dict__["_module"] = None
         try:
@@ -58,6 +63,7 @@ class Whole(nn.Module):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             self.reason = lines[0].rstrip(":.") if lines else type(error).__name__
         if not isinstance(module, torch.jit.ScriptModule):
+            _replace_scripts(module)
             self.__dict__["_module"] = module
             self.__dict__.update({name: module.__dict__[name] for name in OWN})
         elif self.compiled is not None:
@@ -82,14 +88,23 @@ class Whole(nn.Module):
             return self.compiled(self, inputs, keywords)
         if exporting and self.on_data:
             message = (
-                f"the network cannot be exported to ONNX: {self.kind.__name__} reads numbers out of its data, and "
+                f"the network cannot be exported to ONNX: {self.kind} reads numbers out of its data, and "
                 f"TorchScript cannot compile it: {self.reason}."
             )
             raise DeployError(message, HINT)
         return self._module(*inputs, **keywords)
 
     def extra_repr(self) -> str:
-        return self.kind.__qualname__
+        return self.kind
+
+
+def _replace_scripts(module: nn.Module) -> None:
+    """TorchScript inside a module becomes `Whole` too: copies of it would not be trainable."""
+    done: list[str] = []
+    for path, inner in list(module.named_modules()):
+        if path and isinstance(inner, torch.jit.ScriptModule) and not any(path.startswith(f"{p}.") for p in done):
+            module.set_submodule(path, Whole(inner, inner.original_name, on_data=False))
+            done.append(path)
 
 
 def _compile(module: nn.Module) -> tuple[Compiled, dict[str, Tensor]]:
@@ -99,12 +114,14 @@ def _compile(module: nn.Module) -> tuple[Compiled, dict[str, Tensor]]:
         script = module if isinstance(module, torch.jit.ScriptModule) else torch.jit.script(module)
     inside: Any = torch._C  # its stubs know these calls by other types
     frozen = inside._freeze_module(script.eval()._c, [], True, True)
-    graph, tensors = inside._jit_pass_lower_graph(frozen._get_method("forward").graph, frozen)
+    forward = frozen._get_method("forward")
+    inputs = {each.name: each.default_value for each in forward.schema.arguments[1:]}
+    graph, tensors = inside._jit_pass_lower_graph(forward.graph, frozen)
     known = {_memory(value): name for name, value in [*module.named_parameters(), *module.named_buffers()]}
     names = tuple(known.get(_memory(value), f"constant_{number}") for number, value in enumerate(tensors))
     given = dict(zip(names, tensors, strict=True))
     constants = {name: value for name, value in given.items() if name not in known.values()}
-    return Compiled(inside._create_function_from_graph("forward", graph), names, constants), given
+    return Compiled(inside._create_function_from_graph("forward", graph), inputs, names, constants), given
 
 
 def _memory(value: Tensor) -> tuple[int, tuple[int, ...]]:

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 
 from pipeline.graph.export import export
-from pipeline.graph.inner import reads, renamed
+from pipeline.graph.inner import graphs, reads, renamed
 from pipeline.graph.narrow import narrow
 from pipeline.graph.optimize import optimize_model
 from pipeline.graph.rows import Rows
@@ -20,6 +20,7 @@ from pipeline.graph.verify import check_model, compare_outputs, open_session
 from pipeline.nouns import KeepUnits, PruningPlan
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.groups import find_groups
+from pipeline.prune.labels import LabelSpace, Op
 from pipeline.prune.plan import resolve
 from pipeline.prune.surgery import prune
 from profiles.errors import DeployError
@@ -29,9 +30,11 @@ sys.path.append(str(Path(__file__).parents[1] / "prune"))  # the networks are th
 from leaf_nets import (
     Around,
     Branch,
+    Called,
     Deeper,
     FromDoubles,
     FromPairs,
+    HoldsScript,
     Loose,
     Outputs,
     Rectified,
@@ -39,6 +42,20 @@ from leaf_nets import (
     ThroughNumpy,
     Writes,
 )
+
+
+class Scales(torch.nn.Module):
+    """A scale for each channel where the first of them is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x[:, 0].abs().max() > -1.0 and x.abs().mean() * 0 >= 0:
+            return x * self.scale.reshape(1, -1, 1, 1)
+        return x
+
 
 SPEC = (InputSpec(shape=(2, 3, 8, 8)),)
 
@@ -72,6 +89,8 @@ LEAVES = {
     "named tuple": (FromDoubles, True),
     "script": (lambda: torch.jit.script(Rectified().eval()), True),
     "tensor of its own": (Remembers, True),
+    "defaults": (Called, True),
+    "script inside": (HoldsScript, True),
     "script with a tensor of its own": (lambda: torch.jit.script(Remembers().eval()), True),
     "writes": (Writes, False),
 }
@@ -102,7 +121,10 @@ def test_the_narrowed_file_computes_what_the_cut_network_does(tmp_path: Path, na
 @pytest.mark.parametrize("name", LEAVES)
 def test_every_row_of_the_table_runs_at_any_width(tmp_path: Path, name: str):
     net = network(LEAVES[name][0]())
-    model = written(net.graph, tmp_path)
+    every_row_runs(net, written(net.graph, tmp_path))
+
+
+def every_row_runs(net: Network, model: onnx.ModelProto) -> None:
     rows = Rows(model, net.topology, lambda plan: resolve(net.topology, plan))
     assert sorted(n for site in rows.sites for n in site.nodes) == sorted(node.name for node in model.graph.node)
     sizes = {group.id: group.size for group in net.topology.groups}
@@ -117,11 +139,39 @@ def test_every_row_of_the_table_runs_at_any_width(tmp_path: Path, name: str):
         assert rows.row(site, widths) == rows.row(site, widths)
 
 
+def test_parameters_that_branches_read_are_stored_once_and_outside(tmp_path: Path):
+    model = written(network(Branch()).graph, tmp_path)
+    names = [tensor.name for tensor in model.graph.initializer]
+    assert len(names) == len(set(names)) and "middle.inner.conv.weight" in names
+    assert not [tensor.name for node in model.graph.node for inner in graphs(node) for tensor in inner.initializer]
+
+
+def gated(op: Op, space: LabelSpace) -> None:
+    space.param(op.params["scale"], 0, space.along(op, 0, 1))
+    space.tensors[op.output] = space.tensors[op.inputs[0]]
+
+
+def test_an_operator_with_a_rule_may_decide_by_its_data_too(tmp_path: Path):
+    torch.manual_seed(0)
+    kind = f"{Scales.__module__}.{Scales.__qualname__}"
+    net = find_groups(capture(Around(Scales()).eval(), (torch.randn(2, 3, 8, 8),), {kind: gated}))
+    assert net.leaves == {} and {"a", "b"} == {group.name for group in net.topology.offered}
+    assert "middle.scale[0]" in next(g for g in net.topology.offered if g.name == "a").members
+    model = written(net.graph, tmp_path)
+    assert "If" in {node.op_type for node in model.graph.node}
+    plan = PruningPlan(tuple(KeepUnits(g.id, tuple(range(1, g.size, 2))) for g in net.topology.offered))
+    narrowed = narrow(model, resolve(net.topology, plan))
+    assert {t.name: list(t.dims) for t in narrowed.graph.initializer}["middle.scale"] == [4]
+    assert compare_outputs(run(net.graph), model, feeds()).max_rel < 1e-5
+    assert compare_outputs(run(prune(net, plan)), narrowed, feeds()).max_rel < 1e-5
+    every_row_runs(net, model)
+
+
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
-        (ThroughNumpy, "ThroughNumpy reads numbers out of its data, and TorchScript cannot compile it: "),
-        (Loose, "Loose reads numbers out of its data, and TorchScript cannot compile it: "),
+        (ThroughNumpy, "leaf_nets.ThroughNumpy reads numbers out of its data, and TorchScript cannot compile it: "),
+        (Loose, "leaf_nets.Loose reads numbers out of its data, and TorchScript cannot compile it: "),
     ],
 )
 def test_what_would_be_exported_with_one_branch_only_is_refused(tmp_path: Path, middle, reason: str):

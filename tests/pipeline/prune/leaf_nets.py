@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -246,4 +247,37 @@ class Remembers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
             return x + self.shift.to(x.dtype)
+        return x
+
+
+class Defaults(nn.Module):
+    """Decides by its data, with arguments that may be left out or named."""
+
+    def forward(self, x: Tensor, by: float = 2.0, plus: float = 0.5, turned: bool = False) -> Tensor:
+        if x.sum() > 0 and not turned:
+            x = x * by
+        return x + plus
+
+
+class Called(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.defaults = Defaults()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.defaults(x, plus=-0.25) + self.defaults(x, 3.0, turned=True)
+
+
+class HoldsScript(nn.Module):
+    """Decides by its data, with TorchScript inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.script = torch.jit.script(Inner().eval())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.script(x)
         return x

@@ -12,10 +12,12 @@ from leaf_nets import (
     Asks,
     Branch,
     ByFunction,
+    Called,
     Deeper,
     Doubles,
     FromDoubles,
     FromPairs,
+    HoldsScript,
     Outputs,
     Picks,
     Positive,
@@ -62,6 +64,8 @@ LEAVES = {  # what stands in the middle -> the module that stays whole, and a wo
     "numpy": (ThroughNumpy, "middle", "a number taken from data (numpy)"),
     "tensor of its own": (Remembers, "middle", "control flow on data"),
     "script with a tensor of its own": (lambda: scripted(Remembers()), "middle", "it is TorchScript"),
+    "defaults": (Called, "middle.defaults", "control flow on data"),
+    "script inside": (HoldsScript, "middle", "control flow on data"),
     "writes": (Writes, "middle", "the forward writes into an activation"),
     "script": (lambda: scripted(Rectified()), "middle", "it is TorchScript"),
     "script that decides": (lambda: scripted(Branch()), "middle", "it is TorchScript"),
@@ -99,7 +103,7 @@ def test_both_branches_are_really_taken_by_these_inputs():
     assert {bool((torch.relu(model.a(x)) - 0.3).sum() > 0) for x in inputs()} == {True, False}
 
 
-@pytest.mark.parametrize("name", ["branch", "dict", "script", "script that decides", "writes"])
+@pytest.mark.parametrize("name", ["branch", "dict", "script", "script that decides", "script inside", "writes"])
 def test_a_leaf_survives_surgery_copies_and_training(name: str):
     make, path, _ = LEAVES[name]
     model, network = captured(make())
@@ -149,6 +153,21 @@ def test_modules_inside_a_leaf_that_are_leaves_no_more_are_not_named():
     assert list(network.leaves) == ["middle"]
 
 
+def test_a_mask_that_is_known_beforehand_is_traced_through():
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.arange(8) % 2 == 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x[:, :, self.rows].repeat_interleave(2, dim=2)
+
+    model, network = captured(Masks())
+    assert network.leaves == {}
+    for x in inputs():
+        assert torch.allclose(network.graph(x), model(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["class", "kept name"])
 def test_an_autograd_function_is_one_operator_that_keeps_its_backward(how: str):
     model, network = captured(ByFunction(how))
@@ -170,7 +189,7 @@ def test_a_torchscript_function_is_one_operator():
 
     model, network = captured(Calls())
     assert {g.name: g.frozen for g in network.topology.groups}["a"] == (
-        "there is no rule for TorchScript decide 'function_0'"
+        "there is no rule for test_leaves.decide 'function_0'"
     )
     for x in inputs():
         assert torch.allclose(network.graph(x), model(x), atol=1e-5)

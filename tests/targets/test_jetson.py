@@ -189,7 +189,7 @@ def make(orin, tmp_path):
 
     def one(extends: str = "jetson-orin-nano", **keys) -> Jetson:
         table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
-        file = orin.board.file("orin", f"jetson = {{ {table} }}", extends=extends)
+        file = orin.board.file("orin", 'runtime = "ort"', f"jetson = {{ {table} }}", extends=extends)
         made.append(load_target(load_profile(str(file)), tmp_path / ".deploy"))
         return made[-1]
 

@@ -27,7 +27,7 @@ def target(request, tmp_path, monkeypatch):
     if request.param not in BOARDS:
         yield load_target(load_profile("local", {"target": request.param}), tmp_path / ".deploy")
         return
-    file = request.getfixturevalue(BOARDS[request.param]).file("contract", extends=request.param)
+    file = request.getfixturevalue(BOARDS[request.param]).file("contract", 'runtime = "ort"', extends=request.param)
     target = load_target(load_profile(str(file)), tmp_path / ".deploy")
     (tmp_path / ".deploy").mkdir()
     yield target

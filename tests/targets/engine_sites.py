@@ -1,0 +1,50 @@
+"""A folder for Python's path with a stand-in for TensorRT and for the CUDA runtime, as a board has the real ones."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+HERE = Path(__file__).parent
+MODULE = '''
+"""TensorRT 10.3's names, and a GPU whose kernels take 0.2 ms; see fake_tensorrt.py."""
+import ctypes
+import glob
+import os
+
+from fake_tensorrt import Fake
+
+_cuda = ctypes.CDLL(glob.glob(os.path.join(os.path.dirname(__file__), "nvidia", "*", "lib", "libcudart.so"))[0])
+_cuda.fake_reset.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
+_cuda.fake_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_cuda.fake_reset(0, 200_000, 0, 0)
+_fake = Fake("10.3")
+_fake.launch = lambda stream, out, into, count: _cuda.fake_launch(stream, out, into, count) == 0
+globals().update(vars(_fake.api))
+'''
+
+
+def make_site(folder: Path) -> Path:
+    """Such a folder; skips the test where there is no C compiler."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler for the test's CUDA runtime")
+    place = folder / "nvidia" / "cuda_runtime" / "lib"
+    place.mkdir(parents=True)
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", place / "libcudart.so", HERE / "cudart.c"], check=True)
+    (folder / "tensorrt.py").write_text(MODULE)
+    shutil.copy(HERE / "fake_tensorrt.py", folder)
+    shutil.copytree(HERE / "recordings" / "tensorrt", folder / "recordings" / "tensorrt")
+    return folder
+
+
+def write_relu(path: Path, name: str = "net") -> Path:
+    """A network whose output has the shape of its input, (1, 3, 4, 4)."""
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 4, 4]) for n in ("input", "output")]
+    graph = helper.make_graph([helper.make_node("Relu", ["input"], ["output"], name=name)], name, ports[:1], ports[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docker" / "nightly.sh"
 DOCKERFILE = ROOT / "docker" / "build.Dockerfile"
+BOARD = ROOT / "docker" / "jetson.Dockerfile"
 COMPOSE = ROOT / "docker" / "compose.yaml"
 WORKFLOW = ROOT / "examples" / "nightly" / "github-actions.yml"
 YAML_STYLE = "{extends: default, rules: {line-length: {max: 120}, truthy: {check-keys: false}}}"
@@ -70,6 +73,7 @@ def argument(name: str) -> str:
     [
         ("shellcheck", SCRIPT),
         ("hadolint", DOCKERFILE),
+        ("hadolint", BOARD),
         ("yamllint", COMPOSE),
         ("yamllint", WORKFLOW),
         ("compose", COMPOSE),
@@ -235,3 +239,23 @@ def test_the_page_names_files_and_options_that_exist():
         assert [word for word in re.findall(r"--[a-z]+", script_call) if word not in f"{shown} --help"] == []
     compose = COMPOSE.read_text(encoding="utf-8")
     assert [name for name in set(re.findall(r"DEPLOY_[A-Z_]+", page)) if f"${{{name}:-" not in compose] == []
+
+
+def test_the_boards_sshd_needs_no_root_takes_its_configuration_and_lets_in_keys_only():
+    sshd = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if sshd is None:
+        pytest.skip("sshd is not installed: apt-get install openssh-server")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        folder, user = Path(name), 65534 if os.geteuid() == 0 else None
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "host"], check=True)
+        text = BOARD.with_name("jetson.sshd_config").read_text().replace("/keys/host", str(folder / "host"))
+        (folder / "config").write_text(text)
+        if user is not None:
+            for path in (folder, folder / "host"):
+                os.chown(path, user, user)
+        done = subprocess.run(
+            [sshd, "-T", "-f", folder / "config"], capture_output=True, text=True, check=False, user=user
+        )
+    assert done.returncode == 0, done.stderr
+    told = set(done.stdout.splitlines())
+    assert {"port 2222", "passwordauthentication no", "permitrootlogin no", "allowusers deploy"} <= told

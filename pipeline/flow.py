@@ -281,7 +281,7 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
         return None
 
     def make(folder: Path) -> dict[str, Any]:
-        artifact = work.target.build(model, folder / "artifact")
+        artifact = _built(work, model, folder / "artifact")
         return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
 
     inputs = {"project": work.source, "model": model}
@@ -290,6 +290,14 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
         fingerprint=work.target.fingerprint().digest(), detail=lambda d: f"{d['accuracy']:.4f}",
     )  # fmt: skip
     return float(done["accuracy"])
+
+
+def _built(work: Work, model: Path, out: Path) -> Path:
+    """What the device's runtime makes of a model; engines take minutes, so a bar says how far they are."""
+    if work.profile.runtime == "ort":
+        return work.target.build(model, out)
+    with work.run.share("build") as progress:
+        return work.target.build(model, out, progress)
 
 
 def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
@@ -301,7 +309,7 @@ def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
     def make(folder: Path) -> dict[str, Any]:
         before, after = (
             np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
-            for built in (work.target.build(each.path("onnx"), folder / each.key) for each in (dense, final))
+            for built in (_built(work, each.path("onnx"), folder / each.key) for each in (dense, final))
         )
         return asdict(outcome.agreement(before, after, work.loss_samples_are))
 
@@ -433,15 +441,7 @@ def _values(work: Work, probe: Probing, table: LatencyTable) -> Sensitivity:
     spec = work.profile.prune
 
     def make(_: Path) -> dict[str, Any]:
-        with work.run.progress("values", 1000) as step:
-            done = 0
-
-            def advance(share: float) -> None:
-                nonlocal done
-                while done < share * 1000:
-                    step()
-                    done += 1
-
+        with work.run.share("values") as advance:
             found = measure(probe(), work.rankings, table.choices, widths=spec.value_widths, progress=advance)
             return found.to_table()
 
@@ -528,7 +528,7 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
 
     def make() -> str:
         folder = work.run.folder("work")
-        built = {label: work.target.build(path, folder / f"{label}.artifact") for label, path in models.items()}
+        built = {label: _built(work, path, folder / f"{label}.artifact") for label, path in models.items()}
         session = work.target.measure(built, work.profile.measure, mode)
         text = session.to_json()
         with Store(work.run.cache.root / "latency.sqlite") as store:

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from pipeline import stage as stages
 from pipeline.cache import Cache, disk_full, locked, write_atomic
@@ -236,6 +236,14 @@ class Run:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(text, total=total)
             yield lambda: bar.advance(task)
+
+    @contextmanager
+    def share(self, text: str) -> Iterator[Callable[[float], None]]:
+        """The same for work that knows which share of it is done, 0 to 1, and tells the yielded function."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(text, total=1.0)
+            yield lambda done: bar.update(task, completed=done)
 
     def folder(self, name: str) -> Path:
         """A folder inside the run, made when it is not there, e.g. `round-1`."""

@@ -70,8 +70,11 @@ class Target(ABC):
         """What could spoil a measurement now."""
 
     @abstractmethod
-    def build(self, onnx: Path, out: Path) -> Path:
-        """Turn an ONNX file into the runtime's artifact at `out`, opened once to be sure; returns its path."""
+    def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
+        """Turn an ONNX file into the runtime's artifact at `out`, opened once to be sure; returns its path.
+
+        An engine takes minutes to build: progress is told how far it is.
+        """
 
     @abstractmethod
     def measure(

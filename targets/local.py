@@ -16,6 +16,7 @@ from targets.harness.agent.board import machine
 from targets.harness.device import Condition
 from targets.harness.lease import lease
 from targets.runtimes.base import Opened, infer
+from targets.runtimes.tensorrt import TensorRT
 
 OPEN_SESSIONS = 4
 
@@ -46,8 +47,11 @@ class Local(AgentTarget):
             result = bench.run_agent(verb, job, self.state / "spool", limit_s, progress, held.note_agent)
         return Answer(result, facts, seen, held.owner, started)
 
-    def build(self, onnx: Path, out: Path) -> Path:
+    def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
         """What the runtime makes of it, the ONNX file itself for ONNX Runtime; opened once."""
+        if isinstance(self.runtime, TensorRT):
+            self.runtime.built(onnx, out, progress)
+            return out
         return self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:

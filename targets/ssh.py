@@ -56,10 +56,10 @@ class Ssh(AgentTarget):
         facts, state = done.seen.get("facts", {}), done.seen.get("state", {})
         return Answer(done.result, facts, state, lease.owner(), done.started)
 
-    def build(self, onnx: Path, out: Path) -> Path:
+    def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
         """The ONNX file itself, opened and run once on the board; or the engine that its runtime builds of it there."""
         if isinstance(self.runtime, TensorRT):
-            self.runtime.built(onnx, out, site=BoardSite(self.board))
+            self.runtime.built(onnx, out, progress, BoardSite(self.board))
             return out
         opened = self._open(onnx)
         arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]

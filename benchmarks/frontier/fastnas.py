@@ -58,7 +58,7 @@ def cut(arena: Arena, divisor: int, share: float, checkpoint: Path) -> nn.Module
                 dummy_input=arena.project.example()[0], config=asked,
             )  # fmt: skip
     except (AssertionError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:120]
+        said = (str(error).strip().splitlines() or [""])[-1][:120]
         print(f"   FastNAS finds nothing without {share:.3f} of the FLOPs: {type(error).__name__} {said}", flush=True)
         return None
     return cast(nn.Module, found).eval()

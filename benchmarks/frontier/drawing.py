@@ -16,6 +16,9 @@ FAMILIES = {
 }  # fmt: skip
 """Beginning of a contestant's name -> label, marker, colour; the longest beginning counts."""
 
+SHOWN = (0.15, 0.95)
+"""Range of the latency axis; longer bounds are cut off at its ends."""
+
 
 def draw(store: Store, path: Path) -> None:
     """One row of panels a network, one panel a recovery; nothing without results."""
@@ -40,9 +43,11 @@ def draw(store: Store, path: Path) -> None:
             panel.set_title(f"{net}, {recovery}")
             panel.set_xlabel("latency / dense, measured (99 % bounds)")
             panel.set_ylabel("test accuracy, % (95 %)")
+            panel.set_xlim(*SHOWN)
             panel.grid(alpha=0.25)
-        handles = {label: handle for p in row for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
-        row[0].legend(handles.values(), handles.keys(), fontsize="small", loc="lower right")
+    pairs = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels.flat)
+    handles = {label: handle for pair in pairs for handle, label in pair}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize="small")
     figure.suptitle("filled: the budget is kept by the measured bound; hollow: it is not", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)

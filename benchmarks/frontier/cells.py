@@ -134,10 +134,15 @@ class Store:
                 found.setdefault(cell["contestant"], cell)
         return found
 
+    def measured(self, group: str) -> dict[str, list[float]]:
+        """Finalist -> ratio with its bounds in the common session, unless its file is another one now."""
+        final = self.finals.get(group, {"ratios": {}, "sha256": {}})
+        current = {name: row["sha256"] for name, row in self.finalists(group).items()}
+        return {name: time for name, time in final["ratios"].items() if current.get(name) == final["sha256"][name]}
+
     def unmeasured(self, group: str) -> bool:
         """Whether a finalist is not in the session of its network and budget."""
-        known = self.finals.get(group, {}).get("sha256", {})
-        return any(known.get(name) != row["sha256"] for name, row in self.finalists(group).items())
+        return set(self.finalists(group)) != set(self.measured(group))
 
     def _take(self, row: Row) -> None:
         if "cell" in row:

@@ -19,7 +19,10 @@ MOST_ARMS = 14
 
 
 def measure(group: str, store: Store, overrides: Overrides, folder: Path) -> Row | None:
-    """Measure the finalists whose files are still there; None where there is none, or no dense network."""
+    """Measure the finalists whose files are still there; None where there is none, or no dense network.
+
+    Those whose files are gone keep the ratio that they had: the dense network is the common reference.
+    """
     net = group.partition("/")[0]
     dense = builds.ROOT / store.cells.get(f"{net}/{DENSE}/{DENSE}", {"onnx": "missing"})["onnx"]
     found = {name: row for name, row in store.finalists(group).items() if (builds.ROOT / row["onnx"]).is_file()}
@@ -28,7 +31,7 @@ def measure(group: str, store: Store, overrides: Overrides, folder: Path) -> Row
     profile = load_profile("local", {"measure": dict(overrides.get("measure", {}))})
     target = load_target(profile, folder / ".deploy")
     names, row = sorted(found), dict[str, object]()
-    ratios: dict[str, list[float]] = {}
+    ratios = {name: time for name, time in store.measured(group).items() if name not in found}
     contaminated, sessions = False, 0
     for start in range(0, len(names), MOST_ARMS):
         files = {name: builds.ROOT / found[name]["onnx"] for name in names[start : start + MOST_ARMS]}
@@ -37,7 +40,7 @@ def measure(group: str, store: Store, overrides: Overrides, folder: Path) -> Row
         contaminated, sessions = contaminated or sitting.contaminated, sessions + 1
         row["ended"] = sitting.ended
     return {
-        "final": group, "ratios": ratios, "sha256": {name: found[name]["sha256"] for name in names},
+        "final": group, "ratios": ratios, "sha256": {name: store.finalists(group)[name]["sha256"] for name in ratios},
         "sessions": sessions, "contaminated": contaminated, "load": os.getloadavg()[0], **row,
         "machine": target.fingerprint().to_table(), "versions": tool_versions("onnxruntime"),
     }  # fmt: skip

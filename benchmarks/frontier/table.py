@@ -63,13 +63,12 @@ def lines(store: Store) -> list[Line]:
     for row in store.cells.values():
         dense = store.cells.get(f"{row['net']}/{DENSE}/{DENSE}")
         if row["contestant"] != DENSE and "onnx" in row and dense is not None and "accuracy" in dense:
-            found.append(_line(row, dense, store.finals.get(row["group"], {})))
+            found.append(_line(row, dense, store.measured(row["group"]).get(row["contestant"])))
     return found
 
 
-def _line(row: Row, dense: Row, final: Mapping[str, Any]) -> Line:
+def _line(row: Row, dense: Row, times: Sequence[float] | None) -> Line:
     name, limit = row["contestant"], float(row["budget"].removesuffix("x"))
-    times = final.get("ratios", {}).get(name)
     ratio, low, high = times or (row["searched"], math.nan, math.nan)
     seconds = {step: took for step, took in row["seconds"].items() if step not in ("evaluate pruned", "accept")}
     recovery = seconds.pop("recover", 0.0)

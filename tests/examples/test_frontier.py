@@ -130,8 +130,9 @@ def test_a_session_is_due_again_when_a_finalist_is_new_or_changed(tmp_path):
     assert store.unmeasured("net/0.5x")
     store.add(final("net/0.5x", {"ours": (0.49, 0.48, 0.495)}))
     assert not store.unmeasured("net/0.5x")
+    assert store.measured("net/0.5x") == {"ours": [0.49, 0.48, 0.495]}
     store.add(cell(unit, "distilled", 0.97) | {"sha256": "another"})
-    assert store.unmeasured("net/0.5x")
+    assert store.unmeasured("net/0.5x") and not store.measured("net/0.5x")
 
 
 def test_a_try_out_is_kept_apart_from_the_results(monkeypatch):

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,16 +60,22 @@ def main(asked: list[str]) -> None:
 
 def build(project: str, budget: str, flags: Sequence[str] = ()) -> dict[str, Any]:
     """Run one cell and verify its bundle. flags: more of `deploy build`."""
-    WORK.mkdir(parents=True, exist_ok=True)
-    folder = ROOT / "benchmarks" / "projects" / project
+    row = deploy(ROOT / "benchmarks" / "projects" / project, budget, flags, WORK)
+    verify(row)
+    return row
+
+
+def deploy(folder: Path, budget: str, flags: Sequence[str], work: Path) -> dict[str, Any]:
+    """`deploy build` of a project folder, run in `work`: its summary, and what its report says."""
+    work.mkdir(parents=True, exist_ok=True)
     asked = [*DEPLOY, "build", "--target", "local", "--project", str(folder), "--budget", budget, "--json", *flags]
-    done = subprocess.run(asked, cwd=WORK, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(asked, cwd=work, stdout=subprocess.PIPE, text=True, check=False)
     summary = json.loads(done.stdout.splitlines()[-1])
     row: dict[str, Any] = {"exit_code": done.returncode, "summary": summary, "machine": machine()}
     if "run" not in summary:
         return row
-    report = json.loads((WORK / summary["run"] / "report.json").read_text())
-    state = json.loads((WORK / summary["run"] / "run.json").read_text())
+    report = json.loads((work / summary["run"] / "report.json").read_text())
+    state = json.loads((work / summary["run"] / "run.json").read_text())
     row["versions"] = state["versions"]
     row["seconds"] = {name: stage["seconds"] for name, stage in state["stages"].items()}
     row["repairs"] = {r["name"]: {"loss": r["loss"], "validate": r["accuracy"]} for r in report["repairs"]}
@@ -77,8 +84,22 @@ def build(project: str, budget: str, flags: Sequence[str] = ()) -> dict[str, Any
     row["widths"] = {
         f"{g['name']} ({i})": [g["dense"], g["kept"]] for i, g in enumerate(report["groups"]) if not g["frozen"]
     }
-    verify(row)
     return row
+
+
+def accepting(project: str, out: Path) -> Path:
+    """A copy of a benchmark's project that accepts any accuracy, in the folder `out`.
+
+    A build that is to be compared ends at its budget, whatever it loses, and looks for no cheaper point then.
+    """
+    there = ROOT / "benchmarks" / "projects" / project
+    text = (there / "deploy.toml").read_text()
+    text = re.sub(r"(\.\./[\w./]*|\.\.)(?=[}\"])", lambda found: str((there / found[1]).resolve()), text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "deploy.toml").write_text(re.sub(r"max_drop *= *[0-9.]+", "max_drop = 1.0", text))
+    for code in there.glob("*.py"):
+        shutil.copyfile(code, out / code.name)
+    return out
 
 
 def verify(row: dict[str, Any]) -> None:

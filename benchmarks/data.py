@@ -1,7 +1,8 @@
 """Reads the real data sets of the benchmarks: numpy arrays in, preprocessed float32 batches out.
 
 They lie outside the repository, in the folder that the environment variable EDGE_DATA names (default: shared/data
-beside the checkout); where it is missing, benchmarks and tests say so and do nothing.
+beside the checkout); where it is missing, benchmarks and tests say so and do nothing. EDGE_DATA_LIMIT=1024 leaves only
+that many images of each split, picked by seed: to see whether a benchmark runs, never for a figure.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ EDGE_DATA = Path(os.environ.get("EDGE_DATA") or Path(__file__).resolve().parents
 
 GTSRB_MEAN, GTSRB_STD = (0.3398, 0.3117, 0.3210), (0.2755, 0.2647, 0.2712)
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LIMIT = int(os.environ.get("EDGE_DATA_LIMIT") or 0)
+"""Images of each split that are left, 0: all."""
 SHEET = 40
 """Images in a row of a GTSRB sheet."""
 
@@ -50,10 +53,19 @@ def gtsrb(split: str) -> tuple[Bytes, Labels]:
     """
     labels = np.load(EDGE_DATA / "gtsrb32" / "labels.npz")
     if split == "test":
-        return _sheets("test", len(labels["y_test"])), labels["y_test"].astype(np.int64)
+        classes = labels["y_test"].astype(np.int64)
+        chosen = _some(np.arange(len(classes)))
+        return _sheets("test", len(classes))[chosen], classes[chosen]
     classes = labels["y_train"].astype(np.int64)
-    chosen = held_out(classes, labels["track_train"]) == (split == "validate")
+    chosen = _some(np.flatnonzero(held_out(classes, labels["track_train"]) == (split == "validate")))
     return _sheets("train", len(classes))[chosen], classes[chosen]
+
+
+def _some(indices: Labels) -> Labels:
+    """LIMIT of the indices, in their order; all of them without a limit."""
+    if not LIMIT or len(indices) <= LIMIT:
+        return indices
+    return np.sort(np.random.RandomState(0).permutation(indices)[:LIMIT])
 
 
 def held_out(classes: Labels, tracks: NDArray[Any]) -> NDArray[np.bool_]:
@@ -81,9 +93,10 @@ def cifar10_jpeg(split: str) -> tuple[Bytes, Labels]:
     folder = EDGE_DATA / "cifar10_jpeg"
     index = np.load(folder / "index.npz")
     starts, data = index[f"off_{split}"], (folder / f"{split}.jpgs").read_bytes()
-    pieces = pairwise(starts)
-    images = [np.asarray(Image.open(io.BytesIO(data[start:stop])).convert("RGB")) for start, stop in pieces]
-    return np.stack(images), index[f"y_{split}"].astype(np.int64)
+    pieces = list(pairwise(starts))
+    chosen = _some(np.arange(len(pieces)))
+    images = [np.asarray(Image.open(io.BytesIO(data[slice(*pieces[i])])).convert("RGB")) for i in chosen]
+    return np.stack(images), index[f"y_{split}"].astype(np.int64)[chosen]
 
 
 @cache

@@ -4,15 +4,24 @@
 channels); `MobileNetV1` and `DSCNN` have the layers and parameter names of the MLPerf Tiny weights; `ShuffleNet`,
 `EfficientNet`, `MobileNetV2` and `ResNet50` follow their papers in shape and bring no weights: they are cases of
 channel coupling and of size. Without weights they start from a fixed seed.
+
+The networks that benchmarks/frontier compares come in other widths and depths too: `width` multiplies every channel
+count, rounded to eights as the makers of mobile networks do it, and `blocks` says how many blocks each stage has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def eights(channels: int, width: float) -> int:
+    """A channel count times `width`, to the nearest multiple of 8, at least 8."""
+    return max(8, int(channels * width + 4) // 8 * 8)
+
 
 # --- residual networks for 32x32 images -----------------------------------------------------------------------------
 
@@ -26,27 +35,30 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.pad = (outputs - inputs) // 2
+        self.pad, self.stride = (outputs - inputs) // 2, stride
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
+        if self.stride > 1:
+            x = x[:, :, ::2, ::2]
         if self.pad:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+            x = F.pad(x, (0, 0, 0, 0, self.pad, self.pad))
         return torch.relu(y + x)
 
 
 class CifarResNet(nn.Module):
-    """Three stages of `blocks` residual blocks, widths 16, 32, 64: images (N, 3, 32, 32) -> logits (N, classes)."""
+    """Three stages of residual blocks, widths 16, 32, 64: images (N, 3, 32, 32) -> logits (N, classes)."""
 
-    def __init__(self, blocks: int, classes: int) -> None:
+    def __init__(self, blocks: Sequence[int], classes: int, width: float = 1.0) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, blocks, 1)
-        self.layer2 = self._stage(16, 32, blocks, 2)
-        self.layer3 = self._stage(32, 64, blocks, 2)
-        self.linear = nn.Linear(64, classes)
+        one, two, three = (eights(channels, width) for channels in (16, 32, 64))
+        self.conv1 = nn.Conv2d(3, one, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(one)
+        self.layer1 = self._stage(one, one, blocks[0], 1)
+        self.layer2 = self._stage(one, two, blocks[1], 2)
+        self.layer3 = self._stage(two, three, blocks[2], 2)
+        self.linear = nn.Linear(three, classes)
 
     @staticmethod
     def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
@@ -60,14 +72,14 @@ class CifarResNet(nn.Module):
         return self.linear(x.view(x.shape[0], -1))
 
 
-def resnet20(classes: int = 43) -> nn.Module:
+def resnet20(classes: int = 43, width: float = 1.0, blocks: Sequence[int] = (3, 3, 3)) -> nn.Module:
     """ResNet-20: 0.27 million weights, 41 million MACs."""
-    return CifarResNet(3, classes)
+    return CifarResNet(blocks, classes, width)
 
 
-def resnet56(classes: int = 10) -> nn.Module:
+def resnet56(classes: int = 10, width: float = 1.0, blocks: Sequence[int] = (9, 9, 9)) -> nn.Module:
     """ResNet-56: 0.86 million weights, 126 million MACs."""
-    return CifarResNet(9, classes)
+    return CifarResNet(blocks, classes, width)
 
 
 # --- MLPerf Tiny ------------------------------------------------------------------------------------------------------
@@ -226,8 +238,9 @@ class InvertedNet(nn.Module):
     def __init__(self, classes: int, plan: Plan, stem_stride: int, excite: bool) -> None:
         super().__init__()
         act: type[nn.Module] = nn.SiLU if excite else nn.ReLU6
-        self.stem = nn.Sequential(*_conv(3, 16, 3, stem_stride), act())
-        blocks, inputs = [], 16
+        inputs = plan[0][0]
+        self.stem = nn.Sequential(*_conv(3, inputs, 3, stem_stride), act())
+        blocks = []
         for outputs, stride, expand, kernel, count in plan:
             for index in range(count):
                 blocks.append(InvertedResidual(inputs, outputs, 1 if index else stride, expand, kernel, excite))
@@ -277,6 +290,65 @@ class ResNet50(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))
+
+
+SIGNS: Plan = ((16, 1, 1, 3, 1), (24, 2, 6, 3, 2), (32, 2, 6, 3, 3), (64, 2, 6, 3, 3), (96, 1, 6, 3, 2))
+
+
+def mobilenetv2_signs(width: float = 1.0, blocks: Sequence[int] = (1, 2, 3, 3, 2)) -> nn.Module:
+    """MobileNetV2-like for 32x32 traffic signs, to be trained: InvertedNet with the plan SIGNS."""
+    scaled = tuple((eights(stage[0], width), *stage[1:4], count) for stage, count in zip(SIGNS, blocks, strict=True))
+    return InvertedNet(43, scaled, 1, excite=False)
+
+
+# --- branches that are joined ---------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Inception's unit: 1x1, 1x1-3x3, 1x1-3x3-3x3 and pool-1x1 side by side, their channels joined. width: of each."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        half = eights(width, 0.75)
+        self.one = nn.Sequential(*_conv(inputs, width, 1), nn.ReLU())
+        self.three = nn.Sequential(*_conv(inputs, half, 1), nn.ReLU(), *_conv(half, width, 3), nn.ReLU())
+        self.five = nn.Sequential(
+            *_conv(inputs, half, 1), nn.ReLU(), *_conv(half, width, 3), nn.ReLU(), *_conv(width, width, 3), nn.ReLU()
+        )
+        self.pool = nn.Sequential(nn.AvgPool2d(3, 1, 1), *_conv(inputs, width, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.one(x), self.three(x), self.five(x), self.pool(x)), 1)
+
+
+class Inception(nn.Module):
+    """Stages of `Branches` with max-pooling between: images (N, 3, 32, 32) -> logits (N, classes)."""
+
+    WIDTHS = (16, 24, 32)
+
+    def __init__(self, blocks: Sequence[int], classes: int, width: float = 1.0) -> None:
+        super().__init__()
+        inputs = eights(32, width)
+        self.stem = nn.Sequential(*_conv(3, inputs, 3), nn.ReLU(), nn.MaxPool2d(2))
+        units: list[nn.Module] = []
+        for stage, (own, count) in enumerate(zip(self.WIDTHS, blocks, strict=True)):
+            units += [nn.MaxPool2d(2)] if stage else []
+            for _ in range(count):
+                units.append(Branches(inputs, eights(own, width)))
+                inputs = 4 * eights(own, width)
+        self.units = nn.Sequential(*units)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.units(self.stem(x)).mean((2, 3)))
+
+
+def inception_signs(width: float = 1.0, blocks: Sequence[int] = (2, 3, 2)) -> nn.Module:
+    """Inception-like for 32x32 traffic signs, to be trained."""
+    return Inception(blocks, 43, width)
+
+
+# --- random weights -------------------------------------------------------------------------------------------------
 
 
 def shufflenet() -> nn.Module:

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.builds import accepting
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pipeline_cost.json"
 PROJECTS = {"resnet20": "resnet20_gtsrb", "resnet56": "resnet56_cifar10_jpeg", "resnet50": None}
@@ -85,7 +87,7 @@ def cost(name: str, budget: str) -> dict[str, Any]:
             (project / "task.py").write_text(CODE)
             (project / "deploy.toml").write_text(TOML.format(root=ROOT / "benchmarks"))
         else:
-            copy(ROOT / "benchmarks" / "projects" / there, project)
+            accepting(there, project)
         asked = [
             sys.executable,
             "-m",
@@ -101,15 +103,6 @@ def cost(name: str, budget: str) -> dict[str, Any]:
             done = subprocess.run(asked, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
     return {"cold": rows[0], "warm": rows[1]}
-
-
-def copy(there: Path, project: Path) -> None:
-    """A project that accepts any accuracy: without recovery the search for a point that keeps it would be counted."""
-    text = (there / "deploy.toml").read_text()
-    text = text.replace('"../.."', f'"{ROOT / "benchmarks"}"')
-    text = text.replace("../../../../shared", f"{ROOT.parent / 'shared'}")
-    (project / "deploy.toml").write_text(re.sub(r"max_drop *= *[0-9.]+", "max_drop = 1.0", text))
-    (project / "task.py").write_text((there / "task.py").read_text())
 
 
 def work(project: Path, state: Path, budget: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ process loads the machine in bursts. Peers' rules see the same samples: the firs
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -36,6 +35,7 @@ from scipy import stats
 
 from benchmarks import nets, rules
 from benchmarks.data import EDGE_DATA
+from benchmarks.lines import Row, append, read
 from pipeline.check import Measuring
 from pipeline.graph.export import export
 from pipeline.graph.optimize import optimize
@@ -202,9 +202,6 @@ def quota(name: str | None) -> Iterator[None]:
 # --- checks --------------------------------------------------------------------------------------------------------
 
 
-Row = dict[str, Any]
-
-
 def check(target: Target, profile: Profile, name: str, arms: dict[str, Path], seed: int) -> tuple[Row, list[Session]]:
     """One check: its verdict and numbers as plain data, and its sessions."""
     disturbance = load() if name == "equal, loaded" else nullcontext()
@@ -249,11 +246,11 @@ def run(minutes: float, asked: Sequence[str]) -> None:
     end, profile = time.monotonic() + 60 * minutes, load_profile("local")
     target = load_target(profile, STATE)
     source = dense(STATE)
-    rows = read()
+    rows = read(RESULTS)
     head = next((row for row in rows if row["experiment"] == "truth"), None)
     if head is None:
         head = {"experiment": "truth", **truths(target, profile, source, STATE), "machine": machine(target)}
-        append(head)
+        append(RESULTS, head)
     if not QUOTA.parent.is_dir() or not os.access(QUOTA.parent, os.W_OK):
         print(f"left out: the experiments with a quota need a writable {QUOTA.parent} (control groups, version 1)")
         asked = [name for name in asked if not name.startswith("quota")]
@@ -271,23 +268,8 @@ def run(minutes: float, asked: Sequence[str]) -> None:
         if name in PEERS:
             row["night"] = night(sessions[0])
         done[name] += 1
-        append(row)
+        append(RESULTS, row)
         print(f"{name:24s} {done[name]:4d}  {row['outcome']:12s} {row['seconds']:6.1f} s  {row['reason']}", flush=True)
-
-
-def read() -> list[dict[str, Any]]:
-    """What there is so far. A last line that a kill has torn is cut off."""
-    text = RESULTS.read_text() if RESULTS.is_file() else ""
-    if not text.endswith("\n") and text:
-        RESULTS.write_text(text := text[: text.rfind("\n") + 1])
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def append(row: dict[str, Any]) -> None:
-    """Keep one line."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def machine(target: Target) -> dict[str, Any]:
@@ -347,7 +329,7 @@ def main() -> int:
     torch.set_num_threads(1)
     if not asked.table:
         run(asked.minutes, asked.only.split(";") if asked.only else list(ASKED))
-    print(table(read()))
+    print(table(read(RESULTS)))
     return 0
 
 

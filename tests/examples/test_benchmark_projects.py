@@ -6,11 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipeline.project import load_project, predict_torch, usercode
+from pipeline.project.schema import read_project_file
+from profiles.errors import UsageError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROJECTS = sorted(path.parent.name for path in (BENCHMARKS / "projects").glob("*/deploy.toml"))
+TRAINED_FIRST = ["inception_gtsrb", "mobilenetv2_gtsrb"]
+"""Projects whose weights benchmarks/frontier trains."""
 
 
 def module(name: str):
@@ -21,7 +26,7 @@ def module(name: str):
     return loaded
 
 
-nets, data = module("nets"), module("data")
+nets, data, builds = module("nets"), module("data"), module("builds")
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +51,8 @@ def needs(folder: str):
         (nets.efficientnet, 32, 43, 373_891),
         (nets.mobilenetv2, 96, 43, 975_595),
         (nets.resnet50, 224, 1000, 25_557_032),
+        (nets.mobilenetv2_signs, 32, 43, 423_275),
+        (nets.inception_signs, 32, 43, 156_571),
     ],
 )
 def test_a_network_has_its_shape_and_its_size(build, size, classes, weights):
@@ -63,6 +70,14 @@ def test_networks_of_random_weights_are_the_same_every_time_and_react_to_their_i
     with torch.inference_mode():
         assert torch.equal(one(images), two(images))
         assert float(one(images).std(0).mean()) > 0.01
+
+
+def test_a_copy_of_a_project_finds_what_the_project_finds_and_accepts_any_accuracy(tmp_path):
+    copied = read_project_file(builds.accepting("mobilenetv2_gtsrb", tmp_path / "copied"))
+    assert copied.accuracy.max_drop == 1.0 and copied.recover.epochs == 1
+    assert [Path(folder) for folder in copied.path] == [BENCHMARKS, BENCHMARKS / "projects" / "resnet20_gtsrb"]
+    assert f":-{BENCHMARKS.parent}/runs/trained}}/mobilenetv2_gtsrb.safetensors" in copied.model.weights
+    assert (builds.accepting("resnet20_gtsrb", tmp_path / "other") / "task.py").is_file()
 
 
 def test_a_shuffle_interleaves_the_two_halves():
@@ -117,9 +132,21 @@ def test_a_benchmark_project_loads_calibrates_and_reaches_its_accuracy(name, exp
 
 
 def test_every_benchmark_project_is_tested_here():
-    assert len(PROJECTS) == 6
+    assert len(PROJECTS) == 8
     marked = test_a_benchmark_project_loads_calibrates_and_reaches_its_accuracy.pytestmark[0]
-    assert sorted(parameter.id for parameter in marked.args[1]) == PROJECTS
+    assert sorted([*TRAINED_FIRST, *(parameter.id for parameter in marked.args[1])]) == PROJECTS
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs("gtsrb32")) for name in TRAINED_FIRST])
+def test_a_project_that_is_trained_first_names_the_file_and_takes_its_weights(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_TRAINED", str(tmp_path))
+    with pytest.raises(UsageError, match=f"no weights file '{tmp_path}/{name}.safetensors'"):
+        load_project(BENCHMARKS / "projects" / name)
+    network = getattr(nets, name.replace("gtsrb", "signs"))()
+    save_file(network.state_dict(), tmp_path / f"{name}.safetensors")
+    project = load_project(BENCHMARKS / "projects" / name)
+    assert torch.equal(project.model().fc.weight, network.fc.weight)
+    assert project.calibration(200).samples == 200 and project.validates and project.train is not None
 
 
 @pytest.mark.parametrize("folder", [pytest.param("gtsrb32", marks=needs("gtsrb32"))])

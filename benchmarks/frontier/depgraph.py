@@ -1,0 +1,154 @@
+"""Torch-Pruning 1.6.1 (Fang et al., DepGraph, CVPR 2023) as its README and its `reproduce` scripts run it.
+
+Global pruning of all convolutions in one step, the classifier ignored, scores of whole groups: magnitude (L2), Taylor
+(gradients of the calibration samples), BN scale and group norm. The last two after sparse training with the library's
+regularizers: its learning rate (0.01, a tenth at 60 % and at 80 %), no weight decay, coefficients of its scripts (1e-5
+for BN scale, 5e-4 for group norm with scores over their maximum), and four epochs where the scripts, made for a day on
+GPUs, take a hundred: steps that they have on top of the recovery that all get. It is done once a network, and its
+seconds are counted at every budget.
+
+The pruning ratio is searched so that the network, exported and optimised as all others, keeps the budget as measured.
+
+The library cannot couple channels over the zero-padded shortcut of the CIFAR ResNets: as soon as a ratio touches the
+residual streams, the forward pass fails ("mat1 and mat2 shapes cannot be multiplied"). As its documentation has it for
+layers that must stay, those on the residual streams are given as `ignored_layers`: the inner channels of each block are
+what is left to prune.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from benchmarks.frontier.arena import Arena, Entry
+from benchmarks.frontier.trials import Trials
+
+SPARSE_RATE, MILESTONES = 0.01, (0.6, 0.8)
+REGULARIZED = {"bn-scale": 1e-5, "group-norm": 5e-4}
+"""Methods that train sparsely first, and the strength of their regularizer."""
+TAYLOR_BATCHES = 8
+
+
+def enter(arena: Arena, budget: float, contestant: str, folder: Path) -> Entry:
+    """The least pruned network that keeps the budget. Raises NeverMet."""
+    method, _, rounded = contestant.removeprefix("torch-pruning-").rpartition("-")
+    model, seconds = prepared(arena, method)
+    spent, begun = {"preparation": seconds}, time.monotonic()
+    trials = Trials(arena, folder, lambda share: cut(arena, model, method, int(rounded), share))
+    share = trials.least(budget, spent, begun)
+    return trials.entry(share, spent, begun, {"pruning ratio": share})
+
+
+def prepared(arena: Arena, method: str) -> tuple[nn.Module, float]:
+    """The network that is pruned: dense, trained sparsely, or with gradients; and the seconds that it took."""
+    if method in REGULARIZED:
+        return _sparse(arena, method)
+    begun = time.monotonic()
+    model = copy.deepcopy(arena.model)
+    if method == "taylor":
+        model.zero_grad()
+        batches = zip(arena.samples.inputs, _targets(arena), strict=False)
+        for (inputs,), targets in itertools.islice(batches, TAYLOR_BATCHES):
+            arena.project.loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+    return model, time.monotonic() - begun
+
+
+def _targets(arena: Arena) -> Sequence[torch.Tensor]:
+    assert arena.samples.targets is not None
+    return torch.split(arena.samples.targets, [len(batch[0]) for batch in arena.samples.inputs])
+
+
+# --- pruning -------------------------------------------------------------------------------------------------------
+
+
+def cut(arena: Arena, model: nn.Module, method: str, round_to: int, share: float) -> nn.Module | None:
+    """A pruned copy; None where the library leaves a network that does not run."""
+    copied = copy.deepcopy(model)
+    for old, new in zip(model.parameters(), copied.parameters(), strict=True):
+        new.grad = None if old.grad is None else old.grad.clone()
+    pruner(arena, copied, method, pruning_ratio=share, round_to=round_to).step()
+    copied.zero_grad()
+    try:
+        with torch.no_grad():
+            copied(*arena.project.example())
+    except RuntimeError:
+        return None
+    return copied
+
+
+def pruner(arena: Arena, model: nn.Module, method: str, **options: Any) -> Any:
+    """The library's pruner of a method. Its dictionaries are given, since those of its defaults are shared."""
+    import torch_pruning as tp  # type: ignore[import-not-found, unused-ignore]
+
+    kinds: dict[str, tuple[Any, Any]] = {
+        "magnitude": (tp.pruner.BasePruner, tp.importance.GroupMagnitudeImportance(p=2)),
+        "taylor": (tp.pruner.BasePruner, tp.importance.GroupTaylorImportance()),
+        "group-norm": (tp.pruner.GroupNormPruner, tp.importance.GroupMagnitudeImportance(p=2, normalizer="max")),
+        "bn-scale": (tp.pruner.BNScalePruner, tp.importance.BNScaleImportance()),
+    }
+    build, importance = kinds[method]
+    if method in REGULARIZED:
+        options["reg"] = REGULARIZED[method]
+    return build(
+        model, arena.project.example(), importance=importance, global_pruning=True,
+        ignored_layers=ignored(model, arena.classes), in_channel_groups={}, out_channel_groups={}, num_heads={},
+        **options,
+    )  # fmt: skip
+
+
+def ignored(model: nn.Module, classes: int) -> list[nn.Module]:
+    """The classifier; and where shortcuts are padded, every layer on the residual streams."""
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    blocks = [m for m in model.modules() if hasattr(m, "pad") and hasattr(m, "conv2")]
+    if any(block.pad for block in blocks):
+        layers += [model.conv1, *(block.conv2 for block in blocks)]  # type: ignore[list-item]
+    return layers
+
+
+# --- sparse training -----------------------------------------------------------------------------------------------
+
+
+def _sparse(arena: Arena, method: str) -> tuple[nn.Module, float]:
+    """The network after sparse training, from its file where it was trained before."""
+    epochs = arena.pace.sparse_epochs
+    file = arena.folder / f"sparse-{method}-{epochs}.safetensors"
+    model = copy.deepcopy(arena.model)
+    if not file.is_file():
+        begun = time.monotonic()
+        train_sparsely(model, pruner(arena, model, method), arena, epochs)
+        told = {"seconds": f"{time.monotonic() - begun:.1f}"}
+        fresh = file.with_suffix(".new")
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, fresh, told)
+        fresh.replace(file)
+    with safe_open(file, "pt") as stored:
+        seconds = float(stored.metadata()["seconds"])
+        model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    return model.eval(), seconds
+
+
+def train_sparsely(model: nn.Module, regularizer: Any, arena: Arena, epochs: int) -> None:
+    """SGD on labels whose gradients the library's regularizer adds to."""
+    assert arena.project.train is not None
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), SPARSE_RATE, momentum=0.9)
+    total = epochs * len(arena.project.train(0, 0))
+    steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, int(total * at)) for at in MILESTONES])
+    for epoch in range(epochs):
+        model.train()
+        regularizer.update_regularizer()
+        for inputs, targets in arena.project.train(epoch, 0):
+            optimizer.zero_grad()
+            arena.project.loss(model(*inputs), targets).backward()  # type: ignore[no-untyped-call]
+            regularizer.regularize(model)
+            optimizer.step()
+            steps.step()
+    model.eval()

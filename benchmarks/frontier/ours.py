@@ -1,0 +1,71 @@
+"""Ours: `deploy build` as a user runs it, from an empty cache; with another solver or criterion from a shared one.
+
+The build itself is the distilled cell. The plain one takes its plan, repairs it as the build did, and recovers it from
+labels alone, so that both differ in nothing but the recovery.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from benchmarks import builds
+from benchmarks.frontier.arena import Arena, Entry, NeverMet
+from pipeline.nouns import PruningPlan
+from pipeline.prune.capture import capture
+from pipeline.prune.groups import find_groups
+from pipeline.prune.repair import affordable, repair
+from pipeline.prune.surgery import prune
+
+AFTER = ("recover", "export", "evaluate pruned", "accept")
+"""Steps of a build that are not part of finding and repairing the network."""
+
+
+def enter(arena: Arena, budget: str, contestant: str, folder: Path) -> Entry:
+    """A build at the budget. Raises NeverMet where it ends without a network that keeps it."""
+    flags = method(contestant)
+    work = arena.folder / "builds" if flags else folder / "build"
+    if not flags:
+        shutil.rmtree(work, ignore_errors=True)
+    row = builds.deploy(arena.place, budget, [*arena.pace.flags, *flags], work)
+    summary = row["summary"]
+    seconds = {name: took for name, took in row.get("seconds", {}).items() if name in AFTER}
+    seconds["search"] = summary.get("seconds", 0.0) - sum(seconds.values())
+    bundle = summary.get("bundle") or summary.get("rejected")
+    if summary.get("latency_ratio") is None or not bundle:
+        reason = summary.get("error") or summary.get("verdict")
+        raise NeverMet(f"deploy build ended with {row['exit_code']}: {reason}", seconds, 0)
+    path = work / bundle
+    facts: dict[str, Any] = {key: row[key] for key in ("removed", "widths", "rounds")}
+    facts |= {
+        "verdict": summary["verdict"], "accepted": [summary["latency_ratio"], *summary["latency_ratio_interval"]],
+        "cache": "shared" if flags else "empty", "flags": list(flags), "parameters": summary["parameters"],
+        "macs": summary["macs"],
+    }  # fmt: skip
+    return Entry(
+        start=lambda: repaired(arena, PruningPlan.from_json((path / "plan.json").read_text())),
+        ratio=summary["latency_ratio"],
+        before={name: told["validate"] for name, told in row["repairs"].items()},
+        seconds=seconds,
+        sittings=summary["rounds"],
+        facts=facts,
+        finished=(path / "model.onnx", summary["accuracy"]),
+    )
+
+
+def method(contestant: str) -> tuple[str, ...]:
+    """Flags of `ours`, `ours-solver-NAME` and `ours-criterion-NAME`."""
+    _, _, rest = contestant.partition("-")
+    kind, _, name = rest.partition("-")
+    return (f"--{kind}", name) if kind else ()
+
+
+def repaired(arena: Arena, plan: PruningPlan) -> nn.Module:
+    """The network of a plan as the build repaired it: a function of plan, weights and samples."""
+    spec = arena.profile.prune
+    network = find_groups(capture(arena.model, arena.project.example()), freeze=spec.freeze)
+    samples = arena.samples.first(affordable(network))
+    return repair(prune(network, plan), network, plan, samples, spec.repair)

@@ -1,0 +1,53 @@
+"""Networks measured in turn with the dense one: ratios with 99 % bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from profiles.schema import MeasureSpec
+from targets.base import Target
+from targets.harness.measurement import Session
+
+DENSE, AGAIN = "dense", "dense-again"
+TRIES = 3
+
+
+class Timed(NamedTuple):
+    """Latency relative to the dense network of the same session, with 99 % bounds."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+class Sitting(NamedTuple):
+    """One session: name -> latency, whether too much disturbed it, and when it ended (UTC, ISO 8601)."""
+
+    times: dict[str, Timed]
+    contaminated: bool
+    ended: str
+
+
+def sit(
+    target: Target, dense: Path, files: Mapping[str, Path], spec: MeasureSpec, mode: Literal["rank", "accept"]
+) -> Sitting:
+    """Measure the files beside the dense network, which stands in the session twice: both are the reference.
+
+    A contaminated session is taken again, up to three times in all; the last one stands.
+    """
+    artifacts = {DENSE: dense, AGAIN: dense, **files}
+    built = {name: target.build(path, path.with_suffix(".artifact")) for name, path in artifacts.items()}
+    for _ in range(TRIES):
+        session = target.measure(built, spec, mode)
+        if not session.contaminated:
+            break
+    return Sitting({name: timed(session, name) for name in files}, session.contaminated, session.ended)
+
+
+def timed(session: Session, name: str) -> Timed:
+    """A network's latency over that of the dense one: the geometric mean of both references, the wider bounds."""
+    one, two = session.ratio(name, DENSE), session.ratio(name, AGAIN)
+    return Timed(math.sqrt(one.center * two.center), min(one.low, two.low), max(one.high, two.high))

@@ -1,0 +1,85 @@
+"""Networks that a peer makes at some share of pruning, and what the device says of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from benchmarks.frontier.arena import Arena, Entry, NeverMet
+from benchmarks.frontier.bisection import search, settled
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Trials:
+    """A search for the share of pruning that keeps a budget. cut: share -> network, or None where it fails."""
+
+    def __init__(self, arena: Arena, folder: Path, cut: Callable[[float], nn.Module | None]) -> None:
+        self.arena, self.folder, self.cut = arena, folder, cut
+        self.sittings = 0
+        self.tried: dict[float, float] = {}
+        self._known: dict[Shapes, float] = {}
+
+    def least(self, budget: float, spent: Mapping[str, float], begun: float) -> float:
+        """The least share whose network keeps the budget in two sessions. Raises NeverMet."""
+        limit = self.arena.limit(budget)
+        self.tried = search(self.measured, limit, self.arena.pace.steps)
+        share = settled(self.tried, lambda key: self.measured([key], fresh=True)[0], limit, lambda key: key)
+        if share is None:
+            reason = nearest(self.tried, budget)
+            raise NeverMet(reason, {**spent, "search": time.monotonic() - begun}, self.sittings)
+        return share
+
+    def measured(self, shares: Sequence[float], fresh: bool = False) -> list[float]:
+        """Ratios of the networks at these shares, those of equal shapes measured once; infinite for what fails."""
+        shapes: dict[float, Shapes] = {}
+        files: dict[float, Path] = {}
+        for share in shares:
+            model = self.cut(share)
+            if model is None:
+                continue
+            key = shapes[share] = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
+            if fresh or (key not in self._known and key not in (shapes[s] for s in files)):
+                files[share] = self.arena.written(self.arena.captured(model), self.folder / f"share-{share:.4f}.onnx")
+        if files:
+            self.sittings += 1
+            sitting = self.arena.sit({str(share): file for share, file in files.items()})
+            self._known.update({shapes[share]: sitting.times[str(share)].ratio for share in files})
+        return [self._known[shapes[share]] if share in shapes else math.inf for share in shares]
+
+    def entry(self, share: float, spent: Mapping[str, float], begun: float, facts: Mapping[str, Any]) -> Entry:
+        """The network at a share, with what it keeps as it is and with its batch norms recalibrated."""
+        model = self.cut(share)
+        assert model is not None
+        seconds = {**spent, "search": time.monotonic() - begun}
+        tried = {f"{key:.4f}": ratio for key, ratio in sorted(self.tried.items()) if math.isfinite(ratio)}
+        before = {"none": self.arena.validated(model), "bn": self.arena.validated(recalibrated(self.arena, model))}
+        told = {**facts, "tried": tried, "widths": widths(model)}
+        return Entry(lambda: self.arena.captured(model), self.tried[share], before, seconds, self.sittings, told)
+
+
+def nearest(tried: Mapping[float, float], budget: float) -> str:
+    """Why nothing keeps the budget."""
+    share = min(tried, key=lambda key: tried[key])
+    broken = sum(math.isinf(ratio) for ratio in tried.values())
+    told = f"; {broken} of {len(tried)} shares gave no network that runs" if broken else ""
+    return f"{budget:g}x is never kept: the fastest is {tried[share]:.3f}x at {share:.3f}{told}"
+
+
+def recalibrated(arena: Arena, model: nn.Module) -> nn.Module:
+    """A copy whose batch norms hold the statistics of the calibration samples."""
+    fresh = copy.deepcopy(model)
+    update_bn([batch[0] for batch in arena.samples.inputs], fresh)
+    return fresh.eval()
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    """Output channels of every convolution."""
+    return {name: m.out_channels for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}

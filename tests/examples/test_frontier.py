@@ -1,0 +1,420 @@
+"""The arena of benchmarks/frontier: its searches, store and verdicts; Torch-Pruning itself where it is installed."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import nets
+from benchmarks.frontier import __main__ as frontier
+from benchmarks.frontier import cells, contest, depgraph, ours, scratch, table
+from benchmarks.frontier.arena import FULL, QUICK, NeverMet, Unasked
+from benchmarks.frontier.bisection import Steps, search, settled
+from benchmarks.frontier.cells import Store, Unit
+from benchmarks.frontier.drawing import draw, family
+from benchmarks.frontier.sessions import Sitting, Timed
+from benchmarks.frontier.trials import Trials
+
+# --- searching for a budget ----------------------------------------------------------------------------------------
+
+
+class Device:
+    """A made-up device that counts its sessions."""
+
+    def __init__(self, latency):
+        self.latency, self.sessions = latency, []
+
+    def __call__(self, shares):
+        self.sessions.append(list(shares))
+        return [self.latency(share) for share in shares]
+
+
+def test_a_search_ends_close_below_the_budget_in_few_sessions():
+    device = Device(lambda share: 1 - share)
+    tried = search(device, 0.437, Steps())
+    best = min(share for share, ratio in tried.items() if ratio <= 0.437)
+    assert 0.437 * 0.99 <= tried[best] <= 0.437
+    assert len(device.sessions) <= 1 + Steps().sessions
+
+
+def test_a_search_takes_the_least_share_of_a_staircase_that_rises_again():
+    def latency(share):  # narrow layers are left whole beyond 0.7, as with a rounding to eights
+        return 0.9 if share > 0.7 else 0.5 if share > 0.63 else 0.8
+
+    tried = search(Device(latency), 0.55, Steps(scan=(0.2, 0.4, 0.68, 0.9)))
+    best = min(share for share, ratio in tried.items() if ratio <= 0.55)
+    assert 0.63 < best < 0.66
+
+
+def test_a_search_looks_around_the_fastest_where_nothing_of_the_scan_is_fast_enough():
+    def latency(share):
+        return 0.3 + abs(share - 0.54)
+
+    assert min(search(Device(latency), 0.31, Steps(scan=(0.2, 0.5, 0.8))).values()) <= 0.32
+    assert min(search(Device(latency), 0.2, Steps()).values()) > 0.2
+
+
+def test_a_search_over_networks_that_all_fail_ends():
+    device = Device(lambda share: math.inf)
+    assert all(math.isinf(ratio) for ratio in search(device, 0.5, Steps()).values())
+    assert len(device.sessions) == 1
+
+
+def test_a_lucky_measurement_is_not_taken_for_a_budget_kept():
+    tried = {0.6: 0.49, 0.7: 0.48, 0.8: 0.3}
+    truth = {0.6: 0.53, 0.7: 0.485, 0.8: 0.31}
+    assert settled(tried, truth.__getitem__, 0.5, lambda share: share) == 0.7
+    assert tried[0.6] == pytest.approx(math.sqrt(0.49 * 0.53))
+    assert settled({0.6: 0.49}, lambda _: 0.6, 0.5, lambda share: share) is None
+
+
+# --- cells and their store -----------------------------------------------------------------------------------------
+
+
+def test_the_core_comes_first_and_dense_networks_before_their_contestants():
+    every = [unit.name for unit in cells.units()]
+    core = [unit.name for unit in cells.units(core_only=True)]
+    assert every[: len(core)] == core and len(set(every)) == len(every)
+    assert core[:2] == ["resnet20_gtsrb/dense", "resnet20_gtsrb/0.5x/ours"]
+    assert len([name for name in core if name.startswith("mobilenetv2_gtsrb/0.35x/")]) == 6
+    for net in cells.NETS:
+        assert next(name for name in every if name.startswith(net)) == f"{net}/dense"
+    assert len(every) == len(cells.NETS) * (1 + len(cells.BUDGETS) * len(cells.contestants()))
+
+
+def test_every_solver_and_criterion_but_the_default_is_a_contestant_of_its_own():
+    names = cells.contestants()
+    assert {"ours", "ours-solver-greedy", "ours-criterion-qsfm-ssim", "torch-pruning-group-norm-16"} <= set(names)
+    assert not {"ours-solver-exact", "ours-criterion-fisher"} & set(names)
+    assert ours.method("ours-criterion-qsfm-ssim") == ("--criterion", "qsfm-ssim")
+    assert ours.method("ours") == ()
+
+
+def test_patterns_name_units_or_what_they_begin_with():
+    unit = Unit("resnet20_gtsrb", "0.5x", "scratch-depth")
+    for pattern in ("resnet20_gtsrb", "resnet20_gtsrb/0.5x", "*/0.5x/scratch-*", "resnet20_gtsrb/0.5x/scratch-depth"):
+        assert unit.matches([pattern]), pattern
+    for pattern in ("resnet56*", "resnet20_gtsrb/0.35x", "*/0.5x/ours", "resnet"):
+        assert not unit.matches([pattern]), pattern
+    assert unit.matches([])
+
+
+def test_a_store_goes_on_after_a_kill_in_the_middle_of_a_line(tmp_path):
+    unit, store = Unit("net", "0.5x", "ours"), Store.load(tmp_path / "results.jsonl")
+    assert store.lacks(unit) == ["distilled", "plain"]
+    store.add(cell(unit, "distilled", 0.97))
+    with store.path.open("a") as file:
+        file.write('{"cell": "net/0.5x/ours/pl')
+    again = Store.load(store.path)
+    assert again.lacks(unit) == ["plain"]
+    again.add(cell(unit, "plain", 0.96))
+    assert Store.load(store.path).lacks(unit) == []
+    assert len(store.path.read_text().splitlines()) == 2
+
+
+def test_what_failed_is_tried_again_only_when_asked(tmp_path):
+    unit, store = Unit("net", "0.5x", "ours-solver-beam"), Store(tmp_path / "results.jsonl")
+    store.add({"cell": "net/0.5x/ours-solver-beam/distilled", "group": "net/0.5x", "failed": "KeyError: 'x'"})
+    assert store.lacks(unit) == [] and store.lacks(unit, again=True) == ["distilled"]
+    store.add(cell(unit, "distilled", 0.9))
+    assert store.lacks(unit, again=True) == []
+
+
+def test_a_session_is_due_again_when_a_finalist_is_new_or_changed(tmp_path):
+    unit, store = Unit("net", "0.5x", "ours"), Store(tmp_path / "results.jsonl")
+    assert not store.unmeasured("net/0.5x")
+    store.add(cell(unit, "distilled", 0.97))
+    assert store.unmeasured("net/0.5x")
+    store.add(final("net/0.5x", {"ours": (0.49, 0.48, 0.495)}))
+    assert not store.unmeasured("net/0.5x")
+    assert store.measured("net/0.5x") == {"ours": [0.49, 0.48, 0.495]}
+    store.add(cell(unit, "distilled", 0.97) | {"sha256": "another"})
+    assert store.unmeasured("net/0.5x") and not store.measured("net/0.5x")
+
+
+def test_a_try_out_is_kept_apart_from_the_results(monkeypatch):
+    monkeypatch.setenv("EDGE_TRAINED", "elsewhere")
+    monkeypatch.setenv("EDGE_DATA_LIMIT", "")
+    base, results = frontier.place(quick=True)
+    assert results != frontier.RESULTS and frontier.RESULTS.parent not in results.parents
+    assert base.name == "quick" and frontier.WORK in base.parents
+
+
+def test_both_paces_give_profile_and_command_line_the_same_keys():
+    assert "recover.max_minutes=600" in FULL.flags
+    assert QUICK.flags.count("--set") == sum(len(table) for table in QUICK.overrides.values())
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """Units without a network: only what becomes of their results."""
+    monkeypatch.setenv("EDGE_TRAINED", "nowhere")
+    monkeypatch.setattr(contest, "Arena", lambda *_: None)
+    monkeypatch.setattr(contest.dense, "ensure", lambda *_: {})
+    return monkeypatch
+
+
+def test_a_contestant_that_breaks_keeps_what_it_had_finished(bare, tmp_path, capsys):
+    unit, store = Unit("net", "0.5x", "ours"), Store(tmp_path / "results.jsonl")
+
+    def work(_arena, _unit, _todo, keep):
+        keep("distilled", {"accuracy": 0.97})
+        raise KeyError("layer1")
+
+    bare.setattr(contest, "work", work)
+    contest.contest(unit, store, QUICK, tmp_path, again=False)
+    found = Store.load(store.path).cells
+    assert found["net/0.5x/ours/distilled"]["accuracy"] == 0.97
+    assert found["net/0.5x/ours/plain"]["failed"] == "KeyError: 'layer1'"
+    assert found["net/0.5x/ours/plain"]["machine"]["cores"] > 0
+    assert "KeyError" in capsys.readouterr().err
+
+
+def test_a_budget_that_is_never_met_is_a_result_of_every_recovery(bare, tmp_path):
+    unit, store = Unit("net", "0.25x", "torch-pruning-taylor-8"), Store(tmp_path / "results.jsonl")
+
+    def work(*_):
+        raise NeverMet("0.25x is never kept", {"search": 12.345}, 4)
+
+    bare.setattr(contest, "work", work)
+    contest.contest(unit, store, QUICK, tmp_path, again=False)
+    assert store.lacks(unit) == [] and not store.finalists(unit.group)
+    assert {(row["missed"], row["seconds"]["search"], row["sittings"]) for row in store.cells.values()} == {
+        ("0.25x is never kept", 12.3, 4)
+    }
+
+
+# --- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def cell(unit, recovery, accuracy, **more):
+    return {
+        "cell": f"{unit.name}/{recovery}", "recovery": recovery, "net": unit.net, "budget": unit.budget,
+        "contestant": unit.contestant, "group": unit.group, "accuracy": accuracy, "images": 1000, "sittings": 3,
+        "before": {"none": 0.1, "bn": 0.7}, "searched": 0.49, "seconds": {"search": 60.0, "recover": 30.0},
+        "onnx": "model.onnx", "sha256": f"{unit.contestant}", **more,
+    }  # fmt: skip
+
+
+def dense_of(net, accuracy=0.98):
+    unit = Unit(net, "", cells.DENSE)
+    machine = {"machine": {"cpu": "a processor", "cores": 2}, "versions": {"torch": "2.13.0"}, "validate": 0.99}
+    return cell(unit, cells.DENSE, accuracy) | machine
+
+
+def final(group, ratios):
+    return {"final": group, "ratios": {k: list(v) for k, v in ratios.items()}, "sha256": {k: k for k in ratios}}
+
+
+NET = "resnet20_gtsrb"
+
+
+def filled(path, ours_at, peers, ratios):
+    store = Store(path)
+    store.add(dense_of(NET))
+    for name, accuracy in {"ours": ours_at, **peers}.items():
+        for recovery in ("distilled", "plain"):
+            store.add(cell(Unit(NET, "0.5x", name), recovery, accuracy))
+    store.add(final(f"{NET}/0.5x", ratios))
+    return store
+
+
+@pytest.mark.parametrize(
+    ("ours_lost", "peers", "meets"),
+    [
+        (0.0049, {"a": 0.01, "b": 0.02}, True),
+        (0.0051, {"a": 0.01, "b": 0.02}, False),
+        (0.001, {"a": 0.0005}, True),  # a tenth of a point is always allowed
+        (0.0011, {"a": 0.0005}, False),
+        (0.0005, {"a": -0.004}, True),  # a peer that gains
+        (0.2, {}, True),
+    ],
+)
+def test_ours_may_lose_half_of_the_best_peers_loss_or_a_tenth_of_a_point(ours_lost, peers, meets):
+    assert table.criterion(NET, "0.5x", "plain", ours_lost, peers).meets == meets
+
+
+def test_a_peer_that_misses_its_budget_in_the_common_session_is_no_rival(tmp_path):
+    peers = {"scratch-depth": 0.979, "torch-pruning-taylor-1": 0.95}
+    ratios = {"ours": (0.49, 0.485, 0.495), "scratch-depth": (0.51, 0.505, 0.515)}
+    ratios["torch-pruning-taylor-1"] = (0.47, 0.46, 0.48)
+    store = filled(tmp_path / "r.jsonl", 0.966, peers, ratios)
+    (found,) = [each for each in table.judged(store) if each.stage == "distilled"]
+    assert found.best == "torch-pruning-taylor-1" and found.meets
+    assert found.loss == pytest.approx(0.014) and found.allowed == pytest.approx(0.015)
+    assert "meets the criterion" in str(found) and "0.50" not in str(found)
+    assert table.table(store).count("BUDGET NOT KEPT") == 2  # both of its recoveries
+
+
+def test_other_methods_of_ours_are_no_peers(tmp_path):
+    ratios = dict.fromkeys(("ours", "ours-solver-greedy", "scratch-width"), (0.49, 0.48, 0.495))
+    store = filled(tmp_path / "r.jsonl", 0.97, {"ours-solver-greedy": 0.98, "scratch-width": 0.95}, ratios)
+    assert {each.best for each in table.judged(store)} <= {"scratch-width"}
+
+
+def test_the_stage_before_the_recovery_is_judged_on_the_validation_split(tmp_path):
+    ratios = dict.fromkeys(("ours", "torch-pruning-taylor-1", "scratch-width"), (0.49, 0.48, 0.495))
+    store = filled(tmp_path / "r.jsonl", 0.97, {"torch-pruning-taylor-1": 0.95}, ratios)
+    for recovery in ("distilled", "plain"):  # trained from nothing: there is nothing before
+        store.add(cell(Unit(NET, "0.5x", "scratch-width"), recovery, 0.97, before={}))
+        store.add(cell(Unit(NET, "0.5x", "ours"), recovery, 0.97, before={"none": 0.2, "least-squares": 0.9}))
+    (found,) = [each for each in table.judged(store) if each.stage.startswith("before")]
+    assert (found.best, found.loss, found.best_loss) == (
+        "torch-pruning-taylor-1", pytest.approx(0.09), pytest.approx(0.29)
+    )  # fmt: skip
+
+
+def test_the_table_tells_intervals_unused_budget_seconds_and_who_has_no_network(tmp_path):
+    store = filled(tmp_path / "r.jsonl", 0.97, {"scratch-width": 0.96}, {"ours": (0.49, 0.485, 0.495)})
+    store.add({
+        "cell": f"{NET}/0.5x/torch-pruning-magnitude-8/plain", "group": f"{NET}/0.5x", "net": NET, "budget": "0.5x",
+        "contestant": "torch-pruning-magnitude-8", "missed": "0.5x is never kept: the fastest is 0.640x at 0.735",
+        "seconds": {"search": 41.0},
+    })  # fmt: skip
+    text = table.table(store)
+    (own,) = [line for line in text.splitlines() if line.split()[:1] == ["ours"]][:1]
+    assert "97.00 [95.75, 97.89]" in own and "0.4900 [0.4850, 0.4950]" in own and "2.0%" in own and "60" in own
+    assert "70.00 (bn)" in own
+    assert "(own search)" in next(line for line in text.splitlines() if "scratch-width" in line)
+    assert "never kept: the fastest is 0.640x at 0.735 (41 s)" in text
+    assert "a processor, 2 cores; torch 2.13.0" in text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rounds", "said"),
+    [
+        ((0.49, 0.485, 0.495), 4, "keeps the budget, 2.0 % unused (at most 3 %), 4 rounds (at most 4)"),
+        ((0.47, 0.465, 0.475), 5, "keeps the budget, 6.0 % unused (NOT at most 3 %), 5 rounds (NOT at most 4)"),
+        ((0.498, 0.49, 0.502), 1, "does NOT keep the budget, 0.4 % unused (at most 3 %), 1 rounds (at most 4)"),
+    ],
+)
+def test_what_is_asked_of_our_default_is_said_in_a_line(tmp_path, ratio, rounds, said):
+    store = filled(tmp_path / "r.jsonl", 0.97, {}, {"ours": ratio})
+    store.add(cell(Unit(NET, "0.5x", "ours"), "distilled", 0.97, sittings=rounds))
+    assert f"{NET} at 0.5x: ours {said}" in table.table(store)
+
+
+def test_the_record_is_plain_json_and_the_picture_is_drawn(tmp_path):
+    store = filled(tmp_path / "r.jsonl", 0.97, {"scratch-width": 0.96}, {"ours": (0.49, 0.485, 0.495)})
+    told = json.loads(json.dumps(table.record(store), allow_nan=False))
+    assert {(c["contestant"], c["kept"]) for c in told["cells"]} == {("ours", True), ("scratch-width", True)}
+    assert next(c for c in told["cells"] if not c["final"])["bounds"] == [None, None]
+    draw(store, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    assert family("ours")[0] != family("ours-solver-greedy")[0] != family("scratch-width")[0]
+
+
+def test_without_results_there_is_a_table_and_no_picture(tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    draw(store, tmp_path / "frontier.png")
+    assert table.table(store) == "no results yet" and not (tmp_path / "frontier.png").exists()
+
+
+# --- contestants ---------------------------------------------------------------------------------------------------
+
+
+class MadeUpArena:
+    """Measures a network by its parameters; keeps what it was asked to measure."""
+
+    def __init__(self):
+        self.sat, self.models = [], {}
+
+    def captured(self, model):
+        return model
+
+    def written(self, model, out):
+        self.models[out] = sum(p.numel() for p in model.parameters())
+        return out
+
+    def sit(self, files):
+        self.sat.append(sorted(files))
+        return Sitting({n: Timed(self.models[path] / 100, 0.0, 1.0) for n, path in files.items()}, False, "")
+
+    def limit(self, budget):
+        return budget
+
+
+def layer_without(share):
+    return None if share > 0.9 else nn.Linear(10, 10 - int(10 * share), bias=False)
+
+
+def test_networks_of_equal_shapes_are_measured_once_and_those_that_fail_are_infinitely_slow(tmp_path):
+    arena = MadeUpArena()
+    trials = Trials(arena, tmp_path, layer_without)
+    assert trials.measured([0.2, 0.21, 0.5, 0.95]) == [0.8, 0.8, 0.5, math.inf]
+    assert trials.measured([0.25, 0.95]) == [0.8, math.inf]
+    assert arena.sat == [["0.2", "0.5"]] and trials.sittings == 1
+    assert trials.measured([0.2], fresh=True) == [0.8] and trials.sittings == 2
+
+
+def test_a_search_that_never_meets_its_budget_says_how_near_it_came(tmp_path):
+    arena = MadeUpArena()
+    arena.pace = SimpleNamespace(steps=Steps(scan=(0.3, 0.6, 0.95), points=2, sessions=1))
+    with pytest.raises(NeverMet, match=r"0.05x is never kept: the fastest is 0.\d00x at .* gave no network that runs"):
+        Trials(arena, tmp_path, layer_without).least(0.05, {}, 0.0)
+
+
+def test_shallower_networks_lose_blocks_of_the_longest_stage_down_to_one_each():
+    assert list(scratch.shallower((3, 3, 3))) == [(2, 3, 3), (2, 2, 3), (2, 2, 2), (1, 2, 2), (1, 1, 2), (1, 1, 1)]
+    assert {shape.width for shape in scratch.shapes("scratch-depth", (3, 3, 3))} == {1.0}
+    assert {shape.blocks for shape in scratch.shapes("scratch-width", (3, 3, 3))} == {(3, 3, 3)}
+
+
+def test_depths_next_to_the_budget_from_above_are_tried_narrower():
+    tried = {scratch.Shape(1.0, (n, n, n)): ratio for n, ratio in ((1, 0.3), (2, 0.6), (3, 0.8), (4, 0.9))}
+    found = scratch.narrowed(tried, 0.5)
+    assert {shape.blocks for shape in found} == {(2, 2, 2), (3, 3, 3)} and max(shape.width for shape in found) < 1
+    assert scratch.narrowed(tried, 1.0) == []
+
+
+@pytest.mark.parametrize("build", [nets.resnet20, nets.resnet56, nets.mobilenetv2_signs, nets.inception_signs])
+def test_narrower_and_shallower_members_of_a_family_run_and_are_smaller(build):
+    def size(network):
+        with torch.inference_mode():
+            assert network.eval()(torch.randn(2, 3, 32, 32)).shape[0] == 2
+        return sum(p.numel() for p in network.parameters())
+
+    whole, least = size(build()), size(build(width=2 / 16))
+    assert size(build(width=0.5)) < 0.5 * whole and least < 0.2 * whole
+    stages = len(build.__defaults__[-1])
+    assert size(build(blocks=(1,) * stages)) < whole
+
+
+def test_a_stage_that_is_as_wide_as_the_one_before_still_halves_the_maps():
+    network = nets.resnet20(width=0.25)  # widths 8, 8, 16
+    assert network.layer2(network.layer1(torch.randn(1, 8, 32, 32))).shape == (1, 8, 16, 16)
+
+
+def test_layers_on_padded_residual_streams_are_ignored_and_others_are_not():
+    padded, plain = nets.resnet20(), nets.mobilenetv2_signs()
+    kept = depgraph.ignored(padded, 43)
+    assert padded.conv1 in kept and padded.layer2[0].conv2 in kept and padded.layer2[0].conv1 not in kept
+    assert len(kept) == 2 + 9
+    assert depgraph.ignored(plain, 43) == [plain.fc]
+
+
+def test_a_training_without_a_teacher_asks_none():
+    assert Unasked()(torch.randn(3, 2)).shape == (1,)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "group-norm", "bn-scale"])
+def test_torch_pruning_cuts_inner_channels_to_multiples(method):
+    pytest.importorskip("torch_pruning", reason="pip install --no-deps torch-pruning==1.6.1")
+    torch.manual_seed(0)
+    example = (torch.randn(1, 3, 32, 32),)
+    model = nets.resnet20(10).eval()
+    for module in model.modules():  # as they are at first, all scales are equal
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    if method == "taylor":
+        nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
+    arena = SimpleNamespace(project=SimpleNamespace(example=lambda: example), classes=10)
+    pruned = depgraph.cut(arena, model, method, 8, 0.4)
+    assert pruned is not None and pruned(*example).shape == (1, 10)
+    widths = [m.out_channels for m in pruned.modules() if isinstance(m, nn.Conv2d)]
+    dense = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert sum(widths) < sum(dense) and all(width % 8 == 0 for width in widths)
+    assert model.layer1[0].conv1.out_channels == 16

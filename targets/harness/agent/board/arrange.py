@@ -73,16 +73,18 @@ class Arrangement(object):
             )
 
     def end(self) -> None:
-        """Give everything back. What does not go is told, and tried again by the next job."""
+        """Give everything back. What does not go is told, and tried again by the next job.
+
+        Where this is cut off, by a signal, the guard is left alive: it sees this process end and goes on.
+        """
         try:
             mend(self.home)
         except AgentError as error:
             self.note({"event": "left", "message": error.message})
-        finally:
-            if self.guard is not None:
-                self.guard.kill()
-                self.guard.wait()
-                self.guard.stdin.close()
+        if self.guard is not None:
+            self.guard.kill()
+            self.guard.wait()
+            self.guard.stdin.close()
 
 
 def left(home: str) -> Optional[Table]:

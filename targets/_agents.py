@@ -47,6 +47,7 @@ class AgentTarget(Target):
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
         self.runtime = load_runtime(profile.runtime).fitted(profile, state)
+        self._built_for: str | None = None
 
     @abstractmethod
     def _facts(self) -> Table:
@@ -61,6 +62,12 @@ class AgentTarget(Target):
         self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
     ) -> Answer:
         """Have the agent do a job while the device is leased. The paths in it are files of this machine."""
+
+    def _device(self) -> str:
+        """What engines are built for: module, power mode, clocks, versions and GPU, read once."""
+        if self._built_for is None:
+            self._built_for = self.fingerprint().digest()
+        return self._built_for
 
     def _in_runtime(self, job: Table) -> Table:
         """The job with what its runtime has to know."""

@@ -37,7 +37,7 @@ class Jetson(Ssh):
 
         A power mode decides how many cores there are, so it has to be set for the facts to be read.
         """
-        facts = super()._facts()
+        facts = self._plain_facts()
         self._check(facts)
         if not any(self.board.wish.values()):
             return facts
@@ -72,7 +72,7 @@ class Jetson(Ssh):
         if any(condition.fatal and not condition.ok for condition in found[:1]):
             return found
         try:
-            facts, seen = Ssh._facts(self), self._state()
+            facts, seen = self._plain_facts(), self._state()
         except DeployError:
             return found  # the runtime's condition says why
         wrong = _wrong_board(facts, self.profile.name, self.spec)
@@ -84,14 +84,15 @@ class Jetson(Ssh):
             found.append(Condition("root for nvpmodel", "yes" if able else "no", able, why, SUDOERS, fatal=True))
         if seen.get("left"):
             why = "a measurement that was cut off changed the power mode or the clocks"
-            mend = "measure once more on it: what was there before is given back first."
+            mend = "measure once more on it: what was there before is given back first, or it is said why not."
             found.append(Condition("settings left behind", str(seen["left"].get("mode") or "clocks"), False, why, mend))
         return found
 
 
 SUDOERS = (
-    "on the board: echo \"$USER ALL=(root) NOPASSWD: $(command -v nvpmodel), $(command -v jetson_clocks)\""
-    " | sudo tee /etc/sudoers.d/edge-deploy"
+    "on the board: sudo visudo -f /etc/sudoers.d/edge-deploy, with the line "
+    "'USER ALL=(root) NOPASSWD: /usr/sbin/nvpmodel, /usr/bin/jetson_clocks' (see which nvpmodel jetson_clocks). "
+    "jetson_clocks writes what a file says, so this is as good as root for that user."
 )
 
 

@@ -10,7 +10,7 @@ from profiles.errors import DeployError
 from profiles.schema import Profile
 from targets._agents import AgentTarget, Answer, Look, Table, Verb
 from targets.base import Array, Progress, Target
-from targets.harness import bench, device
+from targets.harness import bench, building, device
 from targets.harness import lease as leases
 from targets.harness.agent.board import machine
 from targets.harness.device import Condition
@@ -29,6 +29,7 @@ class Local(AgentTarget):
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
         self._opened: dict[tuple[str, int, int], Opened] = {}
+        self._here = building.Here(state)
 
     def _facts(self) -> Table:
         return machine.asked_facts(self.runtime.name)
@@ -50,7 +51,7 @@ class Local(AgentTarget):
     def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
         """What the runtime makes of it, the ONNX file itself for ONNX Runtime; opened once."""
         if isinstance(self.runtime, TensorRT):
-            self.runtime.built(onnx, out, progress)
+            self.runtime.built(onnx, out, progress, self._here, self._device())
             return out
         return self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
 

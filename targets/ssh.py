@@ -38,9 +38,14 @@ class Ssh(AgentTarget):
             )
         self.board = Board(Place(profile.host, profile.ssh))
         self.board.runtime = self.runtime.name
+        self._site = BoardSite(self.board)
         self._opened: dict[tuple[str, int, int], RemoteSession] = {}
 
     def _facts(self) -> Table:
+        return self._plain_facts()
+
+    def _plain_facts(self) -> Table:
+        """As the board is now, nothing changed on it."""
         return self.board.ask({"do": "facts", "runtime": self.runtime.name}, patience_s=FACTS_S)[0]
 
     def _state(self) -> Table:
@@ -59,7 +64,7 @@ class Ssh(AgentTarget):
     def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
         """The ONNX file itself, opened and run once on the board; or the engine that its runtime builds of it there."""
         if isinstance(self.runtime, TensorRT):
-            self.runtime.built(onnx, out, progress, BoardSite(self.board))
+            self.runtime.built(onnx, out, progress, self._site, self._device())
             return out
         opened = self._open(onnx)
         arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
@@ -100,7 +105,7 @@ class Ssh(AgentTarget):
         found += [device.lease_condition(seen["holder"])]
         found += device.preflight(self.profile.measure, seen).conditions
         try:
-            facts = self._facts()
+            facts = self._plain_facts()
             there = self.board.ask({"do": "providers"})[0]["there"] if self.profile.runtime == "ort" else []
         except DeployError as error:
             why = "nothing can be measured without it"
@@ -118,11 +123,13 @@ class BoardSite:
 
     def __init__(self, board: Board) -> None:
         self._board = board
+        self._known: dict[str, Table] = {}
 
     def facts(self, name: str) -> Table:
-        """The library and the GPU there."""
-        found: Table = self._board.ask({"do": "facts", "runtime": name}, patience_s=FACTS_S)[0]["engines"]
-        return found
+        """The library and the GPU there, asked once."""
+        if name not in self._known:
+            self._known[name] = self._board.ask({"do": "facts", "runtime": name}, patience_s=FACTS_S)[0]["engines"]
+        return self._known[name]
 
     def build(
         self,
@@ -135,7 +142,7 @@ class BoardSite:
     ) -> Table:
         """In a job that outlives the link; the engine is fetched."""
         digest = sha256(str(onnx))
-        job = {"models": [digest], "library": name, "options": dict(options), "timing_cache": timing}
+        job = {"models": [digest], "library": name, "options": dict(options), "timing_cache": timing, "tied": True}
         done = self._board.run("build", job, {digest: onnx}, {onnx.name: str(onnx)}, BUILD_LIMIT_S, progress)
         self._board.get(done.result["sha256"], done.result["size"], folder / "engine.plan")
         record: Table = done.result["record"]
@@ -180,7 +187,7 @@ class RemoteSession(Opened):
         if "hint" in event:
             return building.refused(event, self._board.runtime)
         if event["kind"] == "model":
-            version = str(self._board.ask({"do": "facts"})[0]["runtime_version"])
+            version = str(self._board.ask({"do": "facts", "runtime": self._board.runtime})[0]["runtime_version"])
             if event["step"] == "open":
                 return unreadable(str(self._artifact), version, message)
             return DeployError(f"'{self._artifact}' opens in ONNX Runtime {version} but does not run: {message}.")

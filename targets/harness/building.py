@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,10 +59,13 @@ class Here:
     """This machine. state: where timing caches lie."""
 
     state: Path
+    known: dict[str, Table] = field(default_factory=dict, compare=False)
 
     def facts(self, name: str) -> Table:
-        """What is installed here."""
-        return facts(name)
+        """What is installed here, looked at once."""
+        if name not in self.known:
+            self.known[name] = facts(name)
+        return self.known[name]
 
     def build(
         self, onnx: Path, name: str, options: Mapping[str, Any], timing: str, folder: Path, progress: Progress | None
@@ -95,7 +98,7 @@ def build(
     site = site or Here(state)
     here = site.facts(name)
     capability = options.get("compute_capability")
-    where = device or (here["gpu"] if capability is None else {"capability": capability})
+    where = (device or here["gpu"]) if capability is None else {"capability": capability}
     key, engines = engine_key(onnx, options, here["library"], where), Engines(state)
     found, reused = engines.find(key), True
     if found is None:

@@ -30,7 +30,6 @@ from targets.harness.agent.board.lease import describe_holder, open_lease, read_
 
 WAIT_S = 900.0
 POLL_S = 0.2
-AGENT = (pack.FOLDER.name, pack.NAME)
 PATIENT_S = 2.0
 """Waits that are longer are told."""
 log = logging.getLogger(__name__)
@@ -137,11 +136,15 @@ def _end_orphan(holder: dict[str, Any]) -> None:
             os.killpg(pid, signal.SIGKILL)
 
 
+def _is_agent(words: list[str]) -> bool:
+    return any(word == str(pack.FOLDER) or Path(word).name == pack.NAME for word in words)
+
+
 def _is_own_agent(pid: int) -> bool:
     """Whether a process is this user's and runs the measuring agent."""
     place = Path(f"/proc/{pid}")
     try:
         words = place.joinpath("cmdline").read_bytes().decode("utf-8", "replace").split("\x00")
-        return place.stat().st_uid == os.geteuid() and any(Path(word).name in AGENT for word in words[1:2])
+        return place.stat().st_uid == os.geteuid() and _is_agent(words[1:2])
     except OSError:
         return False

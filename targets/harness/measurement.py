@@ -409,7 +409,11 @@ class Session:
             name: replace(first, processes=(*first.processes, *_later(later.measurements[name].processes, offset)))
             for name, first in self.measurements.items()
         }
-        return replace(self, measurements=both, order=(*self.order, *later.order), ended=later.ended)
+        name = "overcurrent_events"
+        events = [each.telemetry[name] for each in (self, later) if name in each.telemetry]
+        telemetry = {**self.telemetry, name: sum(events)} if events else self.telemetry
+        order = (*self.order, *later.order)
+        return replace(self, measurements=both, order=order, ended=later.ended, telemetry=telemetry)
 
     def ratio(self, a: str, b: str, statistic: Statistic = "p50") -> Interval:
         """Latency of `a` over that of `b` with 99 % bounds, which are 0 and infinity without enough samples."""

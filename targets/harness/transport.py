@@ -557,6 +557,9 @@ def refused(
         imported = f"{place.spec.python} -c 'import onnxruntime'"
         hint = f"try it there: {place.by_hand(imported)}"
         return DeployError(f"onnxruntime does not start on '{host}': {message}.", hint)
+    if kind == "left":
+        hint = f"set mode and clocks by hand, then forget the record: {place.by_hand('rm ' + str(event['record']))}"
+        return DeployError(f"on '{host}', {message}.", hint)
     if kind == "root":
         hint = "let this user run nvpmodel and jetson_clocks by sudo without a password; deploy doctor says how."
         return DeployError(f"'{host}' does not let its state be set: {message}.", hint)

@@ -62,16 +62,25 @@ class TensorRT(Runtime):
         return out
 
     def built(
-        self, onnx: Path, out: Path, progress: building.Progress | None = None, site: building.Site | None = None
+        self,
+        onnx: Path,
+        out: Path,
+        progress: building.Progress | None = None,
+        site: building.Site | None = None,
+        device: str | None = None,
     ) -> building.Built:
-        """As `build`, with a progress bar and the record of what was done. site: where, this machine if left out."""
+        """As `build`, with a progress bar and the record of what was done.
+
+        site: where, this machine if left out; device: the digest of a fingerprint, the GPU alone if left out.
+        """
         if not onnx.is_file():
             raise DeployError(f"there is no file '{onnx}'.")
         options = builder_options(self.spec)
         if self.state is not None:
-            return building.build(onnx, out, self.name, options, self.state, self.spec.timing_cache, progress, site)
+            timing = self.spec.timing_cache
+            return building.build(onnx, out, self.name, options, self.state, timing, progress, site, device)
         with tempfile.TemporaryDirectory() as folder:
-            return building.build(onnx, out, self.name, options, Path(folder), False, progress, site)
+            return building.build(onnx, out, self.name, options, Path(folder), False, progress, site, device)
 
     def open(self, artifact: Path, providers: Sequence[str], threads: int) -> Opened:
         """Open an engine on this machine's GPU."""

@@ -6,7 +6,9 @@ The boards are recordings (recordings/*/SOURCES.md); the commands that stand for
 from __future__ import annotations
 
 import json
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from profiles.errors import DeployError, UsageError
 from profiles.schema import Budget, MeasureSpec, load_profile, profile_names
 from targets.base import load_target
 from targets.harness.agent.board import jetson
-from targets.harness.measurement import judge
+from targets.harness.agent.board.base import read_number, read_text
+from targets.harness.measurement import Session, judge
 from targets.jetson import Jetson
 
 RECORDINGS = Path(__file__).parent / "recordings"
@@ -140,7 +143,7 @@ class Orin:
         for name, text in {"mode": "0", "done": "", **clocks}.items():
             (self.place / name).write_text(text and text + "\n")
             (self.place / name).chmod(0o666)
-        for name in ("no_sudo", "restart_modes", "restarted", "slow", "nvpmodel_warns"):
+        for name in ("no_sudo", "restart_modes", "restarted", "slow", "nvpmodel_warns", "idle_restores", "at_work"):
             (self.place / name).unlink(missing_ok=True)
         for name, value in zip(("min_freq", "max_freq", "cur_freq"), (*self.FLOATING, self.FLOATING[0]), strict=True):
             (self.gpu / name).write_text(value + "\n")
@@ -205,7 +208,7 @@ def test_a_session_in_another_mode_with_locked_clocks_leaves_the_board_as_it_was
     assert (fingerprint.board, fingerprint.power_mode) == ("p3767-0005 L4T 36.4.3", "25W")
     assert fingerprint == target.fingerprint() and fingerprint.machine.startswith("NVIDIA Jetson Orin Nano")
     assert session.telemetry["power_mw VDD_IN mean"] > 0 and session.telemetry["overcurrent_events"] == 0.0
-    assert orin.sound and orin.done == ["nvpmodel 1", "lock", "nvpmodel 0", "restore"] * 2
+    assert orin.sound and orin.done == ["nvpmodel 1", "lock", "restore", "nvpmodel 0", "restore"] * 2
 
 
 def test_nothing_is_changed_where_nothing_is_asked_for(make, orin, conv):
@@ -247,6 +250,55 @@ def test_the_doctor_says_who_it_is(make):
     assert doctor["board"].ok and doctor["board"].value.endswith("p3767-0005 L4T 36.4.3 (JetPack 6.1 or 6.2)")
     assert doctor["power mode"].value.startswith("15W of ")
     assert not make("jetson-nano").doctor()[-1].ok
+
+
+def test_a_zone_that_is_switched_off_is_left_out(monkeypatch):
+    """cv0-thermal of an Orin gives EAGAIN, always."""
+    real = os.read
+
+    def read(file, count):
+        if os.readlink(f"/proc/self/fd/{file}").endswith("/status"):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return real(file, count)
+
+    monkeypatch.setattr(os, "read", read)
+    assert read_text("/proc/self/status") == "" and read_number("/proc/self/status") is None
+    assert read_text("/proc/self/comm")
+
+
+def test_a_command_that_is_still_at_work_when_its_job_dies_does_not_have_the_last_word(make, orin, conv):
+    """jetson_clocks goes on after the job was killed: what it sets is given back after it has ended."""
+    target = make(power_mode="25W", clocks="locked", telemetry_ms=0)
+    target._known = True
+    (orin.place / "slow").write_text("3")
+    (orin.place / "slow").chmod(0o666)
+    done: list[Session] = []
+    thread = threading.Thread(target=lambda: done.append(target.measure({"a": conv("net")}, SHORT, "rank")))
+    thread.start()
+    while not (orin.place / "at_work").exists() and thread.is_alive():
+        time.sleep(0.05)
+    for process in orin.board.running("job"):
+        process.send_signal(signal.SIGKILL)
+    (orin.place / "slow").unlink()
+    thread.join(60.0)
+    assert not thread.is_alive() and len(done) == 1
+    assert orin.done[:5] == ["nvpmodel 1", "lock", "restore", "nvpmodel 0", "restore"]
+    assert orin.soon_sound()
+
+
+def test_a_restore_that_says_nothing_of_what_it_did_not_do_is_done_again(make, orin, conv):
+    """The scripts end with 0 where a line failed. Here the first two do nothing at all."""
+    (orin.place / "idle_restores").write_text("2")
+    (orin.place / "idle_restores").chmod(0o666)
+    make(power_mode="25W", clocks="locked", telemetry_ms=0).measure({"a": conv("net")}, SHORT, "rank")
+    assert orin.sound
+
+
+def test_clocks_that_were_held_by_hand_are_held_again_after_another_mode(make, orin, conv):
+    (orin.gpu / "min_freq").write_text("624750000\n")
+    make(power_mode="25W", telemetry_ms=0).measure({"a": conv("net")}, SHORT, "rank")
+    assert orin.mode == "0" and orin.clocks == ("624750000", "624750000")
+    (orin.gpu / "min_freq").write_text("306000000\n")
 
 
 def test_over_current_voids_a_session(make, orin, conv):
@@ -300,7 +352,7 @@ def test_a_job_that_nobody_comes_back_for_is_given_back(make, orin, conv, how):
 
     with pytest.raises(KeyboardInterrupt):
         target.measure({"a": conv("net")}, LONG, "rank", leave)
-    assert orin.soon_sound() and orin.done[-4:] == ["nvpmodel 1", "lock", "nvpmodel 0", "restore"]
+    assert orin.soon_sound() and orin.done[-5:] == ["nvpmodel 1", "lock", "restore", "nvpmodel 0", "restore"]
 
 
 def test_a_restart_in_the_middle_gives_the_mode_back_and_leaves_the_new_clocks_alone(make, orin, conv):

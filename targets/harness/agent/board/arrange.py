@@ -2,7 +2,7 @@
 
 What was there is written down before anything is changed, so whatever ends the job, it is given back: by the job
 itself; by a guard, a process of its own that sees the job die and keeps the lease until it is done; and where both are
-gone, as after a power cut, by the next one that comes. A switch of the mode resets the clocks, so the mode comes first.
+gone, as after a power cut, by the next one that comes. A switch of the mode resets the clocks, so they come last.
 """
 
 import fcntl
@@ -11,12 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import Any, Callable, Optional
 
 from . import jetson
 from .base import AgentError, Table, boot_id, program, read_text
 from .files import write_file
 
+TRIES = 3
 RECORD, CLOCKS, LOCK = "arranged.json", "clocks.conf", "arranged.lock"
 
 
@@ -32,7 +34,11 @@ class Arrangement(object):
 
     def begin(self, lease: int) -> None:
         """Give back what a dead job left, then make it so. lease: its descriptor, which the guard keeps open too."""
-        mend(self.home)
+        try:
+            mend(self.home)
+        except AgentError as error:
+            text = "what a measurement that was cut off has changed cannot be given back: %s" % error.message
+            raise AgentError("left", text, record=os.path.join(self.home, RECORD), **error.more) from None
         name, lock = self.wish.get("power_mode"), bool(self.wish.get("lock"))
         if not name and not lock:
             return
@@ -44,7 +50,7 @@ class Arrangement(object):
             number = None
         if number is None and not lock:
             return
-        self.store(before, lock)
+        self.store(before)
         self.start_guard(lease)
         if number is not None:
             jetson.set_mode(number, str(name))
@@ -53,15 +59,14 @@ class Arrangement(object):
             if code or jetson.gpu_locked() is False:
                 raise jetson.refused("jetson_clocks", code, said)
 
-    def store(self, before: Any, lock: bool) -> None:
-        """Write down what there is."""
+    def store(self, before: Any) -> None:
+        """Write down what there is; the clocks too where only the mode changes, since that resets them."""
         clocks = os.path.join(self.home, CLOCKS)
-        if lock:
-            remove(clocks)
-            code, said = jetson.run(["jetson_clocks", "--store", clocks], as_root=True)
-            if code or not os.path.exists(clocks):
-                raise jetson.refused("jetson_clocks --store", code, said)
-        record = {"boot": boot_id(), "mode": before[0], "mode_id": before[1], "clocks": lock}
+        remove(clocks)
+        code, said = jetson.run(["jetson_clocks", "--store", clocks], as_root=True)
+        if code or not os.path.exists(clocks):
+            raise jetson.refused("jetson_clocks --store", code, said)
+        record = {"boot": boot_id(), "mode": before[0], "mode_id": before[1], "clocks": True}
         write_file(os.path.join(self.home, RECORD), json.dumps(record).encode())
 
     def start_guard(self, lease: int) -> None:
@@ -79,8 +84,8 @@ class Arrangement(object):
         """
         try:
             mend(self.home)
-        except AgentError as error:
-            self.note({"event": "left", "message": error.message})
+        except (AgentError, OSError) as error:
+            self.note({"event": "left", "message": str(error)})
         if self.guard is not None:
             self.guard.kill()
             self.guard.wait()
@@ -107,16 +112,39 @@ def mend(home: str) -> None:
         if record is None:
             return
         number, clocks = record.get("mode_id"), os.path.join(home, CLOCKS)
+        held = bool(record.get("clocks")) and record.get("boot") == boot_id() and os.path.exists(clocks)
         if number is not None and jetson.power_mode()[1] != number:
+            if held:  # a lock of one mode may lie above what the other allows
+                jetson.run(["jetson_clocks", "--restore", clocks], as_root=True)
             jetson.set_mode(int(number), str(record.get("mode")))
-        if record.get("clocks") and record.get("boot") == boot_id():
-            code, said = jetson.run(["jetson_clocks", "--restore", clocks], as_root=True)
-            if code:
-                raise jetson.refused("jetson_clocks --restore", code, said)
+        if held:
+            restore(clocks)
         remove(clocks)
         remove(os.path.join(home, RECORD))
     finally:
         os.close(file)
+
+
+def restore(clocks: str) -> None:
+    """Have jetson_clocks set what it stored, and look whether it is so: it ends with 0 where a line of it failed."""
+    said, wrong = "", ""
+    for _ in range(TRIES):
+        code, said = jetson.run(["jetson_clocks", "--restore", clocks], as_root=True)
+        wrong = "" if code else differing(clocks)
+        if not code and not wrong:
+            return
+        time.sleep(0.5)
+    raise jetson.refused("jetson_clocks --restore", code, wrong or said)
+
+
+def differing(clocks: str) -> str:
+    """The first of the stored lowest clocks that is not so, in words, or ""."""
+    for line in read_text(clocks).splitlines():
+        path, _, value = line.partition(":")
+        now = read_text(path)
+        if path.endswith("min_freq") and now and now != value.strip():
+            return "%s is %s, it was %s" % (path, now, value.strip())
+    return ""
 
 
 def remove(path: str) -> None:

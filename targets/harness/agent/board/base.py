@@ -42,12 +42,23 @@ def program() -> str:
 
 
 def read_text(path: str) -> str:
-    """Text of a small system file, or "" where it is missing or not readable."""
+    """Text of a small system file, or "" where it is missing or not readable.
+
+    A thermal zone that is switched off gives EAGAIN, for which a file object of Python's gives None.
+    """
+    parts = []
     try:
-        with open(path, "rb") as file:
-            return file.read().decode("utf-8", "replace").strip("\x00 \t\r\n")
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            part = os.read(file, 1 << 16)
+            while part:
+                parts.append(part)
+                part = os.read(file, 1 << 16)
+        finally:
+            os.close(file)
     except OSError:
         return ""
+    return b"".join(parts).decode("utf-8", "replace").strip("\x00 \t\r\n")
 
 
 def read_number(path: str) -> Optional[int]:

@@ -48,6 +48,8 @@ from .worker import worker
 def run_job(verb: str, job_path: str, out_path: str) -> int:
     """Do a job file; the result goes to a file, progress and the outcome go to stdout."""
     signal.signal(signal.SIGTERM, stop)
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no event
     with open(job_path, "rb") as file:
         job = json.loads(file.read().decode())
     if job.get("tied"):

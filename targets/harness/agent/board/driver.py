@@ -56,7 +56,8 @@ class Worker(object):
         line, _, self.buffer = self.buffer.partition(b"\n")
         answer: Table = json.loads(line.decode())
         if answer.get("event") == "error":
-            raise AgentError(answer["kind"], answer["message"], self.name)
+            more = {k: v for k, v in answer.items() if k not in ("event", "kind", "message", "model")}
+            raise AgentError(answer["kind"], answer["message"], self.name, **more)
         return answer
 
     def ask(self, request: Table, patience_s: float) -> Table:

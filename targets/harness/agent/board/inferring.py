@@ -73,7 +73,8 @@ def infer_once(request: Table, data: bytes, sessions: Dict[str, Any]) -> Tuple[T
     try:
         if path not in sessions:
             while len(sessions) >= OPEN_SESSIONS:
-                del sessions[next(iter(sessions))]
+                closed = sessions.pop(next(iter(sessions)))
+                getattr(closed, "close", lambda: None)()
             sessions[path] = open_session(path, request["options"])
         session = sessions[path]
         if request["arrays"] is None:

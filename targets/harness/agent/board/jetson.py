@@ -6,12 +6,15 @@ for the GPU's clock, `tegrastats` for power and memory (Jetson Linux Developer G
 recordings of each JetPack with their sources lie beside the tests).
 """
 
+import errno
+import fcntl
 import glob
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+import time
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .base import AgentError, Table, die_with_parent, read_number, read_text
@@ -67,7 +70,7 @@ def command(name: str) -> Optional[str]:
 
 
 def run(words: Sequence[str], as_root: bool = False) -> Tuple[int, str]:
-    """Exit code and all output of a system command; questions that it asks are answered with "no"."""
+    """Exit code and all output of a system command. as_root: it changes the board; its questions are answered "NO"."""
     path = command(words[0])
     if path is None:
         return 127, "%s: not found" % words[0]
@@ -77,23 +80,57 @@ def run(words: Sequence[str], as_root: bool = False) -> Tuple[int, str]:
         if sudo is None:
             return 126, "%s needs root, and there is no sudo" % words[0]
         asked = [sudo, "-n"] + asked
-    try:
-        done = subprocess.run(
-            asked, input=b"NO\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=COMMAND_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return 124, "%s did not end within %.0f s" % (words[0], COMMAND_S)
-    except OSError as error:
-        return 126, "%s: %s" % (words[0], error.strerror)
-    return done.returncode, done.stdout.decode("utf-8", "replace").strip()
+    with tempfile.TemporaryFile() as said:
+        try:
+            with (answers() if as_root else open(os.devnull, "rb")) as fed:
+                process = subprocess.Popen(asked, stdin=fed, stdout=said, stderr=subprocess.STDOUT)
+        except OSError as error:
+            return 126, "%s: %s" % (words[0], error.strerror)
+        try:
+            process.wait(COMMAND_S)
+        except subprocess.TimeoutExpired:
+            try:
+                process.kill()
+            except PermissionError:
+                pass  # sudo has made itself root; nobody waits for it, and the next command waits for its answers
+            return 124, "%s did not end within %.0f s" % (words[0], COMMAND_S)
+        said.seek(0)
+        return process.returncode, said.read().decode("utf-8", "replace").strip()
+
+
+def answers() -> Any:
+    """What a command that changes the board reads: "NO" to all questions. One such command runs at a time.
+
+    The file is locked for as long as the command, or whoever it has become through sudo, has it open: one that outlives
+    the job that started it has ended before the next one begins, so that nothing is changed after it was given back.
+    Raises OSError where the last one does not end.
+    """
+    path = os.path.join(tempfile.gettempdir(), "edge-deploy-answers-%d" % os.getuid())
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "r+b", 0)
+    end = time.monotonic() + 2.0 * COMMAND_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > end:
+                file.close()
+                raise OSError(errno.ETIMEDOUT, "an earlier command does not end") from None
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(b"NO\n" * 8)
+    file.seek(0)
+    return file
 
 
 def may_be_root() -> bool:
     """Whether nvpmodel and jetson_clocks may be run as root without a password."""
     if os.geteuid() == 0:
         return True
-    asked = [command(name) for name in ("nvpmodel", "jetson_clocks")]
-    return all(path is not None and run(["sudo", "-n", "-l", path])[0] == 0 for path in asked)
+    clocks_command = command("jetson_clocks")
+    if command("sudo") is None or clocks_command is None or run(["nvpmodel", "-q"], as_root=True)[0]:
+        return False
+    return run(["sudo", "-n", "-l", clocks_command])[0] == 0
 
 
 # power mode

@@ -138,7 +138,10 @@ def attend(job: Table, folder: str, note: Callable[[Table], None], absence: Abse
                 lines = (buffer + part).split(b"\n")
                 buffer = lines.pop()
                 for line in lines:
-                    event = json.loads(line.decode())
+                    try:
+                        event = json.loads(line.decode())
+                    except ValueError:
+                        continue
                     if event["event"] == "progress":
                         note(event)
                     else:

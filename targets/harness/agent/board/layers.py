@@ -33,9 +33,12 @@ def profiled(model: Table, job: Table, prefix: str) -> Dict[Tuple[str, str], flo
     """One profiled session of a model: (name, operator) of a layer -> its ms per inference, in order of execution."""
     if job["options"].get("library"):
         engine = open_model(model["path"], job["options"])
-        engine.block(job["dropped"], 1)
-        found: Dict[Tuple[str, str], float] = engine.profile(job["runs"])
-        return found
+        try:
+            engine.block(job["dropped"], 1)
+            found: Dict[Tuple[str, str], float] = engine.profile(job["runs"])
+            return found
+        finally:
+            getattr(engine, "close", lambda: None)()
     opened = Model(model["path"], dict(job["options"], profile=prefix))
     opened.block(job["dropped"], job["runs"])
     path = opened.session.end_profiling()

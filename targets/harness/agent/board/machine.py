@@ -11,11 +11,12 @@ import time
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from . import jetson
-from .base import CLOCK, AgentError, Table, program, read_number, read_text
+from .base import CLOCK, AgentError, Table, die_with_parent, program, read_number, read_text
 from .files import sha256
 
 BUSY_CORES = 0.2
 WATCH_S = 0.3
+FACTS_S = 100.0
 
 
 def processor() -> Tuple[str, str]:
@@ -125,13 +126,15 @@ def runtime_build(package: str) -> Tuple[str, str]:
     return str(module.__version__), digest.hexdigest()
 
 
-def require_runtime(name: str) -> None:
-    """Raise AgentError where what inference needs is not installed. name: onnxruntime, or a runtime of engines."""
+def require_runtime(name: str, arrays: bool = False) -> None:
+    """Raise AgentError where what inference needs is not installed. name: onnxruntime, or a runtime of engines.
+
+    arrays: whether it is to infer on arrays, which takes numpy; engines are timed without it.
+    """
     from importlib import util
 
-    if name != "onnxruntime":
-        return  # what is lacking is said when it is loaded
-    for package in ("onnxruntime", "numpy"):
+    # what a runtime of engines lacks itself is said when it is loaded
+    for package in ("onnxruntime", "numpy") if name == "onnxruntime" else ("numpy",) if arrays else ():
         if util.find_spec(package) is None:
             raise AgentError("runtime", "%s is not installed" % package, package=package)
 
@@ -175,8 +178,15 @@ def asked_facts(runtime: str) -> Table:
     if runtime == "onnxruntime":
         return facts(runtime)
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, program(), "facts", runtime], stdout=pipe, stderr=pipe)
-    said, errors = process.communicate()
+    process = subprocess.Popen(
+        [sys.executable, program(), "facts", runtime], stdout=pipe, stderr=pipe, preexec_fn=die_with_parent
+    )
+    try:
+        said, errors = process.communicate(timeout=FACTS_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise AgentError("broken", "%s did not load within %.0f s" % (runtime, FACTS_S)) from None
     try:
         table: Table = json.loads(said.decode().splitlines()[-1])
     except (ValueError, IndexError):

@@ -335,7 +335,7 @@ class Server(object):
         request["path"] = self.object_path(request["sha256"])
         if not os.path.isfile(request["path"]):
             raise AgentError("missing", "the file is not there", request["sha256"])
-        require_runtime(str(request["options"].get("library") or "onnxruntime"))
+        require_runtime(str(request["options"].get("library") or "onnxruntime"), arrays=True)
         lease = Lease(request["device"])
         try:
             lease.take(request["owner"], 60.0, request["wait_s"], lambda holder: self.peer.send(

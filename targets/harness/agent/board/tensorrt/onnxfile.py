@@ -138,11 +138,16 @@ def _model(path: str, data: Any, span: Span) -> OnnxFile:
     elements: Set[int] = set()
     weights: Set[str] = set()
     external: Set[str] = set()
+    for function in _parts(data, span, 25):
+        for where in _parts(data, function, 7):
+            _node(data, where, elements, external)
     for number, _, where in _fields(data, graphs[0]):
         if number == 1:
             nodes.append(_node(data, where, elements, external))
         elif number == 5:
             weights.add(_tensor(data, where, elements, external))
+        elif number == 15:
+            weights.add(_sparse(data, where, elements, external))
         elif number in (11, 12, 13):
             port = _port(data, where)
             elements.update(kind for kind, name in ELEMENTS.items() if name == port.element)
@@ -163,12 +168,36 @@ def _node(data: Any, span: Span, elements: Set[int], external: Set[str]) -> Node
 
 
 def _attribute(data: Any, span: Span, elements: Set[int], external: Set[str]) -> None:
-    """Element types that an attribute brings in: of a constant, or of what a Cast casts to."""
+    """Element types and files that an attribute brings in: of constants, of a Cast's target, of graphs inside."""
     name = "".join(_text(data, part) for part in _parts(data, span, 1))
     if name == "to":
         elements.add(_number(data, span, 3))
-    for where in _parts(data, span, 5):
+    for number, _, where in _fields(data, span):
+        if number in (5, 10):
+            _tensor(data, where, elements, external)
+        elif number in (6, 11):
+            _inner(data, where, elements, external)
+        elif number in (22, 23):
+            _sparse(data, where, elements, external)
+
+
+def _inner(data: Any, span: Span, elements: Set[int], external: Set[str]) -> None:
+    """Element types and files of a graph inside a node, as the branch of an If."""
+    for number, _, where in _fields(data, span):
+        if number == 1:
+            _node(data, where, elements, external)
+        elif number == 5:
+            _tensor(data, where, elements, external)
+        elif number == 15:
+            _sparse(data, where, elements, external)
+
+
+def _sparse(data: Any, span: Span, elements: Set[int], external: Set[str]) -> str:
+    """The same of a sparse tensor: its values have its name."""
+    names = [_tensor(data, where, elements, external) for where in _parts(data, span, 1)]
+    for where in _parts(data, span, 2):
         _tensor(data, where, elements, external)
+    return "".join(names)
 
 
 def _tensor(data: Any, span: Span, elements: Set[int], external: Set[str]) -> str:

@@ -303,6 +303,10 @@ class EngineSession(object):
                     "model", "tensor '%s' of the engine is %s, which numpy lacks" % (port.name, port.dtype)
                 )
 
+    def close(self) -> None:
+        """Give back what the engine took."""
+        self.model.close()
+
     def _values(self, fed: bool) -> List[Any]:
         ports = [port for port in self.model.ports if port.fed is fed]
         return [self.Value(p.name, list(p.shape), "tensor(%s)" % ONNX_TYPES.get(p.dtype, p.dtype)) for p in ports]

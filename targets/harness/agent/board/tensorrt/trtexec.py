@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
+from ..base import die_with_parent
 from . import layers, onnxfile, parsing
 from .errors import BoardError, Table
 from .timing import Timed, median
@@ -266,6 +267,7 @@ def run(command: Sequence[str], patience_s: float) -> Tuple[int, str]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=patience_s,
+            preexec_fn=die_with_parent,
         )
     except OSError as error:
         raise BoardError("library", "'%s' cannot be run: %s" % (command[0], error.strerror)) from None

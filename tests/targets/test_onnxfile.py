@@ -79,3 +79,21 @@ def test_a_file_cut_anywhere_is_refused_or_read_but_never_crashes(tmp_path):
 def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(BoardError, match="cannot be read: No such file"):
         onnxfile.read(str(tmp_path / "none.onnx"))
+
+
+def test_weights_inside_a_branch_are_seen_with_their_type_and_file(tmp_path):
+    tensor = numpy_helper.from_array(np.ones(3, np.float16), "w")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="branch.bin")
+    made = helper.make_tensor_value_info("made", TensorProto.FLOAT16, [3])
+    branch = helper.make_graph([helper.make_node("Identity", ["w"], ["made"])], "branch", [], [made], [tensor])
+    node = helper.make_node("If", ["input"], ["output"], then_branch=branch, else_branch=branch)
+    ports = [
+        helper.make_tensor_value_info("input", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("output", TensorProto.FLOAT16, [3]),
+    ]
+    model = helper.make_model(helper.make_graph([node], "g", ports[:1], ports[1:]), ir_version=9)
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    read = onnxfile.read(str(tmp_path / "a.onnx"))
+    assert read.external == ["branch.bin"] and "float16" in read.elements

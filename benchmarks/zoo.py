@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(networks.families()))
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--limit", type=float, default=120, help="seconds for one network")
+    parser.add_argument("--theirs", type=float, default=60, help="seconds for Torch-Pruning on it, counted from there")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further network after these")
     parser.add_argument("--again", metavar="PATTERN", help="run FAMILY/NAME like this that older code has judged")
     parser.add_argument("--beside", metavar="REMARK", help="what else the machine did, kept with the seconds")
@@ -70,7 +71,7 @@ def main() -> None:
         for family, name in waiting(load(RESULTS), args.family, args.names, args.again):
             if time.monotonic() > end:
                 break
-            row = _apart(family, name, args.size, args.limit)
+            row = _apart(family, name, args.size, (args.limit, args.theirs))
             keep(RESULTS, row | ({"beside": args.beside} if args.beside else {}))
 
 
@@ -103,8 +104,11 @@ def steps(family: str, name: str, size: int) -> Iterator[Row]:
     yield record | {"torch_pruning": depgraph.judge(model, example, network)}
 
 
-def _apart(family: str, name: str, size: int, limit: float) -> Row:
-    """One network in a process of its own, forked so that the libraries are loaded once."""
+def _apart(family: str, name: str, size: int, limits: tuple[float, float]) -> Row:
+    """One network in a process of its own, forked so that the libraries are loaded once.
+
+    limits: seconds for our steps, and for Torch-Pruning after them.
+    """
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe(duplex=False)
     start = time.monotonic()
@@ -112,19 +116,23 @@ def _apart(family: str, name: str, size: int, limit: float) -> Row:
     child.start()
     theirs.close()
     row: Row = {"family": family, "name": name, "code": version()}
-    ended = False
-    while not ended and ours.poll(max(0.0, start + limit - time.monotonic())):
+    why = ""
+    for limit in limits:
+        if not ours.poll(limit):
+            why = f"more than {limit:.0f} s"
+            child.kill()
+            break
         try:
             row |= ours.recv()
         except EOFError:
-            ended = True
-    if not ended:
-        child.kill()
+            child.join()
+            why = f"ended with {child.exitcode}"
+            break
+        if "failed" in row:
+            break
     child.join()
-    if "failed" not in row and "torch_pruning" not in row:
-        why = f"ended with {child.exitcode}" if ended else f"more than {limit:.0f} s"
-        done = "captured" in row
-        row |= {"torch_pruning": {"outcome": "late", "reason": why}} if done else {"failed": why}
+    if why:
+        row |= {"torch_pruning": {"outcome": "late", "reason": why}} if "captured" in row else {"failed": why}
     return row | {"total_s": round(time.monotonic() - start, 1)}
 
 

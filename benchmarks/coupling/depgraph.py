@@ -1,8 +1,9 @@
 """Torch-Pruning 1.6.1 (Fang et al., DepGraph, CVPR 2023) on a network, judged as ours are judged.
 
 It prunes 30 % of every group by magnitude, called as its own examples call it: the layers that make the outputs are
-ignored, attention of timm is announced by its heads and its modules are told their new sizes afterwards, and widths
-beside `nn.MultiheadAttention` are multiples of its heads.
+ignored, attention of timm is announced by its heads, modules that keep their widths as numbers are told the new ones
+(attention of timm, vision transformers of torchvision), and widths beside `nn.MultiheadAttention` are multiples of its
+heads.
 
 Which entries are left is not taken from the library's word. Every parameter carries its own flat indices as its
 gradient, and the library slices gradients along with parameters: what the pruned network holds says what was kept. The
@@ -41,7 +42,7 @@ OUTCOMES = {
     "broken": "the pruned network does not run",
     "wrong": "the pruned network runs and computes something else",
     "unjudged": "the dense network could not be run as the judgement needs it",
-    "late": "it did not end in time",
+    "late": "it did not end in time, or ended its process",
     "absent": "Torch-Pruning is not installed",
 }
 """What can come out of it."""
@@ -130,9 +131,17 @@ def prune(model: nn.Module, inputs: tuple[Tensor, ...], ignored_layers: Sequence
     pruner.step()
     for module in model.modules():
         if _is_module(module, "qkv") and module.qkv in pruner.num_heads:
-            module.num_heads = pruner.num_heads[module.qkv]
-            width = getattr(module.qkv, "out_features", None) or module.qkv.out_channels
-            module.head_dim = width // (3 * module.num_heads)
+            _tell_heads(module, pruner.num_heads[module.qkv])
+        if hasattr(module, "hidden_dim") and _is_module(module, "conv_proj"):  # vision transformers of torchvision
+            module.hidden_dim = module.conv_proj.out_channels
+
+
+def _tell_heads(module: Any, heads: int) -> None:
+    """What attention of timm knows of its own widths."""
+    width = getattr(module.qkv, "out_features", None) or module.qkv.out_channels
+    module.num_heads, module.head_dim = heads, width // (3 * heads)
+    if hasattr(module, "attn_dim"):
+        module.attn_dim = heads * module.head_dim
 
 
 def _is_module(module: nn.Module, name: str) -> bool:

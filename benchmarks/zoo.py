@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import resource
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--limit", type=float, default=120, help="seconds for one network")
     parser.add_argument("--theirs", type=float, default=60, help="seconds for Torch-Pruning on it, counted from there")
+    parser.add_argument("--gib", type=float, default=8, help="memory that the process of one network may have")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further network after these")
     parser.add_argument("--again", metavar="PATTERN", help="run FAMILY/NAME like this that older code has judged")
     parser.add_argument("--beside", metavar="REMARK", help="what else the machine did, kept with the seconds")
@@ -67,12 +69,19 @@ def main() -> None:
         *_, row = steps(args.family or "torchvision", args.names[0], args.size)
         print(json.dumps(row))
     else:
+        bound(args.gib)
         end = time.monotonic() + 60 * args.minutes
         for family, name in waiting(load(RESULTS), args.family, args.names, args.again):
             if time.monotonic() > end:
                 break
             row = _apart(family, name, args.size, (args.limit, args.theirs))
             keep(RESULTS, row | ({"beside": args.beside} if args.beside else {}))
+
+
+def bound(gib: float) -> None:
+    """No process from here on takes more memory, so that a network that runs out of it says so and harms no other."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30), hard))
 
 
 def waiting(rows: dict[Key, Row], family: str | None, names: list[str], again: str | None) -> list[Key]:

@@ -52,8 +52,8 @@ def judge(model: nn.Module, example: tuple[Tensor, ...], network: Network | None
     """One column of the table. network: as ours captured it; it says which layers make outputs, and counts MACs."""
     try:
         found: dict[str, Any] = {"version": metadata.version("torch-pruning")}
-    except metadata.PackageNotFoundError as error:
-        return {"outcome": "absent", "reason": f"{error} is not installed"}
+    except metadata.PackageNotFoundError:
+        return {"outcome": "absent", "reason": "torch-pruning is not installed"}
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

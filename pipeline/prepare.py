@@ -6,8 +6,8 @@ Grow, push, prune (Tian, Arbel, Clark, arXiv 2009.13716) in that order: growth c
 pruning decides what of it stays. It may take `grow_to` times the user's network's latency, or times the budget where
 that is larger: where the budget leaves slack it is filled, and a little more, so that pruning has a choice.
 
-What grows: a group by half of its units, or a concatenation by one more Inception branch of the mean size of its parts.
-The worth of a unit is the measured loss of the smallest cut of its group, per unit; of a branch's, the mean over
+What grows, each once: a group by half of its units, or by more where the limit is above 2.25 (all groups made s times as
+wide cost s², so s = √limit would fill it), and a concatenation by an Inception branch of its parts' mean size. The worth of a unit is the measured loss of the smallest cut of its group, per unit; of a branch's, the mean over
 the groups it is set beside. The proposals of most worth per millisecond (of the table) are built whole and measured on
 the device beside the user's network, ordered by worth per millisecond as measured, and taken in turn; what is taken
 is measured together again, and the longest run of them whose upper bound keeps the limit is what the network grows by.
@@ -51,7 +51,7 @@ TOOLS = ("torch", "numpy", "scipy")
 MOST = 6
 """Networks that are measured in one session, beside the user's."""
 SHARE = 0.5
-"""What a group grows by, of its units."""
+"""What a group grows by at least, of its units."""
 
 Timings = Callable[[str, Mapping[str, Path]], Mapping[str, Timing]]
 """Times of models against the user's network in one named session, by label."""
@@ -162,7 +162,7 @@ def grow(work: Work, table: LatencyTable, values: Sensitivity, budget: float, ti
     """
     limit = work.profile.prepare.grow_to * max(1.0, budget)
     built: dict[str, tuple[Proposal, Path]] = {}
-    for proposal in propose(work.network, table, values)[:MOST]:
+    for proposal in propose(work.network, table, values, limit)[:MOST]:
         try:
             built[f"growth-{len(built) + 1}"] = (proposal, _built(work, (proposal,), f"growth-{len(built) + 1}"))
         except DeployError as error:
@@ -185,14 +185,18 @@ def grow(work: Work, table: LatencyTable, values: Sensitivity, budget: float, ti
     return Grown(_regrown(work, growth), growth, timing.ratio, told)
 
 
-def propose(network: Network, table: LatencyTable, values: Sensitivity) -> list[Proposal]:
-    """All that could grow, most worth per millisecond of the table first. Nothing that costs or is worth nothing."""
+def propose(network: Network, table: LatencyTable, values: Sensitivity, limit: float) -> list[Proposal]:
+    """All that could grow, most worth per millisecond of the table first; nothing that costs or is worth nothing.
+
+    limit: latency that the whole may grow to, over that of the network.
+    """
+    share = max(SHARE, math.sqrt(limit) - 1)
     groups = {group.id: group for group in network.topology.offered}
     units = {id: known for id, group in groups.items() if (known := _unit(group, table, values.finite())) is not None}
     found = []
     for id, (worth, ms) in units.items():
         group = groups[id]
-        width = _stepped(group.size * (1 + SHARE), table.grid)
+        width = _stepped(group.size * (1 + share), table.grid)
         more = width - group.size
         found.append(Proposal(Widen(id, width), f"{group.name} {group.size} -> {width}", worth * more, ms * more))
     for where, parts in joins(network).items():

@@ -2,9 +2,10 @@
 
 SGD with Nesterov momentum over one cycle of the learning rate (schedule.py) on the distillation loss (distil.py).
 After each epoch the network is scored, on `validate` or on batches held out of the training data, never on what the
-gate asks; the best epoch is kept, and the start where no epoch beats it. A loss that is not finite sends it back to
-the start once, with half the learning rate. At each epoch's end everything is stored, and since every epoch seeds its
-own randomness, a recovery that was killed ends on the CPU bit for bit as one that was not.
+gate asks; the best epoch is kept, and the start where no epoch beats it (or, with an `allowed_drop`, the latest that
+falls no further). A loss that is not finite sends it back to the start once, with half the learning rate. At each
+epoch's end everything is stored, and since every epoch seeds its own randomness, a recovery that was killed ends on the
+CPU bit for bit as one that was not.
 """
 
 from __future__ import annotations

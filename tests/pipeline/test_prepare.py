@@ -349,8 +349,9 @@ def test_what_is_taken_has_most_worth_for_its_measured_cost_and_fits_together():
     def offered(name: str, worth: float, ratio: float) -> tuple[Proposal, float]:
         return Proposal(Widen(name, 8), name, worth, 1.0), ratio
 
-    measured = [offered("dear", 1.0, 1.2), offered("good", 1.0, 1.05), offered("poor", 0.1, 1.04), offered("free", 0.1, 0.99)]
+    dear, good = offered("dear", 1.0, 1.2), offered("good", 1.0, 1.05)
+    measured = [dear, good, offered("poor", 0.1, 1.04), offered("free", 0.1, 0.99)]
     assert [each.name for each in chosen(measured, 1.1)] == ["free", "good", "poor"]
     assert [each.name for each in chosen(measured, 1.05)] == ["free", "good"]
     assert [each.name for each in chosen(measured, 1.3)] == ["free", "good", "dear", "poor"]
-    assert chosen(measured[:1], 1.1) == ()
+    assert chosen([dear], 1.1) == ()

@@ -8,7 +8,7 @@ that is larger: where the budget leaves slack it is filled, and a little more, s
 
 What grows, each place once: a group by half of its units, or by more where the limit is above 2.25 (all groups s times
 as wide cost s², so that s = √limit would fill it), and a concatenation by an Inception branch of its parts' mean size.
-The worth of a unit is the measured loss of the smallest cut of its group, per unit; that of a branch's the mean over the
+The worth of a unit is the measured loss of the smallest cut of its group, per unit; of a branch's, the mean over the
 groups that it is set beside. The proposals of most worth per millisecond (of the table) are built whole and measured on
 the device beside the user's network, ordered by worth per millisecond as measured, and taken in turn; what is taken
 is measured together again, and the longest run of them whose upper bound keeps the limit is what the network grows by.

@@ -1,6 +1,6 @@
 """The whole pipeline on one page, read from top to bottom: a trained network becomes a bundle that keeps its budget.
 
-    capture → dense ONNX → rankings → table → values → search (choose, narrow, measure, correct)
+    capture → dense ONNX → (grow, train) → rankings → table → values → search (choose, narrow, measure, correct)
             → repair → recover → export → candidates → measure → gate → bundle
 
 Each step is a stage with a key; what is measured is journalled, so a run that was killed ends with the same bundle.
@@ -13,7 +13,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -23,9 +23,9 @@ import numpy as np
 import onnx
 import torch
 from safetensors.torch import load_file, save
-from torch import fx, nn
+from torch import fx
 
-from pipeline import outcome, precision
+from pipeline import outcome, precision, prepare
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow, narrow_file
@@ -38,6 +38,7 @@ from pipeline.latency.store import Store
 from pipeline.latency.tabulate import tabulate
 from pipeline.latency.timing import Tally
 from pipeline.nouns import KeepUnits, LatencyTable, PruningPlan, Ranking, Sensitivity
+from pipeline.prepare import hashes, state
 from pipeline.project import Project, load_project, predict_torch
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from pipeline.prune.evidence import Evidence, Samples, divergence, first
@@ -106,6 +107,8 @@ def build(request: BuildRequest) -> BuildResult:
         run.finished("capture", run.seconds - begun, offered)
         for note in found.notes:
             _say(run, f"note: {note}")
+        if request.dry_run and profile.prepare.epochs:
+            _say(run, "note: a dry run trains nothing: this is the plan for the network as it was given.")
         samples = samples.first(repair_limit(network))
         work = Work(run, profile, budget, target, project, network, samples, (*notes, *found.notes))
         return _dry(work) if request.dry_run else _release(work)
@@ -119,6 +122,7 @@ def _asked(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]
     """
     for name in profile.graph.candidates:
         plugins.load(CANDIDATES, name)
+    prepare.refuse(profile.prepare, project)
     lacking = project.lacks("calibration")
     if lacking:
         spec = profile.prune
@@ -174,14 +178,16 @@ def _release(work: Work) -> BuildResult:
     dense = precision.lowered(work, exact, "dense")
     accuracy_dense = _accuracy(work, exact.path("onnx"), "dense")
     _compare_precisions(work, exact, dense, accuracy_dense)
+    budget = _relative_budget(work, dense)
+    work, base = _prepared(work, dense, budget)
     _rank(work)
-    table = _table(work, dense)
+    table = _table(work, base)
     probe = _probe(work)
     values = _values(work, probe, table)
-    ratio = _relative_budget(work, dense)
+    ratio = budget / work.slower
     for attempt in range(ATTEMPTS):
         aimed = ratio * STEP_BACK**attempt
-        found = _search(work, dense, probe, table, values, aimed)
+        found = _search(work, base, probe, table, values, aimed)
         if found.chosen is None:
             return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
         ending = _finish(work, exact, dense, found, accuracy_dense)
@@ -189,6 +195,31 @@ def _release(work: Work) -> BuildResult:
             break
         table = found.table
     return outcome.release(work, ending)
+
+
+def _prepared(work: Work, dense: Outcome, budget: float) -> tuple[Work, Outcome]:
+    """The network that is pruned, grown and trained where that was asked for, and its ONNX in the build's precision."""
+    if not work.profile.prepare.epochs:
+        return work, dense
+    grown = prepare.Grown(work.network)
+    if work.profile.prepare.grow:
+        first = replace(work, rankings={})
+        _rank(first)
+        table = _table(first, dense)
+        values, begun = _values(first, _probe(first), table), work.run.seconds
+        grown = prepare.grow(work, table, values, budget, lambda name, files: _timings(work, dense, name, files))
+        work.run.finished("grow", work.run.seconds - begun, f"in {len(grown.growth)} places, to {grown.slower:.3f}x")
+    told = len(work.notes)
+    work = prepare.trained(work, grown)
+    for note in work.notes[told:]:
+        _say(work.run, f"note: {note}")
+    return work, precision.lowered(work, _dense(work, "prepared"), "prepared")
+
+
+def _timings(work: Work, dense: Outcome, name: str, files: Mapping[str, Path]) -> dict[str, Timing]:
+    """Networks against the dense one in one session."""
+    session = _session(work, name, {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx"), **files}, "rank")
+    return {label: _timing(session, label, DENSE, AGAIN) for label in files}
 
 
 def _finish(
@@ -220,8 +251,8 @@ def _dry(work: Work) -> BuildResult:
     return outcome.dry(work, table, solution, ratio)
 
 
-def _dense(work: Work) -> Outcome:
-    """The dense network as ONNX, optimised, in float32."""
+def _dense(work: Work, name: str = "dense") -> Outcome:
+    """The network before any cut as ONNX, optimised, in float32. name: `dense`, or `prepared` once it is that."""
 
     def make(folder: Path) -> dict[str, Any]:
         raw = export(work.network.graph, work.project.inputs, folder / "raw.onnx", work.profile.graph.opset)
@@ -230,7 +261,7 @@ def _dense(work: Work) -> Outcome:
         return {"onnx": folder / "dense.onnx", "passes": json.loads(log.to_json())}
 
     return work.run.stage(
-        Stage("dense"), _written(work), {"project": work.source}, make, tools=TOOLS, detail=_nodes
+        Stage(name), _written(work), {"project": work.source}, make, tools=TOOLS, detail=_nodes
     )
 
 
@@ -432,7 +463,7 @@ def _short_recovery(work: Work, probe: Probing, plan: PruningPlan) -> float:
     spec = work.profile.recover.model_copy(update={"epochs": 1, "hooks": ()})
     file = work.scratch("short.checkpoint")
     file.unlink(missing_ok=True)
-    done = recover(fixed, work.network.graph, data, spec, file)
+    done = recover(fixed, work.given.graph, data, spec, file)
     return _divergence(work, cast(fx.GraphModule, done.module), work.loss_samples.first(few))
 
 
@@ -557,7 +588,7 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
             accuracy = work.project.validate(predict_torch(fixed))
             told[mode] = {"loss": _divergence(work, fixed, work.loss_samples), "accuracy": accuracy}
             if mode == chosen:
-                (folder / "repaired.safetensors").write_bytes(save(_state(fixed)))
+                (folder / "repaired.safetensors").write_bytes(save(state(fixed)))
         return {"weights": folder / "repaired.safetensors", "told": told}
 
     params = {"repair": chosen, **_probing(work), "samples": work.samples.count}
@@ -582,36 +613,24 @@ def _divergence(work: Work, model: fx.GraphModule, samples: Samples) -> float:
     return total / samples.count
 
 
-def _state(model: fx.GraphModule) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-
-
-def _hashes(model: fx.GraphModule) -> dict[str, str]:
-    return {name: _sha(value.numpy().tobytes()) for name, value in _state(model).items()}
-
-
 def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> fx.GraphModule:
-    """Distillation from the dense network; without training data the repaired network is the result."""
-    train, spec, project = work.project.train, work.profile.recover, work.project
-    if train is None or spec.epochs == 0:
+    """Distillation from the user's network; without training data the repaired network is the result."""
+    spec = work.profile.recover
+    if work.project.train is None or spec.epochs == 0:
         return repaired
 
-    def validate(model: nn.Module) -> float:
-        return float(project.validate(predict_torch(model)) or 0.0)
-
     def make(folder: Path) -> dict[str, Any]:
-        data = RecoverData(train, project.loss, validate if project.validates else None)
-        checkpoint = work.scratch("recover.checkpoint")
+        data, checkpoint = prepare.lessons(work.project), work.scratch("recover.checkpoint")
         with work.run.progress("recover", 1) as step:
-            done = recover(repaired, work.network.graph, data, spec, checkpoint, lambda *_: step())
-        (folder / "recovered.safetensors").write_bytes(save(_state(cast(fx.GraphModule, done.module))))
+            done = recover(repaired, work.given.graph, data, spec, checkpoint, lambda *_: step())
+        (folder / "recovered.safetensors").write_bytes(save(state(cast(fx.GraphModule, done.module))))
         return {
             "weights": folder / "recovered.safetensors",
             "history": [[e.epoch, e.loss, e.validate] for e in done.history],
             "stopped": done.stopped, "from": done.start_score, "to": done.best_score,
         }  # fmt: skip
 
-    inputs = {"project": work.source, "plan": plan.to_json(), "start": _hashes(repaired)}
+    inputs = {"project": work.source, "plan": plan.to_json(), "start": hashes(repaired)}
     done = work.run.stage(
         Stage("recover"), spec, inputs, make, tools=TOOLS,
         detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
@@ -627,11 +646,11 @@ def _export(work: Work, plan: PruningPlan, model: fx.GraphModule) -> Outcome:
         raw = export(model, work.project.inputs, folder / "raw.onnx", work.profile.graph.opset)
         log: PassLog = optimize(raw, work.profile.graph.passes, folder / "model.onnx")
         check_model(onnx.load_model(str(folder / "model.onnx")))
-        (folder / "pruned.safetensors").write_bytes(save(_state(model)))
+        (folder / "pruned.safetensors").write_bytes(save(state(model)))
         weights, passes = folder / "pruned.safetensors", json.loads(log.to_json())
         return {"onnx": folder / "model.onnx", "weights": weights, "passes": passes}
 
-    inputs = {"project": work.source, "plan": plan.to_json(), "weights": _hashes(model)}
+    inputs = {"project": work.source, "plan": plan.to_json(), "weights": hashes(model)}
     return work.run.stage(Stage("export"), _written(work), inputs, make, tools=TOOLS, detail=_nodes)
 
 

@@ -148,12 +148,32 @@ class DropBlock:
     block: str
 
 
-Edit = KeepUnits | DropBlock
+@dataclass(frozen=True)
+class Widen:
+    """Give a group of the network as it is so far this many units, at least those that it has."""
+
+    group: str
+    width: int
+
+
+@dataclass(frozen=True)
+class AddBranch:
+    """Join an Inception branch of so many channels at a place of the graph."""
+
+    where: str
+    channels: int
+
+
+Growth = Widen | AddBranch
+Edit = KeepUnits | DropBlock | Growth
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """A versioned, ordered list of edits of the dense network. Plans are equal when they make the same network."""
+    """A versioned, ordered list of edits of the dense network. Plans are equal when they make the same network.
+
+    What a network grew by stands before the cuts, which speak of the grown network.
+    """
 
     edits: tuple[Edit, ...] = ()
 
@@ -167,6 +187,11 @@ class PruningPlan:
         """Ids of removed blocks."""
         return frozenset(edit.block for edit in self.edits if isinstance(edit, DropBlock))
 
+    @property
+    def growth(self) -> tuple[Growth, ...]:
+        """What the network grew by before it was cut, in order."""
+        return tuple(edit for edit in self.edits if isinstance(edit, Widen | AddBranch))
+
     def widths(self, groups: Iterable[ChannelGroup]) -> dict[str, int]:
         """Group id -> units kept, for every group given (a group that is not cut keeps all)."""
         kept = self.kept
@@ -178,6 +203,10 @@ class PruningPlan:
         for edit in self.edits:
             if isinstance(edit, KeepUnits):
                 edits.append({"edit": "keep_units", "group": edit.group, "kept": list(edit.kept)})
+            elif isinstance(edit, Widen):
+                edits.append({"edit": "widen", "group": edit.group, "width": edit.width})
+            elif isinstance(edit, AddBranch):
+                edits.append({"edit": "add_branch", "where": edit.where, "channels": edit.channels})
             else:
                 edits.append({"edit": "drop_block", "block": edit.block})
         return json.dumps({"version": 1, "edits": edits}, sort_keys=True, separators=(",", ":"))
@@ -197,6 +226,10 @@ class PruningPlan:
                 edits.append(KeepUnits(str(edit["group"]), kept))
             elif edit.get("edit") == "drop_block":
                 edits.append(DropBlock(str(edit["block"])))
+            elif edit.get("edit") == "widen":
+                edits.append(Widen(str(edit["group"]), int(edit["width"])))
+            elif edit.get("edit") == "add_branch":
+                edits.append(AddBranch(str(edit["where"]), int(edit["channels"])))
             else:
                 raise ValueError(f"unknown edit {edit.get('edit')!r}")
         return cls(tuple(edits))

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from torch import fx
 
 from pipeline.cache import write_atomic
+from pipeline.latency.operations import Operations
 from pipeline.nouns import LatencyTable, PruningPlan, Solution
 from pipeline.project.project import predict_torch
 from pipeline.prune.repair import repair
@@ -113,11 +114,12 @@ def _gate(work: Work, ending: Ending) -> tuple[str, str]:
 def nothing_fits(
     work: Work, dense: Outcome, accuracy_dense: float | None, found: Found, ratio: float
 ) -> BuildResult:
-    """No candidate was measured to keep the budget: report the nearest."""
+    """No candidate was measured to keep the budget: report the nearest. ratio: against the network that is pruned."""
     nearest = min((c.measured for c in found.tried if c.measured), key=lambda m: m.high, default=None)
     said, budget_ms = "nothing could be measured", 0.0
     if nearest is not None:
-        said = f"the nearest network is {nearest.ratio:.3f}x (at most {nearest.high:.3f}x), budget {ratio:.3f}x"
+        low, high = nearest.ratio * work.slower, nearest.high * work.slower
+        said = f"the nearest network is {low:.3f}x (at most {high:.3f}x), budget {ratio * work.slower:.3f}x"
         budget_ms = ratio * nearest.dense_ms
     unit = found.table.dense_ms
     figures = _dense_figures(work, accuracy_dense, unit, None)
@@ -174,7 +176,7 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         target=data.target,
         model=ending.final.path("onnx"),
         dense=ending.dense.path("onnx"),
-        plan=ending.plan,
+        plan=PruningPlan((*(work.prepared.growth if work.prepared else ()), *ending.plan.edits)),
         weights=load_file(ending.final.path("weights")),
         session=ending.session,
         passes={"dense": _untimed(ending.dense["passes"]), "pruned": _untimed(ending.final["passes"])},
@@ -186,7 +188,7 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         latency=_latency(work.budget, data),
         accuracy=_accuracy(work, ending, data),
         versions=work.run.versions,
-        sources={"project": work.source},
+        sources={"project": work.project.digest()},
         chain=work.run.chain(),
         sample=_reproduced(ending.final["passes"], outputs),
         licences=licence_texts(work.project.folder),
@@ -270,7 +272,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
             ending.accuracy,
             _parameters(ending.model),
             work.operations.macs(ending.plan.widths(work.topology.groups), ending.plan.dropped),
-            _predicted(ending, unit, dense_ms[0]),
+            _predicted(work, ending, unit, dense_ms[0]),
             *pruned_ms,
         ),
         reason=reason,
@@ -290,7 +292,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         leaves=work.topology.leaves,
         sites=_sites(work, ending, chosen),
         rounds=_rounds(ending.found, unit),
-        points=_points(ending, dense_ms[0] or math.nan),
+        points=_points(ending, dense_ms[0] or math.nan, work.slower),
         distributions=tuple(_distribution(m) for m in session.measurements.values()),
         repairs=_repairs(work),
         passes=_passes(ending.final["passes"]),
@@ -321,14 +323,15 @@ def _dense_figures(
     work: Work, accuracy: float | None, unit: float, measured: tuple[float | None, tuple[float, float] | None] | None
 ) -> Figures:
     value, interval = measured or (None, None)
-    return Figures(accuracy, _parameters(work.network.graph), work.macs, value or unit, value, interval)
+    macs = Operations(work.given.topology).macs()
+    return Figures(accuracy, _parameters(work.given.graph), macs, value or unit, value, interval)
 
 
-def _predicted(ending: Ending, unit: float, dense_ms: float | None) -> float | None:
+def _predicted(work: Work, ending: Ending, unit: float, dense_ms: float | None) -> float | None:
     chosen = ending.found.chosen
     if chosen is None or dense_ms is None:
         return None
-    return ending.found.table.predict(chosen.widths, chosen.dropped).ms / unit * dense_ms
+    return ending.found.table.predict(chosen.widths, chosen.dropped).ms / unit * dense_ms * work.slower
 
 
 def _groups(work: Work, plan: PruningPlan) -> tuple[GroupRow, ...]:
@@ -369,8 +372,8 @@ def _rounds(found: Found, unit: float) -> tuple[RoundRow, ...]:
     return tuple(rows)
 
 
-def _points(ending: Ending, dense_ms: float) -> tuple[PointRow, ...]:
-    """What was measured, and of the rest what nothing beats in both latency and loss."""
+def _points(ending: Ending, dense_ms: float, slower: float) -> tuple[PointRow, ...]:
+    """What was measured, and of the rest what nothing beats in both latency and loss. slower: `Work.slower`."""
     rows = [PointRow("dense", dense_ms, ending.accuracy_dense, 0.0)]
     front = _front(ending.found)
     for number, c in enumerate(ending.found.tried, start=1):
@@ -378,7 +381,7 @@ def _points(ending: Ending, dense_ms: float) -> tuple[PointRow, ...]:
         if not (shipped or c.measured or c in front):
             continue
         accuracy = ending.accuracy if shipped else None
-        rows.append(PointRow(f"plan {number}", c.ratio * dense_ms, accuracy, c.loss, shipped))
+        rows.append(PointRow(f"plan {number}", c.ratio * slower * dense_ms, accuracy, c.loss, shipped))
     return tuple(rows)
 
 
@@ -475,7 +478,7 @@ def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
     """
     if not work.project.validates:
         return ("Without data.validate no cheaper point can be judged; try a larger budget.",)
-    wanted = float(work.project.validate(predict_torch(work.network.graph)) or 0.0) - work.project.max_drop
+    wanted = float(work.project.validate(predict_torch(work.given.graph)) or 0.0) - work.project.max_drop
 
     def keeps(point: Candidate) -> bool:
         pruned = prune(work.network, point.plan)
@@ -488,7 +491,7 @@ def _cheapest(work: Work, found: Found) -> tuple[str, ...]:
     first = bisect_left(front, True, key=keeps)
     if first == len(front):
         return (f"No point tried {kept}; try a larger budget or more recovery.",)
-    return (f"The cheapest point tried that {kept}: --budget {front[first].ratio:.3g}x.",)
+    return (f"The cheapest point tried that {kept}: --budget {front[first].ratio * work.slower:.3g}x.",)
 
 
 def _front(found: Found) -> list[Candidate]:

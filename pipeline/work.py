@@ -8,13 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, fx
+
 from pipeline.latency.operations import Operations
-from pipeline.nouns import Ranking, Topology
+from pipeline.nouns import Growth, PruningPlan, Ranking, Topology
 from pipeline.project import Project
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Samples
 from pipeline.prune.groups import find_groups
+from pipeline.prune.growth import regrow
 from pipeline.prune.own_rules import unmet
+from pipeline.prune.surgery import prune, restore
 from pipeline.report.data import ReportData
 from pipeline.run import Run
 from profiles.schema import Budget, Profile, PruneSpec
@@ -57,6 +61,17 @@ def captured(project: Project, model: Any, spec: PruneSpec) -> Captured:
     return Captured(network, (*notes, *unmet(network, model, files)))
 
 
+def rebuilt(project: Project, plan: PruningPlan, weights: Mapping[str, Tensor], spec: PruneSpec) -> fx.GraphModule:
+    """The network of a bundle as a torch module in eval mode, from the project's factory, plan.json and the weights.
+
+    It is grown as the plan says before it is cut. spec: of the build, from the run's profile.json. Raises DeployError
+    where plan, weights and project are not of one build.
+    """
+    network = captured(project, project.model(), spec).network
+    grown = regrow(network, plan.growth, lambda graph: captured(project, graph, spec).network)
+    return restore(prune(grown, plan), weights, "the bundle").eval()
+
+
 @dataclass(frozen=True)
 class BuildResult:
     """How a build ended. summary: the one JSON object of `--json`. exit_code: as profiles/errors.py says."""
@@ -68,8 +83,22 @@ class BuildResult:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What was made of the user's network before pruning. given: that network. key: of the stage that trained it.
+
+    growth: what it grew by before, in order. slower: its latency over that of the given network, measured; 1 where it
+    did not grow.
+    """
+
+    given: Network
+    key: str
+    growth: tuple[Growth, ...] = ()
+    slower: float = 1.0
+
+
+@dataclass(frozen=True)
 class Work:
-    """What every step needs.
+    """What every step needs. network: what is pruned. prepared: how it came about where it is not the user's own.
 
     samples: calibration samples for rankings and repair, none at all where the project names none. notes: what was
     decided for the user, a sentence each. rankings: the order in which units go, filled by the step that ranks.
@@ -88,6 +117,17 @@ class Work:
     rankings: dict[str, Ranking] = field(default_factory=dict)
     repairs: dict[str, Any] = field(default_factory=dict)
     precision: list[str] = field(default_factory=list)
+    prepared: Prepared | None = None
+
+    @property
+    def given(self) -> Network:
+        """The user's own network: latency and accuracy are counted from it, and recovery follows it."""
+        return self.prepared.given if self.prepared else self.network
+
+    @property
+    def slower(self) -> float:
+        """Latency of the network that is pruned over that of the user's own."""
+        return self.prepared.slower if self.prepared else 1.0
 
     @property
     def topology(self) -> Topology:
@@ -116,9 +156,10 @@ class Work:
 
     @property
     def source(self) -> str:
-        """Hash of the project, and what a unit of its attention is: what every stage's key begins with."""
+        """What every stage's key begins with: the project's hash, what a unit of attention is, how it was prepared."""
         attention = self.profile.prune.attention
-        return self.project.digest() + ("" if attention == "channels" else f":{attention}")
+        prepared = f":{self.prepared.key}" if self.prepared else ""
+        return self.project.digest() + ("" if attention == "channels" else f":{attention}") + prepared
 
     def scratch(self, name: str) -> Path:
         """A file of this run that is not a result."""

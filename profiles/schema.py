@@ -183,6 +183,23 @@ class RecoverSpec(Spec):
     seed: int = 0
 
 
+class PrepareSpec(RecoverSpec):
+    """Training of the dense network before it is pruned, and what it grows by before that; off with 0 epochs.
+
+    It ends with its latest weights that score no more than `accuracy.max_drop` below the user's own network: what hooks
+    do shows in what can be pruned afterwards, and seldom in the score.
+    """
+
+    epochs: int = Field(default=0, ge=0, description="0: the user's network is pruned as it is")
+    learning_rate: float = Field(default=0.02, gt=0)
+    alpha: float = Field(default=0.5, ge=0, le=1, description="share of distillation from the user's own network")
+    patience: int = Field(default=1000, ge=1, description="epochs without a better validate before stopping")
+    grow: bool = Field(default=False, description="grow first, by what the device measures to fit")
+    grow_to: float = Field(
+        default=1.25, gt=1, description="latency it may grow to: times the user's network's, or the budget if larger"
+    )
+
+
 class GraphSpec(Spec):
     """Which ONNX is written, which passes rewrite it, in order, and which rewrites the device is asked about."""
 
@@ -281,6 +298,7 @@ class Profile(Spec):
     prune: PruneSpec = PruneSpec()
     measure: MeasureSpec = MeasureSpec()
     check: CheckSpec = CheckSpec()
+    prepare: PrepareSpec = PrepareSpec()
     recover: RecoverSpec = RecoverSpec()
     graph: GraphSpec = GraphSpec()
     ssh: SshSpec = SshSpec()

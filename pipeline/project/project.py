@@ -85,7 +85,7 @@ class Project:
     @property
     def overrides(self) -> dict[str, Any]:
         """The profile's keys that deploy.toml sets, as nested tables for `load_profile`."""
-        return self.file.model_dump(include={"prune", "recover"}, exclude_unset=True)
+        return self.file.model_dump(include={"prune", "prepare", "recover"}, exclude_unset=True)
 
     @cached_property
     def _state(self) -> dict[str, Tensor] | None:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from profiles.errors import UsageError
-from profiles.schema import InputSpec, PruneSpec, RecoverSpec, Spec, explain, read_toml
+from profiles.schema import InputSpec, PrepareSpec, PruneSpec, RecoverSpec, Spec, explain, read_toml
 
 FILE = "deploy.toml"
 
@@ -51,7 +51,7 @@ class AccuracyTable(Spec):
 
 
 class ProjectFile(Spec):
-    """deploy.toml. path: more folders where modules are found. prune, recover: keys that override the profile's."""
+    """deploy.toml. path: more folders where modules are found. prune, prepare, recover: override the profile's keys."""
 
     version: Literal[1]
     path: tuple[str, ...] = ()
@@ -59,6 +59,7 @@ class ProjectFile(Spec):
     data: DataTable = DataTable()
     accuracy: AccuracyTable = AccuracyTable()
     prune: PruneSpec = PruneSpec()
+    prepare: PrepareSpec = PrepareSpec()
     recover: RecoverSpec = RecoverSpec()
 
 

@@ -2,9 +2,10 @@
 
 SGD with Nesterov momentum over one cycle of the learning rate (schedule.py) on the distillation loss (distil.py).
 After each epoch the network is scored, on `validate` or on batches held out of the training data, never on what the
-gate asks; the best epoch is kept, and the start where no epoch beats it. A loss that is not finite sends it back to
-the start once, with half the learning rate. At each epoch's end everything is stored, and since every epoch seeds its
-own randomness, a recovery that was killed ends on the CPU bit for bit as one that was not.
+gate asks; the best epoch is kept, and the start where no epoch beats it (or, with an `allowed_drop`, the latest that
+falls no further). A loss that is not finite sends it back to the start once, with half the learning rate. At each
+epoch's end everything is stored, and since every epoch seeds its own randomness, a recovery that was killed ends on the
+CPU bit for bit as one that was not.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Recovered:
-    """How a recovery ended. best_epoch: index in `history` of the weights in `module`; None: the start was kept."""
+    """How a recovery ended. best_epoch: index in `history` of the weights in `module`; None: the start was kept.
+
+    best_score: of those weights.
+    """
 
     module: nn.Module
     history: tuple[Epoch, ...]
@@ -106,14 +110,19 @@ def recover(
     spec: RecoverSpec,
     checkpoint: Path,
     progress: Progress | None = None,
+    *,
+    allowed_drop: float | None = None,
 ) -> Recovered:
     """Train a copy of `pruned` to follow `dense`; both stay as they are. Goes on from `checkpoint` where it fits.
+
+    allowed_drop: left out, the best epoch is kept; else the latest that scores at most so much below the start, which
+    is for training whose worth the score does not show. The start is kept where no epoch does.
 
     Raises DeployError for training data without batches, an unknown hook, a checkpoint that cannot be written.
     """
     hooks: list[TrainHook] = [plugins.load(HOOKS, name).Hook() for name in spec.hooks]
     with _own_randomness(), ExitStack() as stack:
-        run = _Recovery(pruned, dense, data, spec, checkpoint, progress, hooks)
+        run = _Recovery(pruned, dense, data, spec, checkpoint, progress, hooks, allowed_drop)
         for hook in hooks:
             stack.callback(hook.stop)
             hook.start(run.student, run.teacher)
@@ -133,6 +142,7 @@ class _Recovery:
         checkpoint: Path,
         progress: Progress | None,
         hooks: list[TrainHook],
+        allowed_drop: float | None,
     ) -> None:
         self.began = monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,8 +151,9 @@ class _Recovery:
         if not any(p.requires_grad for p in self.student.parameters()):
             self.student.requires_grad_(True)
         self.data, self.spec, self.hooks, self.progress = data, spec, hooks, progress
-        self.checkpoint = checkpoint
-        self.origin = stored.origin(spec.model_dump_json(), pruned.state_dict(), dense.state_dict())
+        self.checkpoint, self.allowed_drop = checkpoint, allowed_drop
+        kept = "" if allowed_drop is None else f" latest within {allowed_drop!r}"
+        self.origin = stored.origin(spec.model_dump_json() + kept, pruned.state_dict(), dense.state_dict())
         self.start = self._weights()
         self.best = self.start
         self.optimizer = self._optimizer()
@@ -237,7 +248,7 @@ class _Recovery:
             score = self._score()
             epoch = Epoch(story.epoch, story.attempt, steps, loss, score, self._elapsed() - before)
             story.history.append(asdict(epoch))
-            if score > story.best_score:
+            if self._keeps(score):
                 story.best_score, story.best_epoch, self.best = score, len(story.history) - 1, self._weights()
         story.epoch += 1
         if story.step >= story.steps or story.epoch >= self.spec.epochs:
@@ -246,6 +257,11 @@ class _Recovery:
             story.stopped = "time"
         elif waited(self._scores_past_peak()) >= self.spec.patience:
             story.stopped = "patience"
+
+    def _keeps(self, score: float) -> bool:
+        if self.allowed_drop is None:
+            return score > self.story.best_score
+        return math.isfinite(score) and score >= self.story.start_score - self.allowed_drop
 
     def _time_is_up(self) -> bool:
         """Whether there is time for nothing but one more score."""

@@ -3,7 +3,7 @@
     manifest.json        checksums, chain of inputs, versions, device, budget, latency, accuracy, names and layouts
     model.onnx           the network that was measured; dense.onnx: the one it is compared with
     engine files         what the runtime built of them, where it builds any
-    plan.json            which units stay, as indices into the dense network
+    plan.json            what the network grew by, if it did, and which units stay, as indices into it
     pruned.safetensors   weights of the pruned network (the suffix is the encoder's)
     sample.safetensors   an input and the output that belongs to it: `input.<name>`, `output.<name>`
     measurement.json     every raw sample of the accepting session, with its conditions

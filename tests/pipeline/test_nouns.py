@@ -2,7 +2,7 @@
 
 import json
 
-from pipeline.nouns import Ranking
+from pipeline.nouns import AddBranch, DropBlock, KeepUnits, PruningPlan, Ranking, Widen
 
 
 def test_a_removed_unit_is_stood_in_for_by_the_first_twin_of_its_chain_that_stays():
@@ -24,3 +24,12 @@ def test_a_ranking_comes_back_from_json_as_it_was():
         Ranking("h", (0,), (0.0,)),
     ):
         assert Ranking.from_table(json.loads(json.dumps(ranking.to_table()))) == ranking
+
+
+def test_a_plan_keeps_what_the_network_grew_by_before_its_cuts():
+    growth = (Widen("g", 24), AddBranch("cat_1", 16))
+    plan = PruningPlan((*growth, KeepUnits("g", (0, 2)), DropBlock("b")))
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan and again.growth == growth
+    assert again.kept == {"g": (0, 2)} and again.dropped == {"b"}
+    assert PruningPlan((KeepUnits("g", (0, 2)),)).growth == ()

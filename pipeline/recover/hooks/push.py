@@ -42,7 +42,7 @@ class Hook(TrainHook):
         if not linear:
             raise UsageError(
                 "the hook 'push' needs a linear layer to read the last hidden layer from, and the network has none.",
-                "leave 'push' out of recover.hooks.",
+                "leave 'push' out of the hooks.",
             )
         self._attached = [layer.register_forward_pre_hook(self._listen) for layer in linear]
 
@@ -61,7 +61,7 @@ class Hook(TrainHook):
             shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             raise UsageError(
                 f"the hook 'push' needs one class a sample, {len(features)} whole numbers; data.train gives {shape}.",
-                "leave 'push' out of recover.hooks.",
+                "leave 'push' out of the hooks.",
             )
         return push(features, targets)
 

@@ -406,3 +406,33 @@ def test_a_resumed_recovery_with_a_hook_ends_as_one_that_was_not_stopped(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "torn", spec=spec, progress=interrupt)
     assert same(run(tmp_path / "torn", spec=spec).module, run(tmp_path / "whole", spec=spec).module)
+
+# --- the latest instead of the best ---
+
+
+def kept(tmp_path, scores, **kwargs):
+    """A recovery whose epochs score so after a start of scores[0], and the networks that were scored."""
+    validate, shown = scripted(scores)
+    spec = SPEC.model_copy(update={"epochs": len(scores) - 1, "patience": 100})
+    return run(tmp_path, RecoverData(digits.train, digits.loss, validate), spec, **kwargs), shown
+
+
+@pytest.mark.parametrize(
+    ("scores", "epoch"), [([0.9, 0.95, 0.85], 1), ([0.9, 0.95, 0.7], 0), ([0.9, 0.7, 0.6], None)]
+)
+def test_with_an_allowed_drop_the_latest_epoch_within_it_is_kept(tmp_path, scores, epoch):
+    recovered, shown = kept(tmp_path, scores, allowed_drop=0.1 + 1e-9)
+    assert recovered.best_epoch == epoch
+    assert recovered.best_score == (scores[0] if epoch is None else scores[epoch + 1])
+    assert same(recovered.module, shown[0 if epoch is None else epoch + 1])
+
+
+def test_without_an_allowed_drop_the_best_epoch_is_kept(tmp_path):
+    recovered, shown = kept(tmp_path, [0.9, 0.95, 0.94])
+    assert recovered.best_epoch == 0 and same(recovered.module, shown[1])
+
+
+def test_a_checkpoint_of_another_way_of_keeping_is_not_gone_on_with(tmp_path):
+    run(tmp_path)
+    assert run(tmp_path).resumed_epochs == 3
+    assert run(tmp_path, allowed_drop=math.inf).resumed_epochs == 0

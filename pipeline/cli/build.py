@@ -74,6 +74,8 @@ def _request(
     exists("targets", profile.target)
     for name in profile.graph.candidates:
         exists("candidates", name)
+    for name in (*profile.prepare.hooks, *profile.recover.hooks):
+        exists("hooks", name)
     if budget is None and profile.budget is None:
         raise UsageError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
     if not (project / "deploy.toml").is_file():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
-from test_resume import files, resume, start, stop
+from test_resume import ENVIRONMENT, files, resume, start, stop
 from tiny_project import PROJECT, replace, request, write_project
 
 from pipeline import flow, prepare
@@ -234,6 +236,16 @@ def test_what_cannot_be_prepared_is_said_before_any_work(tmp_path: Path, setting
         build(request(project, tmp_path / "root", overrides={"prepare": settings}))
     assert said in told.value.message
     assert not (tmp_path / "root" / "runs").exists() and not (tmp_path / "root" / ".deploy" / "keys").exists()
+
+
+@pytest.mark.parametrize("table", ["prepare", "recover"])
+def test_a_misspelt_hook_is_told_by_the_command_line_at_once(table: str, tmp_path: Path):
+    asked = ["build", "--target", "simulated", "--project", str(tmp_path), "--budget", "0.5x"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *asked, "--set", f"{table}.hooks=['pusch']"],
+        cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "pusch" in done.stderr and "push" in done.stderr.replace("pusch", "")
 
 
 def test_a_dry_run_trains_nothing_and_says_so(tmp_path: Path):

@@ -162,7 +162,7 @@ start() {
   setsid ip netns exec "$net" unshare --pid --mount --fork --mount-proc --kill-child \
     "$0" boot "$dir" </dev/null >>"$dir/boot.log" 2>&1 &
   echo $! >"$dir/pid"
-  for _ in $(seq 100); do
+  for _ in $(seq 400); do
     if [ -f "$dir/state" ] && ssh-keyscan -T 1 -p 2222 "$address" 2>/dev/null | grep -q ed25519; then
       return 0
     fi

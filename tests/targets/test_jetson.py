@@ -166,7 +166,7 @@ class Orin:
         """Whether it is as it was before."""
         return self.mode == "0" and self.clocks == self.FLOATING and not (self.board.cache / "arranged.json").exists()
 
-    def soon_sound(self, seconds: float = 10.0) -> bool:
+    def soon_sound(self, seconds: float = 40.0) -> bool:
         end = time.monotonic() + seconds
         while not self.sound and time.monotonic() < end:
             time.sleep(0.1)

@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--theirs", type=float, default=60, help="seconds for Torch-Pruning on it, counted from there")
     parser.add_argument("--gib", type=float, default=8, help="memory that the process of one network may have")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further network after these")
-    parser.add_argument("--again", metavar="PATTERN", help="run FAMILY/NAME like this that older code has judged")
+    parser.add_argument(
+        "--again", metavar="PATTERN", help="run FAMILY/NAME like this that older code judged, or that was stopped"
+    )
     parser.add_argument("--beside", metavar="REMARK", help="what else the machine did, kept with the seconds")
     parser.add_argument("--report", action="store_true", help="counts, and what freezes most")
     parser.add_argument("--table", action="store_true", help="totals and one line a network, as Markdown")
@@ -85,13 +87,18 @@ def bound(gib: float) -> None:
 
 
 def waiting(rows: dict[Key, Row], family: str | None, names: list[str], again: str | None) -> list[Key]:
-    """What is to be run: what has no row yet, or with a pattern what older code has judged."""
+    """What is to be run: what has no row yet, or with a pattern what older code has judged or what was stopped."""
     every = [(f, name) for f, list_names in networks.families().items() if family in (None, f) for name in list_names()]
     chosen = [key for key in every if not names or key[1] in names]
     if again is None:
         return [key for key in chosen if key not in rows]
-    old = [key for key in chosen if key in rows and rows[key].get("code") != version()]
-    return [key for key in old if fnmatch("/".join(key), again)]
+    return [key for key in chosen if key in rows and _old(rows[key]) and fnmatch("/".join(key), again)]
+
+
+def _old(row: Row) -> bool:
+    """Whether another run may say something else."""
+    stopped = "failed" in row or row.get("torch_pruning", {}).get("outcome") in ("late", "absent")
+    return stopped or row.get("code") != version()
 
 
 @cache

@@ -143,8 +143,8 @@ def _seconds_told(row: Row) -> str:
 
 def growth(rows: Sequence[Row]) -> float:
     """Power of the number of layers that seconds grow with: the slope of a line fitted to both logarithms."""
-    points = [(row["layers"], taken) for row in rows if (taken := seconds(row))]
-    return float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
+    layers, taken = np.log([(row["layers"], taken) for row in rows if (taken := seconds(row))]).T
+    return float(np.polyfit(layers, taken, 1)[0])
 
 
 def draw(rows: dict[Key, Row], path: Path) -> None:

@@ -156,6 +156,12 @@ def test_rows_of_older_code_are_run_again_where_the_pattern_fits(few):
     assert zoo.waiting(rows, "b", [], "*") == []
 
 
+@pytest.mark.parametrize("more", [{"failed": "more than 1 s"}, {"torch_pruning": {"outcome": "late"}}])
+def test_what_was_stopped_is_run_again_though_the_code_is_the_same(few, more):
+    whole = {"code": zoo.version(), "torch_pruning": {"outcome": "wrong"}}
+    assert zoo.waiting({("a", "x"): whole, ("a", "y"): whole | more}, "a", [], "*") == [("a", "y")]
+
+
 def test_a_row_takes_the_place_of_its_older_one(tmp_path, capsys):
     path = tmp_path / "zoo.jsonl"
     zoo.keep(path, {"family": "b", "name": "n", "offered": 1})

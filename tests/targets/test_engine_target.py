@@ -7,7 +7,6 @@ what a Jetson would run: the agent in its zip, the worker, the link, jobs, the e
 from __future__ import annotations
 
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -36,13 +35,8 @@ def target(request, tmp_path, monkeypatch):
     if request.param == "here":
         (tmp_path / "lock").mkdir()
         monkeypatch.setattr(leases, "lease_folder", lambda: tmp_path / "lock")
-        site = str(make_site(tmp_path / "site"))
-        monkeypatch.setenv("PYTHONPATH", site)
-        monkeypatch.syspath_prepend(site)
-        for name in ("tensorrt", "fake_tensorrt"):
-            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setenv("PYTHONPATH", str(make_site(tmp_path / "site")))
         yield load_target(load_profile("local", {"runtime": "tensorrt", "tensorrt": {"cuda_graph": True}}), state)
-        sys.modules.pop("tensorrt", None)
         return
     board: TestBoard = request.getfixturevalue("board")
     version = Path(sysconfig.get_path("purelib")).parent.name
@@ -85,8 +79,9 @@ def test_what_a_builder_has_not_is_one_sentence_with_the_key(target, tmp_path):
     assert "DLA" in error.value.message and "\n" not in error.value.message
 
 
+@pytest.mark.parametrize("target", ["on a board"], indirect=True)
 def test_outputs_are_those_of_the_engine(target, tmp_path):
-    """The stand-in's GPU doubles its input, whatever the network says."""
+    """The stand-in's GPU doubles its input, whatever the network says. Here it would stay loaded in this process."""
     artifact = target.build(write_relu(tmp_path / "net.onnx"), tmp_path / "net.plan")
     batch = np.random.default_rng(0).standard_normal((3, 3, 4, 4)).astype(np.float32)
     assert np.array_equal(target.infer(artifact, [batch])[0], 2 * batch)

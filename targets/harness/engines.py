@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from profiles.errors import DeployError
+from targets.harness.agent.board.files import sha256
 from targets.harness.agent.board.tensorrt import onnxfile
 from targets.harness.agent.board.tensorrt.errors import BoardError
-from targets.harness.agent.board.tensorrt.library import digest
 
 SCHEMA = 1
 """Changes whenever the same inputs would give another engine than before: a new builder, a new option."""
@@ -38,12 +38,12 @@ def model_digest(onnx: Path) -> dict[str, str]:
     """
     try:
         facts = onnxfile.read(str(onnx))
-        found = {"": digest(str(onnx))}
+        found = {"": sha256(str(onnx))}
         for name in facts.external:
             path = (onnx.parent / name).resolve()
             if not path.is_relative_to(onnx.parent.resolve()):
                 raise DeployError(f"'{onnx}' keeps weights outside its folder, in '{name}'.", "export it again.")
-            found[name] = digest(str(path))
+            found[name] = sha256(str(path))
     except BoardError as error:
         raise DeployError(f"{error.message}.", error.hint) from None
     except OSError as error:
@@ -92,7 +92,7 @@ class Engines:
         folder = self._folder(key)
         try:
             record = json.loads((folder / "record.json").read_bytes())
-            if digest(str(folder / "engine.plan")) == record["sha256"]:
+            if sha256(str(folder / "engine.plan")) == record["sha256"]:
                 os.utime(folder)  # what is used stays young for `deploy gc`
                 return folder / "engine.plan", record
         except (OSError, ValueError, KeyError, TypeError):
@@ -111,7 +111,7 @@ class Engines:
             part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key[:16]}-"))
             try:
                 shutil.copyfile(plan, part / "engine.plan")
-                table = {**record, "key": key, "sha256": digest(str(part / "engine.plan"))}
+                table = {**record, "key": key, "sha256": sha256(str(part / "engine.plan"))}
                 (part / "record.json").write_text(json.dumps(table, sort_keys=True), encoding="utf-8")
                 try:
                     os.replace(part, folder)

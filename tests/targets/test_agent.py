@@ -15,7 +15,7 @@ import simulated_nights as nights
 
 from profiles.schema import CheckSpec, MeasureSpec
 from targets.harness import bench, pack
-from targets.harness.agent.board import driver, layers, machine, plan
+from targets.harness.agent.board import driver, layers, machine, plan, timing
 from targets.harness.agent.board import model as model_part
 from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.files import sha256, write_result
@@ -280,7 +280,7 @@ class Slow(Model):
 @pytest.fixture
 def pretended(monkeypatch):
     clock = Pretended([])
-    for part in (model_part, driver):
+    for part in (timing, model_part, driver):
         monkeypatch.setattr(part, "CLOCK", clock.clock)
     return clock
 

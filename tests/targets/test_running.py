@@ -14,7 +14,8 @@ import pytest
 from conftest import write_conv
 from fake_tensorrt import VERSIONS, Fake
 
-from targets.harness.agent.board.tensorrt import cuda, engine, library, running, timing
+from targets.harness.agent.board import timing
+from targets.harness.agent.board.tensorrt import cuda, engine, library, running
 from targets.harness.agent.board.tensorrt.cuda import Cuda
 from targets.harness.agent.board.tensorrt.errors import BoardError
 from targets.harness.agent.board.tensorrt.library import Library

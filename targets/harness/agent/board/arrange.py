@@ -66,7 +66,7 @@ class Arrangement(object):
         code, said = jetson.run(["jetson_clocks", "--store", clocks], as_root=True)
         if code or not os.path.exists(clocks):
             raise jetson.refused("jetson_clocks --store", code, said)
-        record = {"boot": boot_id(), "mode": before[0], "mode_id": before[1], "clocks": True}
+        record = {"boot": boot_id(), "mode": before[0], "mode_id": before[1]}
         write_file(os.path.join(self.home, RECORD), json.dumps(record).encode())
 
     def start_guard(self, lease: int) -> None:
@@ -112,7 +112,7 @@ def mend(home: str) -> None:
         if record is None:
             return
         number, clocks = record.get("mode_id"), os.path.join(home, CLOCKS)
-        held = bool(record.get("clocks")) and record.get("boot") == boot_id() and os.path.exists(clocks)
+        held = record.get("boot") == boot_id() and os.path.exists(clocks)
         if number is not None and jetson.power_mode()[1] != number:
             if held:  # a lock of one mode may lie above what the other allows
                 jetson.run(["jetson_clocks", "--restore", clocks], as_root=True)

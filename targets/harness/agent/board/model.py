@@ -3,15 +3,10 @@
 import time
 from typing import Any, List, Sequence, Tuple, Type
 
-from .base import CLOCK, AgentError, Table, median
+from .base import CLOCK, AgentError, Table
 from .machine import usable_cores
+from .timing import SPIN_NS, Timed
 
-SPIN_NS = 200_000
-"""Longest spin before a tick. A sleeping process is woken 50 to 100 us late, which would pass for a late start."""
-WARM_INFERENCES = 3
-"""Fewest inferences of a window of the warm-up, unless they take too long: a median of two hides no outlier."""
-WARM_WINDOWS = 6
-"""Windows before a slow network is given up as not steady."""
 NUMPY_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -81,7 +76,7 @@ def open_session(path: str, options: Table) -> Any:
     return ort.InferenceSession(path, settings, providers=asked)
 
 
-class Model(object):
+class Model(Timed):
     """An opened session of ONNX Runtime with input and output buffers bound once.
 
     options: threads, spin, providers, seed; profile: the beginning of the path of the profiler's file, where the
@@ -180,37 +175,6 @@ class Model(object):
             if wrong:
                 text = "%d of %d values of its output '%s' are NaN or infinite" % (wrong, array.size, port.name)
                 raise AgentError("model", text)
-
-    def warm(self, rule: Table) -> Table:
-        """Infer until min_s and min_inferences are reached and two windows' medians differ by less than `steady`.
-
-        max_s ends it, steady or not. For a slow network half of max_s stands for min_inferences, and it goes on beyond
-        max_s, to longest_s at most, until there were WARM_WINDOWS windows to compare.
-        """
-        begin, count, steady = CLOCK(), 0, False
-        longest_s = max(rule["max_s"], rule.get("longest_s", 0.0))
-        medians: List[int] = []
-        while True:
-            samples = self.window(rule["window_s"], 0.25 * longest_s)
-            medians.append(median(samples))
-            count += len(samples)
-            seconds = (CLOCK() - begin) * 1e-9
-            enough = count >= rule["min_inferences"] or seconds >= 0.5 * rule["max_s"]
-            if len(medians) > 1 and seconds >= rule["min_s"] and enough:
-                steady = abs(medians[-1] - medians[-2]) < rule["steady"] * medians[-2]
-            tried = len(medians) >= WARM_WINDOWS or (len(medians) > 1 and seconds >= longest_s)
-            if steady or (tried and seconds >= rule["max_s"]):
-                return {"inferences": count, "seconds": seconds, "windows_ns": medians[-8:], "steady": steady}
-
-    def window(self, least_s: float, most_s: float) -> List[int]:
-        """Nanoseconds of the inferences of least_s, and of WARM_INFERENCES at least, begun before most_s are over."""
-        samples: List[int] = []
-        begin = CLOCK()
-        while True:
-            samples.extend(self.block(0, 1))
-            seconds = (CLOCK() - begin) * 1e-9
-            if seconds >= most_s or (seconds >= least_s and len(samples) >= WARM_INFERENCES):
-                return samples
 
 
 def aligned(array: Any, kind: Any) -> Any:

@@ -5,11 +5,11 @@ of versions: the same code meets 8.2 on a Nano and 11 on a Thor, and whatever co
 """
 
 import ctypes
-import hashlib
 import importlib
 import re
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+from ..files import sha256
 from .errors import BoardError, Table
 
 MODULES = {
@@ -70,7 +70,7 @@ class Library(object):
     def facts(self) -> Table:
         """Who the library is: name, version and the SHA-256 of its file, "" where that is not found."""
         path = loaded_file(self.name)
-        return {"name": self.name, "version": self.version, "build": digest(path) if path else ""}
+        return {"name": self.name, "version": self.version, "build": sha256(path) if path else ""}
 
 
 def load(name: str, importer: Optional[Importer] = None) -> Library:
@@ -159,15 +159,6 @@ def loaded_version(name: str) -> str:
         return ""
     major, rest = divmod(number, 10000) if number >= 10000 else divmod(number, 1000)
     return "%d.%d.%d" % (major, rest // 100, rest % 100)
-
-
-def digest(path: str) -> str:
-    """SHA-256 of a file, in hex."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        for part in iter(lambda: file.read(1 << 20), b""):
-            found.update(part)
-    return found.hexdigest()
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import struct
 from ctypes import c_void_p, memmove, string_at
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..timing import Timed
 from . import layers, library
 from .cuda import TO_DEVICE, TO_HOST, Cuda
 from .errors import BoardError, Table
 from .library import Library
-from .timing import Timed
 
 KINDS = {
     "FLOAT": ("float32", 4), "HALF": ("float16", 2), "BF16": ("bfloat16", 2), "INT8": ("int8", 1),

@@ -18,10 +18,11 @@ import subprocess
 import tempfile
 from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
-from ..base import die_with_parent
+from ..base import die_with_parent, median
+from ..files import sha256
+from ..timing import Timed
 from . import layers, onnxfile, parsing
 from .errors import BoardError, Table
-from .timing import Timed, median
 
 PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec", "/usr/local/tensorrt/bin/trtexec")
 PATIENCE_S = 3600.0
@@ -361,6 +362,4 @@ class TrtexecModel(Timed):
 
 def facts(binary: Trtexec) -> Dict[str, Any]:
     """Who the binary is, for a fingerprint."""
-    from .library import digest
-
-    return {"name": "trtexec", "version": binary.version, "build": digest(binary.path)}
+    return {"name": "trtexec", "version": binary.version, "build": sha256(binary.path)}

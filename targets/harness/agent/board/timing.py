@@ -4,20 +4,16 @@ The clock is read around a complete synchronous inference with buffers that are 
 """
 
 import time
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import List, Tuple
 
-Table = Dict[str, Any]
-SPIN_NS = 200000
-"""Longest spin before a tick of a control period."""
-WARM_INFERENCES, WARM_WINDOWS = 3, 6
+from .base import CLOCK, Table, median
 
-
-def now_ns() -> int:
-    """Nanoseconds of the monotonic clock."""
-    return int(time.perf_counter() * 1e9)
-
-
-CLOCK: Callable[[], int] = getattr(time, "perf_counter_ns", now_ns)
+SPIN_NS = 200_000
+"""Longest spin before a tick. A sleeping process is woken 50 to 100 us late, which would pass for a late start."""
+WARM_INFERENCES = 3
+"""Fewest inferences of a window of the warm-up, unless they take too long: a median of two hides no outlier."""
+WARM_WINDOWS = 6
+"""Windows before a slow network is given up as not steady."""
 
 
 class Timed(object):
@@ -72,8 +68,8 @@ class Timed(object):
     def warm(self, rule: Table) -> Table:
         """Infer until min_s and min_inferences are reached and two windows' medians differ by less than `steady`.
 
-        max_s ends it, steady or not; a slow network goes on beyond it, to longest_s at most, until there were
-        WARM_WINDOWS windows to compare.
+        max_s ends it, steady or not. For a slow network half of max_s stands for min_inferences, and it goes on beyond
+        max_s, to longest_s at most, until there were WARM_WINDOWS windows to compare.
         """
         begin, count, steady = CLOCK(), 0, False
         longest_s = max(rule["max_s"], rule.get("longest_s", 0.0))
@@ -99,10 +95,3 @@ class Timed(object):
             seconds = (CLOCK() - begin) * 1e-9
             if seconds >= most_s or (seconds >= least_s and len(samples) >= WARM_INFERENCES):
                 return samples
-
-
-def median(values: Sequence[int]) -> int:
-    """Middle value; the lower middle of an even count is averaged with the upper one."""
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) // 2

@@ -47,7 +47,7 @@ from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank, require_labels
 from pipeline.prune.repair import NEED_INPUTS, repair
 from pipeline.prune.repair import affordable as repair_limit
-from pipeline.prune.sensitivity import LossProbe, Probe, RepairProbe, measure
+from pipeline.prune.sensitivity import LossProbe, Probe, RepairProbe, measure, to_fit
 from pipeline.prune.sensitivity import affordable as probe_limit
 from pipeline.prune.surgery import prune, restore
 from pipeline.prune.taps import DenseTaps
@@ -65,8 +65,8 @@ from targets.base import Target, load_target
 from targets.harness.measurement import Judgement, Session, judge
 
 TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
-RANK_SAMPLES, VALUE_SAMPLES, FEWEST_SAMPLES = 512, 256, 32
-EFFORT_MACS = 256 * 126e6
+RANK_SAMPLES, VALUE_SAMPLES, FEWEST_SAMPLES = 512, 384, 48
+EFFORT_MACS = 384 * 126e6
 """Multiply-accumulates of trying one plan, ResNet-56's, up to which a search may try as many as it likes; four times
 as many are the most that a plan should take."""
 SHORT_STEPS = 16
@@ -416,7 +416,7 @@ def _probe(work: Work) -> Probing:
         samples, mode = work.loss_samples.first(_probed(work)), work.profile.prune.repair
         if mode == "least-squares":
             return LossProbe(work.network, samples)
-        fitted = work.samples.first(_probed(work))  # noise tells losses, and repairs nothing
+        fitted = work.samples.first(to_fit(_probed(work)))  # noise tells losses, and repairs nothing
         return RepairProbe(work.network, samples, fitted, mode, work.rankings)
 
     return cache(make)

@@ -12,7 +12,7 @@ Values are kept at a few positions of each sample, the same for all tensors of o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -180,11 +180,18 @@ def set_bias(layer: nn.Module, norm: nn.Module | None, bias: Tensor, before: Ten
 
 
 class DenseTaps:
-    """Dense values at the kept positions, by node name, computed in one pass over the samples and kept."""
+    """Dense values at the kept positions, by node name, computed in one pass over the samples and kept.
 
-    def __init__(self, network: Network, inputs: tuple[Tensor, ...], limit: int = ROWS) -> None:
+    fitted: how many of the samples, the first ones, give rows that layers are refitted on; left out, all.
+    """
+
+    def __init__(
+        self, network: Network, inputs: tuple[Tensor, ...], limit: int = ROWS, fitted: int | None = None
+    ) -> None:
         self.inputs, self.limit = inputs, limit
-        run = _Sampling(network.graph, _wanted(network.graph), limit)
+        self.count = len(inputs[0])
+        self.fitted = self.count if fitted is None else fitted
+        run = _Sampling(network.graph, _wanted(network.graph), self.rows)
         with torch.no_grad():
             run.run(*inputs)
         self._values = run.taken
@@ -195,6 +202,14 @@ class DenseTaps:
 
     def __contains__(self, node: str) -> bool:
         return node in self._values
+
+    def part(self, x: Tensor) -> Tensor:
+        """What belongs to the fitted samples, of a tensor whose first axis is the samples, or samples and windows."""
+        return x[: len(x) * self.fitted // self.count]
+
+    def rows(self, x: Tensor, last: bool = False) -> Tensor:
+        """Values of the fitted samples at the kept positions, (rows, C)."""
+        return rows(self.part(x), self.limit, last=last)
 
 
 def _wanted(graph: fx.GraphModule) -> dict[str, bool]:
@@ -218,13 +233,15 @@ def _norm_node(graph: fx.GraphModule, target: str) -> str:
 
 
 class _Sampling(fx.Interpreter):
-    def __init__(self, graph: fx.GraphModule, wanted: dict[str, bool], limit: int) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, wanted: dict[str, bool], rows: Callable[[Tensor, bool], Tensor]
+    ) -> None:
         super().__init__(graph)
-        self.wanted, self.limit = wanted, limit
+        self.wanted, self.rows = wanted, rows
         self.taken: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n.name in self.wanted and isinstance(value, Tensor) and value.dim() >= 2:
-            self.taken[n.name] = rows(value, self.limit, last=self.wanted[n.name])
+            self.taken[n.name] = self.rows(value, self.wanted[n.name])
         return value

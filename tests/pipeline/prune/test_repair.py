@@ -202,6 +202,23 @@ def test_a_loss_measured_from_kept_values_is_the_loss_of_a_whole_run(monkeypatch
     assert LossProbe(network, samples).loss(single) == pytest.approx(one, rel=1e-4)
 
 
+def test_a_loss_is_that_of_samples_which_no_layer_was_refitted_on():
+    """A head of 256 inputs gives twelve samples their outputs back, whatever is left in front of it."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 256, 3, padding=1), nn.BatchNorm2d(256), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10),
+    )  # fmt: skip
+    network = find_groups(capture(lived_in(wide), example()))
+    first = network.topology.offered[0]
+    plan = PruningPlan((KeepUnits(first.id, tuple(range(2))),))
+    samples, fresh = some_samples(12), some_samples(400)
+    fitted = repair(prune(network, plan), network, plan, samples)
+    assert gap(fitted, network, samples) < 0.1 * gap(fitted, network, fresh)
+    assert LossProbe(network, samples).loss(plan) > 0.5 * gap(fitted, network, fresh)
+
+
 def test_a_layer_that_no_edit_reaches_is_not_refitted_even_where_it_has_to_be_computed_again(monkeypatch):
     network, samples = network_of("residual pad"), some_samples()
     last = halved(network).edits[-1]

@@ -3,6 +3,7 @@
     python -m benchmarks.builds                        all cells that have no result yet
     python -m benchmarks.builds resnet20_gtsrb@0.5x    one of them, again
     python -m benchmarks.builds --verify               only measures the bundles that are there afresh
+    EDGE_TARGET=board.toml python -m benchmarks.builds     on another device; frontier and ablations read it too
 
 A cell is a project of benchmarks/projects at a budget. Its result: the build's summary, accuracy and loss after each
 way of repairing, predicted against measured in every round, seconds of each stage, and the ratio of a fresh
@@ -35,6 +36,9 @@ CELLS = (
     ("shufflenet_gtsrb", "0.7x"),
     ("efficientnet_gtsrb", "0.7x"),
 )
+ASKED = os.environ.get("EDGE_TARGET") or "local"
+TARGET = str(Path(ASKED).resolve()) if ASKED.endswith(".toml") else ASKED
+"""The profile that is built for and measured on, by name or file."""
 DEPLOY = [sys.executable, "-m", "pipeline.cli"]
 
 
@@ -65,10 +69,15 @@ def build(project: str, budget: str, flags: Sequence[str] = ()) -> dict[str, Any
     return row
 
 
-def deploy(folder: Path, budget: str, flags: Sequence[str], work: Path) -> dict[str, Any]:
-    """`deploy build` of a project folder, run in `work`: its summary, and what its report says."""
+def deploy(
+    folder: Path, budget: str, flags: Sequence[str], work: Path, command: Sequence[str] = DEPLOY
+) -> dict[str, Any]:
+    """`deploy build` of a project folder, run in `work`: its summary, and what its report says.
+
+    command: what stands for `deploy`.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    asked = [*DEPLOY, "build", "--target", "local", "--project", str(folder), "--budget", budget, "--json", *flags]
+    asked = [*command, "build", "--target", TARGET, "--project", str(folder), "--budget", budget, "--json", *flags]
     done = subprocess.run(asked, cwd=work, stdout=subprocess.PIPE, text=True, check=False)
     summary = json.loads(done.stdout.splitlines()[-1])
     row: dict[str, Any] = {"exit_code": done.returncode, "summary": summary, "machine": machine()}
@@ -106,7 +115,7 @@ def verify(row: dict[str, Any]) -> None:
     """Measure a cell's bundle afresh, where it has one that is still there."""
     bundle = row["summary"].get("bundle")
     if bundle and (WORK / bundle).is_dir():
-        again = [*DEPLOY, "verify", bundle, "--target", "local", "--json"]
+        again = [*DEPLOY, "verify", bundle, "--target", TARGET, "--json"]
         fresh = subprocess.run(again, cwd=WORK, stdout=subprocess.PIPE, text=True, check=False)
         row["fresh"] = json.loads(fresh.stdout.splitlines()[-1])
 

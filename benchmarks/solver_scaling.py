@@ -15,7 +15,7 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,18 +64,28 @@ class Net:
 
     def problem(self) -> Problem:
         """The table, the topology and convex random losses."""
-        curves = {}
-        for group in self.groups:
-            weight = self.rng.lognormal(0.0, 0.8)
-            steps = self.rng.uniform(0.5, 1.5, len(self.choices[group.id]))
-            raw = [weight * s * (1 - w / group.size) ** 1.7 for w, s in zip(self.choices[group.id], steps, strict=True)]
-            falling = np.maximum.accumulate(raw[::-1])[::-1]
-            curves[group.id] = {w: float(v) for w, v in zip(self.choices[group.id], falling, strict=True)}
-        losses = {block.id: float(self.rng.lognormal(0.5, 0.6)) for block in self.blocks}
+        values = drawn(self.groups, self.blocks, self.choices, self.rng)
         bare = LatencyTable(tuple(self.sites), self.choices, 16, 0.0)
         dense = bare.predict({group.id: group.size for group in self.groups}).ms
         table = LatencyTable(tuple(self.sites), self.choices, 16, dense)
-        return table, Topology(tuple(self.groups), tuple(self.blocks), {}, ()), Sensitivity(curves, losses)
+        return table, Topology(tuple(self.groups), tuple(self.blocks), {}, ()), values
+
+
+def drawn(
+    groups: Sequence[ChannelGroup],
+    blocks: Sequence[Block],
+    choices: Mapping[str, Sequence[int]],
+    rng: np.random.Generator,
+) -> Sensitivity:
+    """Losses that nobody measured: convex in the removed share with a random weight a group, one a block."""
+    curves = {}
+    for group in groups:
+        weight = rng.lognormal(0.0, 0.8)
+        steps = rng.uniform(0.5, 1.5, len(choices[group.id]))
+        raw = [weight * s * (1 - w / group.size) ** 1.7 for w, s in zip(choices[group.id], steps, strict=True)]
+        falling = np.maximum.accumulate(raw[::-1])[::-1]
+        curves[group.id] = {w: float(v) for w, v in zip(choices[group.id], falling, strict=True)}
+    return Sensitivity(curves, {block.id: float(rng.lognormal(0.5, 0.6)) for block in blocks})
 
 
 def tenths(size: int) -> tuple[int, ...]:

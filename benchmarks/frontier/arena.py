@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.builds import accepting
+from benchmarks.builds import TARGET, accepting
 from benchmarks.frontier.bisection import Steps
 from benchmarks.frontier.sessions import Sitting, sit
 from pipeline.graph.export import export
@@ -117,7 +117,7 @@ class Arena:
         self.project = load_project(self.place)
         tables = {*self.project.overrides, *pace.overrides}
         merged = {t: {**self.project.overrides.get(t, {}), **pace.overrides.get(t, {})} for t in tables}
-        self.profile = load_profile("local", merged)
+        self.profile = load_profile(TARGET, merged)
         self.target = load_target(self.profile, folder / ".deploy")
         self.model = self.project.model()
         self.dense = capture(self.model, self.project.example())

@@ -23,7 +23,11 @@ from pipeline.stage import tool_versions
 TOOLS = ("edge-deploy", "torch", "numpy", "onnx", "onnxruntime", "torch-pruning", "nvidia-modelopt")
 
 
-def contest(unit: Unit, store: Store, pace: Pace, base: Path, *, again: bool) -> None:
+Enter = Callable[[Arena, Unit, Path, Path], Entry]
+"""A unit's network before its recovery. The folders: of what it leaves behind, and of what only its search needs."""
+
+
+def contest(unit: Unit, store: Store, pace: Pace, base: Path, enter: Enter, *, again: bool) -> None:
     """Work what a unit lacks and keep each cell as soon as it is there; what goes wrong is a result too."""
     begun, todo = time.monotonic(), store.lacks(unit, again)
     seconds = dense.ensure(unit.net, pace, base / unit.net, Path(os.environ["EDGE_TRAINED"]))
@@ -41,7 +45,7 @@ def contest(unit: Unit, store: Store, pace: Pace, base: Path, *, again: bool) ->
         if unit.contestant == DENSE:
             keep(DENSE, dense.judge(arena) | {"seconds": seconds})
         else:
-            work(arena, unit, todo, keep)
+            work(arena, unit, todo, keep, enter)
     except NeverMet as missed:
         for recovery in todo:
             seconds = {name: round(took, 1) for name, took in missed.seconds.items()}
@@ -53,7 +57,7 @@ def contest(unit: Unit, store: Store, pace: Pace, base: Path, *, again: bool) ->
             keep(recovery, {"failed": told, "seconds": {"all": round(time.monotonic() - begun, 1)}})
 
 
-def work(arena: Arena, unit: Unit, todo: list[str], keep: Callable[[str, Row], None]) -> None:
+def work(arena: Arena, unit: Unit, todo: list[str], keep: Callable[[str, Row], None], enter: Enter) -> None:
     """Search once, then every recovery."""
     folder = arena.folder / unit.budget / unit.contestant
     folder.mkdir(parents=True, exist_ok=True)

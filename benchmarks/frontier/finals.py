@@ -28,7 +28,7 @@ def measure(group: str, store: Store, overrides: Overrides, folder: Path) -> Row
     found = {name: row for name, row in store.finalists(group).items() if (builds.ROOT / row["onnx"]).is_file()}
     if not found or not dense.is_file():
         return None
-    profile = load_profile("local", {"measure": dict(overrides.get("measure", {}))})
+    profile = load_profile(builds.TARGET, {"measure": dict(overrides.get("measure", {}))})
     target = load_target(profile, folder / ".deploy")
     names, row = sorted(found), dict[str, object]()
     ratios = {name: time for name, time in store.measured(group).items() if name not in found}

@@ -7,6 +7,7 @@ labels alone, so that both differ in nothing but the recovery.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,19 @@ def enter(arena: Arena, budget: str, contestant: str, folder: Path) -> Entry:
     work = arena.folder / "builds" if flags else folder / "build"
     if not flags:
         shutil.rmtree(work, ignore_errors=True)
-    row = builds.deploy(arena.place, budget, [*arena.pace.flags, *flags], work)
+    entry = built(arena, budget, flags, work)
+    entry.facts["cache"] = "shared" if flags else "empty"
+    return entry
+
+
+def built(
+    arena: Arena, budget: str, flags: Sequence[str], work: Path, command: Sequence[str] = builds.DEPLOY
+) -> Entry:
+    """What a build in the folder `work` ends with, whether that keeps the budget or not. Raises NeverMet for nothing.
+
+    command: what stands for `deploy`.
+    """
+    row = builds.deploy(arena.place, budget, [*arena.pace.flags, *flags], work, command)
     summary = row["summary"]
     seconds = {name: took for name, took in row.get("seconds", {}).items() if name in AFTER}
     seconds["search"] = summary.get("seconds", 0.0) - sum(seconds.values())
@@ -42,11 +55,10 @@ def enter(arena: Arena, budget: str, contestant: str, folder: Path) -> Entry:
     facts: dict[str, Any] = {key: row[key] for key in ("removed", "widths", "rounds")}
     facts |= {
         "verdict": summary["verdict"], "accepted": [summary["latency_ratio"], *summary["latency_ratio_interval"]],
-        "cache": "shared" if flags else "empty", "flags": list(flags), "parameters": summary["parameters"],
-        "macs": summary["macs"],
+        "flags": list(flags), "parameters": summary["parameters"], "macs": summary["macs"],
     }  # fmt: skip
     return Entry(
-        start=lambda: repaired(arena, PruningPlan.from_json((path / "plan.json").read_text())),
+        start=lambda: repaired(arena, planned(path)),
         ratio=summary["latency_ratio"],
         before={name: told["validate"] for name, told in row["repairs"].items()},
         seconds=seconds,
@@ -56,6 +68,11 @@ def enter(arena: Arena, budget: str, contestant: str, folder: Path) -> Entry:
     )
 
 
+def planned(bundle: Path) -> PruningPlan:
+    """The plan of a bundle, one that was rejected too."""
+    return PruningPlan.from_json((bundle / "plan.json").read_text())
+
+
 def method(contestant: str) -> tuple[str, ...]:
     """Flags of `ours`, `ours-solver-NAME` and `ours-criterion-NAME`."""
     _, _, rest = contestant.partition("-")
@@ -63,9 +80,12 @@ def method(contestant: str) -> tuple[str, ...]:
     return (f"--{kind}", name) if kind else ()
 
 
-def repaired(arena: Arena, plan: PruningPlan) -> nn.Module:
-    """The network of a plan as the build repaired it: a function of plan, weights and samples."""
+def repaired(arena: Arena, plan: PruningPlan, mode: str | None = None) -> nn.Module:
+    """The network of a plan as the build repaired it: a function of plan, weights and samples.
+
+    mode: another repair, one that needs no twins.
+    """
     spec = arena.profile.prune
     network = find_groups(capture(arena.model, arena.project.example()), freeze=spec.freeze)
     samples = arena.samples.first(affordable(network))
-    return repair(prune(network, plan), network, plan, samples, spec.repair)
+    return repair(prune(network, plan), network, plan, samples, mode or spec.repair)

@@ -149,7 +149,7 @@ def table(store: Store) -> str:
         dense = store.cells.get(f"{net}/{DENSE}/{DENSE}")
         if dense is None or "accuracy" not in dense:
             continue
-        told += ["", f"{net}: dense {_percent(dense['accuracy'])} of {dense['images']} test images; {_taken_on(dense)}"]
+        told += ["", f"{net}: dense {_percent(dense['accuracy'])} of {dense['images']} test images; {taken_on(dense)}"]
         for budget in BUDGETS:
             here = [line for line in every if (line.net, line.budget) == (net, budget)]
             for recovery in RECOVERIES:
@@ -200,7 +200,7 @@ def _without(store: Store, net: str, budget: str) -> list[str]:
     return [f"  {name:<30} {reason} ({took[name]:.0f} s)" for name, reason in sorted(reasons.items())]
 
 
-def _taken_on(row: Row) -> str:
+def taken_on(row: Row) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if version)
     return f"{row['machine']['cpu']}, {row['machine']['cores']} cores; {versions}"
 
@@ -227,13 +227,13 @@ def record(store: Store) -> dict[str, Any]:
         ],
         "criterion": [asdict(each) | {"meets": each.meets} for each in judged(store)],
     }  # fmt: skip
-    return cast(dict[str, Any], _finite(found))
+    return cast(dict[str, Any], finite(found))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for what JSON has no number for."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: finite(item) for name, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

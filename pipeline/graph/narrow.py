@@ -11,7 +11,7 @@ cut has to be found in the model, or noted there as absorbed by another paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,7 @@ def narrow(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
     lost = {name for name in lost if not name.endswith("num_batches_tracked")}
     if lost:
         raise DeployError(f"the parameter '{min(lost)}' is not in the exported graph.", AGAIN)
-    for block in cut.dropped:
-        _drop_block(graph, block)
+    _drop_blocks(graph, cut.dropped)
     for node, (kind, axis, value) in cut.constants.items():
         _rewrite_constant(graph, node, kind, axis, value, {name for block in cut.dropped for name in block.nodes})
     _remove_dead(graph)
@@ -133,19 +132,56 @@ def _slice_parameters(model: onnx.ModelProto, graph: onnx.GraphProto, slices: Ma
 # --- removed blocks ------------------------------------------------------------------------------------------------
 
 
-def _drop_block(graph: onnx.GraphProto, block: Block) -> None:
-    """Let the readers of the addition read its skip operand; an activation applied twice in a row is applied once."""
-    add = next((node for node in graph.node if node.name.startswith(f"/{block.add}/") and node.op_type == "Add"), None)
-    if add is None:
-        raise DeployError(f"the addition '{block.add}' of block '{block.id}' is not in the exported graph.", AGAIN)
-    skip = add.input[block.skip]
-    _redirect(graph, add.output[0], skip)
-    producer = next((node for node in graph.node if skip in node.output), None)
-    if producer is None or producer.op_type != "Relu":
+class _Wires:
+    """Who makes and who reads each tensor of a graph, kept up to date while readers are moved."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.look()
+
+    def look(self) -> None:
+        """Find everything."""
+        graph = self.graph
+        self.results = {info.name for info in graph.output}
+        self.makers = {name: node for node in graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in reads(node):
+                self.readers.setdefault(name, []).append(node)
+
+    def redirect(self, old: str, new: str) -> None:
+        """As `_redirect`, by the readers alone; where an output of the graph is renamed, all is looked at again."""
+        if old in self.results:
+            _redirect(self.graph, old, new)
+            self.look()
+            return
+        moved = self.readers.pop(old, [])
+        for node in moved:
+            _rename_in(node, old, new, outputs=False)
+        self.readers.setdefault(new, []).extend(moved)
+
+
+def _drop_blocks(graph: onnx.GraphProto, blocks: Sequence[Block]) -> None:
+    """Let the readers of each addition read its skip operand; an activation applied twice in a row is applied once."""
+    if not blocks:
         return
-    for reader in graph.node:
-        if reader.op_type == "Relu" and reader.input[0] == skip:
-            _redirect(graph, reader.output[0], skip)
+    wires = _Wires(graph)
+    adds: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        if node.op_type == "Add":
+            adds.setdefault(node.name[: node.name.find("/", 1) + 1], node)
+    for block in blocks:
+        add = adds.get(f"/{block.add}/")
+        if add is None:
+            raise DeployError(f"the addition '{block.add}' of block '{block.id}' is not in the exported graph.", AGAIN)
+        skip = add.input[block.skip]
+        wires.redirect(add.output[0], skip)
+        producer = wires.makers.get(skip)
+        if producer is None or producer.op_type != "Relu":
+            continue
+        for reader in wires.readers.get(skip, []):  # grows while it is gone through
+            if reader.op_type == "Relu" and reader.input[0] == skip:
+                wires.redirect(reader.output[0], skip)
 
 
 def _redirect(graph: onnx.GraphProto, old: str, new: str) -> None:
@@ -165,12 +201,16 @@ def _redirect(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 def _rename(graph: onnx.GraphProto, old: str, new: str, *, outputs: bool) -> None:
     for node in graph.node:
-        for inner in graphs(node):
-            _rename(inner, old, new, outputs=False)
-        for names in (node.input, node.output) if outputs else (node.input,):
-            for index, name in enumerate(names):
-                if name == old:
-                    names[index] = new
+        _rename_in(node, old, new, outputs=outputs)
+
+
+def _rename_in(node: onnx.NodeProto, old: str, new: str, *, outputs: bool) -> None:
+    for inner in graphs(node):
+        _rename(inner, old, new, outputs=False)
+    for names in (node.input, node.output) if outputs else (node.input,):
+        for index, name in enumerate(names):
+            if name == old:
+                names[index] = new
 
 
 def _remove_dead(graph: onnx.GraphProto) -> None:

@@ -1,15 +1,22 @@
 """Find how every axis of every tensor depends on the widths of the groups, by narrowing and looking.
 
-Each axis is   size = constant + sum over groups of coefficient x width.   One unit of one group is cut at a time from
-the dense graph without its weights, and shape inference says which axes shrank and by how much. A last cut of all
-groups at once has to come out as the sum says.
+Each axis is   size = constant + sum over groups of coefficient x width.   Units are cut from the dense graph without
+its weights, one a group, and shape inference says which axes shrank and by how much. Most axes depend on one group, so
+many groups are cut at once: over n probes a group is cut in half of them, each group in a half of its own. An axis that
+shrank alike in just such a half depends on that group alone, since the halves of two groups together are more than one
+half; groups that turn out to share an axis are cut one by one. A last cut of all groups at once has to come out as the
+sum says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from pipeline.graph.inner import reads
@@ -39,23 +46,64 @@ def find_forms(model: onnx.ModelProto, topology: Topology, resolve: Resolve) -> 
     bare = without_weights(model)
     dense = tensor_shapes(bare)
     _check_known(bare, dense)
-    found: dict[str, list[dict[str, int]]] = {name: [{} for _ in shape] for name, shape in dense.items()}
-    groups = [group for group in topology.offered if group.size > 1]
-    for group in groups:
-        probed = _probe(bare, resolve, {group.id: group.size - 1})
-        for name, shape in probed.items():
-            for axis, size in enumerate(shape):
-                if size != dense[name][axis]:
-                    found[name][axis][group.id] = dense[name][axis] - size
-    sizes = {group.id: group.size for group in groups}
+    sizes = {group.id: group.size for group in topology.offered if group.size > 1}
+    found = _coefficients(bare, dense, resolve, sizes, _sharing(topology))
     dims = {
-        name: tuple(_dim(size, terms, sizes) for size, terms in zip(dense[name], axes, strict=True))
-        for name, axes in found.items()
+        name: tuple(_dim(size, found[name, axis], sizes) for axis, size in enumerate(shape))
+        for name, shape in dense.items()
     }
-    if groups:
-        widths = {group.id: (group.size + 1) // 2 for group in groups}
+    if sizes:
+        widths = {group: (size + 1) // 2 for group, size in sizes.items()}
         _check_sums(dims, _probe(bare, resolve, widths), widths)
     return Forms(dense, dims, tensor_types(bare))
+
+
+def _sharing(topology: Topology) -> set[str]:
+    """Groups that meet another one on an axis of a parameter."""
+    homes = {unit: group.id for group in topology.offered for unit in group.units}
+    axes = (units for axes in topology.params.values() for units in axes.values())
+    met = ({homes[unit] for unit in np.unique(units).tolist() if unit in homes} for units in axes)
+    return {group for groups in met if len(groups) > 1 for group in groups}
+
+
+def _coefficients(
+    bare: onnx.ModelProto,
+    dense: Mapping[str, Shape],
+    resolve: Resolve,
+    sizes: Mapping[str, int],
+    alone: Iterable[str],
+) -> dict[tuple[str, int], dict[str, int]]:
+    """(tensor, axis) -> coefficients of the groups that it depends on. alone: groups that are cut one by one."""
+
+    def shrunk(groups: Iterable[str]) -> dict[tuple[str, int], int]:
+        probed = _probe(bare, resolve, {group: sizes[group] - 1 for group in groups})
+        lost = ((name, axis, dense[name][axis] - size) for name, s in probed.items() for axis, size in enumerate(s))
+        return {(name, axis): units for name, axis, units in lost if units}
+
+    found: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+    single = [group for group in sizes if group in set(alone)]
+    halves = _halves([group for group in sizes if group not in single])
+    seen: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)
+    for number in sorted(frozenset().union(*halves)):
+        for place, units in shrunk(group for half, group in halves.items() if number in half).items():
+            seen[place][number] = units
+    for place, times in seen.items():
+        owner = halves.get(frozenset(times))
+        if owner is not None and len(set(times.values())) == 1:
+            found[place][owner] = times.popitem()[1]
+        else:
+            single += [group for half, group in halves.items() if half <= times.keys()]
+    for group in dict.fromkeys(single):
+        for place, units in shrunk([group]).items():
+            found[place][group] = units
+    return found
+
+
+def _halves(groups: Sequence[str]) -> dict[frozenset[int], str]:
+    """In which probes each group is cut: half of all, and no two groups alike."""
+    count = next(n for n in itertools.count(2) if math.comb(n, n // 2) >= len(groups))
+    combinations = itertools.combinations(range(count), count // 2)
+    return {frozenset(half): group for half, group in zip(combinations, groups, strict=False)}
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -17,8 +17,9 @@ so that no copy pays for a change of layout that the network does not make, and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -59,7 +60,7 @@ class Rows:
 
     def __init__(self, model: onnx.ModelProto, topology: Topology, resolve: Resolve) -> None:
         """resolve: turns a plan into a cut of this topology. Raises DeployError where shapes cannot be found."""
-        self._model = model
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self._opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 17)
         self._links = link(model.graph, [info.name for info in true_inputs(model)])
         self._forms: Forms = find_forms(model, topology, resolve)
@@ -123,7 +124,7 @@ class Rows:
         outputs = result_of(self._links, sorted(nodes))
         shapes = self._shapes(nodes, outputs)
         dims = independent(shapes)
-        template = cut_template(self._links, nodes, outputs, self._forms, dims, self._model)
+        template = cut_template(self._links, nodes, outputs, self._forms, dims, self._initializers)
         plan = self._plan(template)
         id, kind = self._name(piece, template)
         protos = tuple(self._links.nodes[index].name for index in sorted(nodes))
@@ -150,8 +151,8 @@ class Rows:
         first = heavy[0] if heavy else template.nodes[0]
         stem = next((name for name in first.input if name in template.weights), first.name).removesuffix(".weight")
         base = piece.block or stem.strip("/")
-        taken = {site.id for site in self._sites}
-        return next(id for id in (base, *(f"{base}#{i}" for i in range(2, len(taken) + 3))) if id not in taken), kind
+        names = itertools.chain([base], (f"{base}#{number}" for number in itertools.count(2)))
+        return next(name for name in names if (name, False) not in self._plans), kind
 
     def _same_shape(self, template: Template) -> bool:
         one = len(template.inputs) == 1 and len(template.outputs) == 1
@@ -164,17 +165,17 @@ class Rows:
         assert piece.add is not None
         add = self._links.nodes[piece.add]
         skip = add.input[piece.skip]
-        graph = onnx.GraphProto()
-        graph.node.extend(self._links.nodes)
-        for node in graph.node:
+        nodes = list(self._links.nodes)
+        for reader in self._links.readers.get(add.output[0], ()):
+            node = nodes[reader] = onnx.NodeProto.FromString(nodes[reader].SerializeToString())
             for index, name in enumerate(node.input):
                 if name == add.output[0]:
                     node.input[index] = skip
-        links = link(graph, self._links.inputs)
+        links = replace(self._links, nodes=tuple(nodes))
         results = [skip if name == add.output[0] else name for name in outputs]
         if len(results) == 1 and _is_second_relu(links, results[0], skip):
             results = [skip]
-        return cut_template(links, frozenset(piece.nodes) - {piece.add}, results, self._forms, dims, self._model)
+        return cut_template(links, frozenset(piece.nodes) - {piece.add}, results, self._forms, dims, self._initializers)
 
     def _plan(self, template: Template) -> Plan:
         if not template.nodes:

@@ -137,11 +137,7 @@ def _place_weights(links: Links, owner: dict[Index, Piece]) -> None:
 def _blocks(links: Links, topology: Topology) -> list[Piece]:
     """Candidates for blocks: removable ones first, the small before the large."""
     parents = _dominators(links)
-    named: dict[Index, tuple[str, int]] = {}
-    for block in topology.removable:
-        for index, node in enumerate(links.nodes):
-            if node.op_type == "Add" and node.name.startswith(f"/{block.add}/"):
-                named[index] = (block.id, block.skip)
+    adds = {f"/{block.add}/": (block.id, block.skip) for block in topology.removable}
     found = []
     for index, node in enumerate(links.nodes):
         if node.op_type != "Add" or index not in links.dynamic:
@@ -149,7 +145,7 @@ def _blocks(links: Links, topology: Topology) -> list[Piece]:
         nodes = _between(links, parents[index], index)
         if nodes is None:
             continue
-        id, skip = named.get(index, (None, 1))
+        id, skip = adds.get(node.name[: node.name.find("/", 1) + 1], (None, 1))
         heavies = sum(links.nodes[i].op_type in HEAVY for i in nodes)
         both = all(links.moves(name) for name in node.input)
         if id is not None or (both and 1 <= heavies <= MOST_HEAVY):

@@ -104,16 +104,19 @@ def cut_template(
     outputs: Sequence[str],
     forms: Forms,
     dims: Sequence[Dim],
-    model: onnx.ModelProto,
+    initializers: Mapping[str, onnx.TensorProto],
 ) -> Template:
-    """The nodes that `outputs` depend on among those given, in an order that only their structure decides."""
+    """The nodes that `outputs` depend on among those given, in an order that only their structure decides.
+
+    initializers: of the graph, by name.
+    """
     order, borders = _order(links, nodes, outputs)
     protos = tuple(links.nodes[index] for index in order)
     names = {name for node in protos for name in (*reads(node), *node.output) if name}
     groups = sorted({group for name in names for dim in forms.dims[name] for group, _ in dim.terms})
     known = names | set(borders) | set(outputs)
     axes = {name: tuple(_axis(dim, dims, groups) for dim in forms.dims[name]) for name in known}
-    stored = [tensor for tensor in model.graph.initializer if tensor.name in names]
+    stored = [initializers[name] for name in names if name in initializers]
     constants = {t.name: numpy_helper.to_array(t) for t in stored if not (_is_weight(t) and is_parameter(t.name))}
     made = {name for i in order if i not in links.dynamic for name in links.nodes[i].output}
     weights = frozenset(made | {tensor.name for tensor in stored if _is_weight(tensor)})

@@ -168,6 +168,24 @@ def ancestors(graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
     return found
 
 
+def apart(a: fx.Node, b: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What a depends on and b does not, and the other way round; each depends on itself.
+
+    Walks back from both, the latest node first, and ends where all that is left to visit is reached from both.
+    """
+    marks = {a: 1}
+    marks[b] = marks.get(b, 0) | 2
+    only: tuple[set[fx.Node], set[fx.Node]] = (set(), set())
+    while any(mark < 3 for mark in marks.values()):
+        node = max(marks)
+        mark = marks.pop(node)
+        if mark < 3:
+            only[mark - 1].add(node)
+        for source in node.all_input_nodes:
+            marks[source] = marks.get(source, 0) | mark
+    return only
+
+
 def weight_count(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
     """Entries of the weights of more than one axis among these nodes: how much a branch computes."""
     total = 0
@@ -180,23 +198,14 @@ def weight_count(graph: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
 
 def _skips_first(graph: fx.GraphModule) -> None:
     """Compute the lighter operand of every addition first: a repair then knows it when it fits the other branch."""
-    reach = ancestors(graph.graph)
-    position = {n: i for i, n in enumerate(graph.graph.nodes)}
     for node in list(graph.graph.nodes):
         if node.op != "call_module" or not isinstance(graph.get_submodule(str(node.target)), operators.ResidualAdd):
             continue
-        a, b = node.args
-        only = sorted((reach[a] - reach[b], reach[b] - reach[a]), key=lambda nodes: weight_count(graph, nodes))
-        moved = False
-        for early in sorted(only[0], key=position.__getitem__):
+        first, _ = sorted(apart(*node.args), key=lambda nodes: weight_count(graph, nodes))
+        for early in sorted(first):
             inputs = [n for n in early.all_input_nodes if n.op != "placeholder"]
             if inputs and early.op not in ("placeholder", "get_attr"):
-                if moved:
-                    position = {n: i for i, n in enumerate(graph.graph.nodes)}
-                max(inputs, key=position.__getitem__).append(early)
-                moved = True
-        if moved:
-            position = {n: i for i, n in enumerate(graph.graph.nodes)}
+                max(inputs).append(early)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import fx
 
 from pipeline.nouns import Block, ChannelGroup, Constant, Topology, Units
 from pipeline.prune import operators
-from pipeline.prune.capture import Network, ancestors, weight_count
+from pipeline.prune.capture import Network, apart, weight_count
 from pipeline.prune.labels import NONE, Ids, Labels, LabelSpace, Op, Reader
 from pipeline.prune.neutral import describe, layers
 from pipeline.prune.own_rules import apply_own
@@ -148,8 +149,10 @@ def _groups(
     for unit, members in touched.items():
         by_members[tuple(sorted(members))].append(unit)
     order = {unit: first.get(unit, (len(slots), unit)) for unit in touched}
+    numbers = {slot: number for number, (slot, _) in enumerate(slots)}
+    homes = {name: block.id for block in blocks for name in block.params}
     found = [
-        _group(key, sorted(ids, key=order.__getitem__), slots, produced, frozen, blocks)
+        _group(key, sorted(ids, key=order.__getitem__), numbers, produced, frozen, homes)
         for key, ids in by_members.items()
     ]
     return tuple(sorted(found, key=lambda g: order[g.units[0]]))
@@ -158,12 +161,13 @@ def _groups(
 def _group(
     key: tuple[tuple[str, int], ...],
     units: list[int],
-    slots: list[tuple[str, Units]],
+    numbers: Mapping[str, int],
     produced: set[str],
     frozen: dict[int, str],
-    blocks: tuple[Block, ...],
+    homes: Mapping[str, str],
 ) -> ChannelGroup:
-    members = tuple(slot for slot, _ in slots if slot in dict(key))
+    """numbers: slot -> its place among all. homes: parameter -> the block that it leaves with."""
+    members = tuple(sorted((slot for slot, _ in key), key=numbers.__getitem__))
     makers = [slot for slot in members if slot in produced]
     reason = next((frozen[u] for u in units if u in frozen), None)
     if reason is None and not makers:
@@ -171,8 +175,8 @@ def _group(
     if reason is None and len(units) == 1:
         reason = "it is a single unit"
     layer = (makers or members)[0].rsplit("[", 1)[0].rsplit(".", 1)[0]
-    params = {member.rsplit("[", 1)[0] for member in members}
-    block = next((b.id for b in blocks if params <= set(b.params)), None)
+    home = {homes.get(member.rsplit("[", 1)[0]) for member in members}
+    block = home.pop() if len(home) == 1 else None
     digest = hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:12]
     return ChannelGroup(digest, layer if makers else f"input of {layer}", tuple(units), members, reason, block)
 
@@ -183,12 +187,12 @@ def _group(
 def find_blocks(network: Network) -> tuple[Block, ...]:
     """Residual branches that can be removed whole, in execution order; of nested ones the inner."""
     graph = network.graph.graph
-    reach = ancestors(graph)
     modules = dict(network.graph.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     found = []
     for node in graph.nodes:
         if node.op == "call_module" and isinstance(modules[str(node.target)], operators.ResidualAdd):
-            block = _branch(network, node, reach)
+            block = _branch(network, node, calls)
             if block is not None:
                 found.append(block)
     taken: set[str] = set()
@@ -201,11 +205,12 @@ def find_blocks(network: Network) -> tuple[Block, ...]:
     return tuple(sorted(kept, key=lambda b: position[b.nodes[-1]]))
 
 
-def _branch(network: Network, add: fx.Node, reach: dict[fx.Node, frozenset[fx.Node]]) -> Block | None:
+def _branch(network: Network, add: fx.Node, calls: Mapping[Any, int]) -> Block | None:
+    """The heavier operand of an addition, where it can go. calls: how often each module is called in all."""
     a, b = (arg for arg in add.args if isinstance(arg, fx.Node))
     if a is b or network.shapes[a.name] != network.shapes[b.name]:
         return None
-    only = (set(reach[a] - reach[b]), set(reach[b] - reach[a]))
+    only = apart(a, b)
     work = [weight_count(network.graph, nodes) for nodes in only]
     if work[0] == work[1]:
         return None
@@ -215,12 +220,12 @@ def _branch(network: Network, add: fx.Node, reach: dict[fx.Node, frozenset[fx.No
     closed = all(user in nodes or (node is end and user is add) for node in nodes for user in node.users)
     if len(entries) != 1 or not closed or any(node.op in ("placeholder", "get_attr") for node in nodes):
         return None
-    ordered = [node for node in network.graph.graph.nodes if node in nodes]
-    shared = {node.target for node in network.graph.graph.nodes if node.op == "call_module" and node not in nodes}
+    ordered = sorted(nodes)
+    inside = Counter(node.target for node in nodes if node.op == "call_module")
     params = tuple(
         f"{node.target}.{name}"
         for node in ordered
-        if node.op == "call_module" and node.target not in shared
+        if node.op == "call_module" and calls[node.target] == inside[node.target]
         for name, _ in [
             *network.graph.get_submodule(str(node.target)).named_parameters(),
             *network.graph.get_submodule(str(node.target)).named_buffers(),

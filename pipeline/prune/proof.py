@@ -97,28 +97,22 @@ class _Proof:
             again = _flat(MaskedRun(self.graph, self.readers, keep, skip).run(*moved))
         return min(LARGEST, 100 * _apart(masked, again))
 
-    def accept(self, items: list[Item], *, train: bool) -> list[Item]:
-        """The items that can be cut together, found by bisection; the others get a reason."""
+    def accept(self, items: Sequence[Item], *, train: bool, beside: Sequence[Item] = ()) -> list[Item]:
+        """The items that can be cut together, found by bisection; the others get a reason.
+
+        beside: items that pass together, and are cut with every one of these.
+        """
         if not items:
             return []
-        reason = self.difference(items, train=train)
+        reason = self.difference([*beside, *items], train=train)
         if reason is None:
-            return items
+            return list(items)
         if len(items) == 1:
             self.reasons[items[0].id] = reason
             return []
         middle = len(items) // 2
-        good = self.accept(items[:middle], train=train)
-        rest = self.accept(items[middle:], train=train)
-        if self.difference([*good, *rest], train=train) is None:
-            return [*good, *rest]
-        for item in rest:
-            reason = self.difference([*good, item], train=train)
-            if reason is None:
-                good = [*good, item]
-            else:
-                self.reasons[item.id] = reason
-        return good
+        good = self.accept(items[:middle], train=train, beside=beside)
+        return good + self.accept(items[middle:], train=train, beside=[*beside, *good])
 
 
 def _random_like(x: Tensor, source: torch.Generator) -> Tensor:

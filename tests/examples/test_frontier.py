@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import nets
 from benchmarks.frontier import __main__ as frontier
-from benchmarks.frontier import cells, contest, depgraph, ours, scratch, table
+from benchmarks.frontier import cells, contest, depgraph, ours, running, scratch, table
 from benchmarks.frontier.arena import FULL, QUICK, NeverMet, Unasked
 from benchmarks.frontier.bisection import Steps, search, settled
 from benchmarks.frontier.cells import Store, Unit
@@ -138,7 +138,7 @@ def test_a_session_is_due_again_when_a_finalist_is_new_or_changed(tmp_path):
 def test_a_try_out_is_kept_apart_from_the_results(monkeypatch):
     monkeypatch.setenv("EDGE_TRAINED", "elsewhere")
     monkeypatch.setenv("EDGE_DATA_LIMIT", "")
-    base, results = frontier.place(quick=True)
+    base, results = running.place(frontier.CONTEST, quick=True)
     assert results != frontier.RESULTS and frontier.RESULTS.parent not in results.parents
     assert base.name == "quick" and frontier.WORK in base.parents
 
@@ -160,12 +160,12 @@ def bare(monkeypatch):
 def test_a_contestant_that_breaks_keeps_what_it_had_finished(bare, tmp_path, capsys):
     unit, store = Unit("net", "0.5x", "ours"), Store(tmp_path / "results.jsonl")
 
-    def work(_arena, _unit, _todo, keep):
+    def work(_arena, _unit, _todo, keep, _enter):
         keep("distilled", {"accuracy": 0.97})
         raise KeyError("layer1")
 
     bare.setattr(contest, "work", work)
-    contest.contest(unit, store, QUICK, tmp_path, again=False)
+    contest.contest(unit, store, QUICK, tmp_path, contest.enter, again=False)
     found = Store.load(store.path).cells
     assert found["net/0.5x/ours/distilled"]["accuracy"] == 0.97
     assert found["net/0.5x/ours/plain"]["failed"] == "KeyError: 'layer1'"
@@ -180,7 +180,7 @@ def test_a_budget_that_is_never_met_is_a_result_of_every_recovery(bare, tmp_path
         raise NeverMet("0.25x is never kept", {"search": 12.345}, 4)
 
     bare.setattr(contest, "work", work)
-    contest.contest(unit, store, QUICK, tmp_path, again=False)
+    contest.contest(unit, store, QUICK, tmp_path, contest.enter, again=False)
     assert store.lacks(unit) == [] and not store.finalists(unit.group)
     assert {(row["missed"], row["seconds"]["search"], row["sittings"]) for row in store.cells.values()} == {
         ("0.25x is never kept", 12.3, 4)

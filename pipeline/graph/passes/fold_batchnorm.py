@@ -19,19 +19,19 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
 def rewrite(graph: gs.Graph) -> PassResult:
     """One sweep over all BatchNormalization nodes."""
-    changed, refused = 0, []
+    changed, refused, taken = 0, [], set(graph.tensors())
     for node in nodes_of(graph, "BatchNormalization"):
-        reason = _reason(graph, node)
+        reason = _reason(graph, node, taken)
         if reason:
             refused.append(Refusal(node.name, reason))
         else:
-            _fold(graph, node)
+            _fold(node, taken)
             changed += 1
     graph.cleanup(remove_unused_graph_inputs=False)
     return PassResult(changed, tuple(refused))
 
 
-def _reason(graph: gs.Graph, node: gs.Node) -> str | None:
+def _reason(graph: gs.Graph, node: gs.Node, taken: set[str]) -> str | None:
     if node.attrs.get("training_mode", 0):
         return "its training_mode is 1"
     if any(constant(operand(node, i)) is None for i in (1, 2, 3, 4)):
@@ -42,10 +42,10 @@ def _reason(graph: gs.Graph, node: gs.Node) -> str | None:
     layer = made[0]
     if sole_reader(graph, node.inputs[0]) is None:
         return f"what '{layer.name}' makes is also read elsewhere"
-    return _layer_reason(graph, layer)
+    return _layer_reason(layer, taken)
 
 
-def _layer_reason(graph: gs.Graph, layer: gs.Node) -> str | None:
+def _layer_reason(layer: gs.Node, taken: set[str]) -> str | None:
     weight, bias = operand(layer, 1), operand(layer, 2)
     if constant(weight) is None:
         return f"the weight of '{layer.name}' is not an initializer"
@@ -55,7 +55,7 @@ def _layer_reason(graph: gs.Graph, layer: gs.Node) -> str | None:
         return f"the bias of '{layer.name}' is not an initializer"
     if bias is not None and len(bias.outputs) != 1:
         return f"the bias '{bias.name}' is shared by {len(bias.outputs)} nodes"
-    if bias is None and _bias_name(weight.name) in graph.tensors():  # type: ignore[union-attr]
+    if bias is None and _bias_name(weight.name) in taken:  # type: ignore[union-attr]
         return f"the name '{_bias_name(weight.name)}' is taken"  # type: ignore[union-attr]
     if layer.op == "Gemm" and (layer.attrs.get("alpha", 1.0) != 1.0 or layer.attrs.get("beta", 1.0) != 1.0):
         return f"'{layer.name}' scales its product or its bias"
@@ -68,7 +68,8 @@ def _bias_name(weight: str) -> str:
     return f"{weight.removesuffix('.weight')}.bias"
 
 
-def _fold(graph: gs.Graph, node: gs.Node) -> None:
+def _fold(node: gs.Node, taken: set[str]) -> None:
+    """taken: names of the graph's tensors, to which that of a new bias is added."""
     layer = node.inputs[0].inputs[0]
     gamma, beta, mean, var = (np.asarray(constant(node.inputs[i]), dtype=np.float64) for i in (1, 2, 3, 4))
     scale = gamma / np.sqrt(var + float(node.attrs.get("epsilon", 1e-5)))
@@ -80,6 +81,7 @@ def _fold(graph: gs.Graph, node: gs.Node) -> None:
         bias.values = new
     else:
         layer.inputs = [layer.inputs[0], weight, gs.Constant(_bias_name(weight.name), new)]
+        taken.add(layer.inputs[2].name)
     result = node.outputs[0]
     node.outputs.clear()
     layer.outputs[0] = result

@@ -339,6 +339,40 @@ def test_a_shape_that_is_no_sum_of_widths_is_an_error(resnet):
         find_forms(resnet.model, resnet.topology, twisted)
 
 
+def probes(sample):
+    """The forms of a graph, and how often it was cut to find them."""
+    asked = []
+    return find_forms(sample.model, sample.topology, lambda plan: asked.append(plan) or sample.resolve(plan)), asked
+
+
+def test_probes_are_far_fewer_than_groups(tmp_path):
+    few, many = (Sample(ResNet(n, (4, 8, 16), 10), tmp_path, (1, 3, 8, 8)) for n in (2, 12))
+    assert len(many.topology.offered) == len(few.topology.offered) + 30
+    assert len(probes(many)[1]) <= len(probes(few)[1]) + 4
+
+
+class Crossed(nn.Module):
+    """Two pairs of layers: a concatenation of both holds the channels of two groups, and no parameter does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(3, 12, 3, 1, 1)
+        self.c, self.d = nn.Conv2d(8, 8, 1), nn.Conv2d(12, 8, 1)
+
+    def forward(self, x):
+        left, right = torch.split(F.relu(torch.cat([self.a(x), self.b(x)], 1)), (8, 12), 1)
+        return self.c(left).mean((2, 3)) @ self.d(right).mean((2, 3)).T
+
+
+def test_groups_that_share_an_axis_of_no_parameter_are_told_apart(tmp_path):
+    sample = Sample(Crossed(), tmp_path, (2, 3, 8, 8))
+    sizes = {group.id: group.size for group in sample.topology.offered}
+    joined = next(node.output[0] for node in sample.model.graph.node if node.op_type == "Concat")
+    (channels,) = (dim for dim in probes(sample)[0].dims[joined] if dim.terms)
+    assert len(channels.terms) == 2 and channels.constant == 0
+    assert sum(count * sizes[group] for group, count in channels.terms) == 20
+
+
 def test_rows_of_resnet56_are_found_in_two_seconds(tmp_path):
     sample = Sample(ResNet(9, (4, 8, 16), 10), tmp_path, (1, 3, 8, 8))
     seconds = []

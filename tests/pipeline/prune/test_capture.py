@@ -3,7 +3,7 @@ import torch
 from prune_nets import NETS, Branching, Chain, Odd, Partly, Shuffle, example
 from torch import Tensor, nn
 
-from pipeline.prune.capture import capture
+from pipeline.prune.capture import ancestors, apart, capture
 from pipeline.prune.groups import find_groups
 from pipeline.prune.operators import ChannelGather
 from profiles.errors import DeployError
@@ -24,6 +24,15 @@ def test_capture_never_touches_the_given_network():
     capture(model, example())
     assert model.training and model.a[2].inplace
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_two_nodes_are_apart_by_what_only_one_of_them_depends_on(name):
+    graph = capture(NETS[name](), example()).graph.graph
+    reach = ancestors(graph)
+    for a in graph.nodes:
+        for b in graph.nodes:
+            assert apart(a, b) == (reach[a] - reach[b], reach[b] - reach[a])
 
 
 def test_a_channel_shuffle_becomes_one_gather():

@@ -156,7 +156,11 @@ def test_the_cost_of_a_unit_is_counted_or_read_from_the_table():
     costs, net, sensitivity = layered({"a": 0.25, "b": 0.5})
     first, second = np.arange(8, dtype=np.int32), np.arange(8, 16, dtype=np.int32)
     groups = (group("a", 8), type(net.groups[0])("b", "b", tuple(range(8, 16)), ()))
-    layers = (Layer("one", (8, 3, 3, 3), 100), Layer("two", (8, 8, 1, 1), 25), Layer("head", (10, 8), 1))
+    layers = (
+        Layer("one", (8, 3, 3, 3), 100, 0, 100),
+        Layer("two", (8, 8, 1, 1), 25, 0, 25),
+        Layer("head", (10, 8), 1, 0, 1),
+    )
     params = {"one": {0: first}, "two": {0: second, 1: first}, "head": {1: second}}
     lattice = Lattice(sensitivity, costs, Topology(groups, (), params, (), (), layers), SPEC)
     assert threshold.unit_costs(lattice, "none").tolist() == [1, 1]

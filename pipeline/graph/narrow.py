@@ -249,11 +249,12 @@ def _resize_shortcuts(graph: onnx.GraphProto) -> None:
 
 
 def _split(graph: onnx.GraphProto, node: onnx.NodeProto, axis: int, value: ConstantValue) -> None:
-    if len(node.input) > 1:
-        _set(graph, node, 1, "split", value)
-        return
+    """Sizes are an attribute before opset 13, an input since then, and may be a number of equal parts since 18."""
     for attribute in node.attribute:
-        if attribute.name in ("split", "num_outputs"):
+        if attribute.name == "split":
+            attribute.ints[:] = value
+            return
+        if attribute.name == "num_outputs":
             node.attribute.remove(attribute)
             break
     _set(graph, node, 1, "split", value)

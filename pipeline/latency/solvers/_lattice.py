@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.latency.program import narrowest, nearest
-from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable, infeasible
+from pipeline.latency.program import last_resort, nearest
+from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable
 from pipeline.nouns import Dim, LatencyTable, Sensitivity, Solution, Topology
 from profiles.schema import PruneSpec
 
@@ -273,9 +273,7 @@ class Lattice:
 
     def last_resort(self, budget_ms: float) -> Points:
         """The narrowest network, for a search that found nothing; MissedError where even that is over the budget."""
-        least = narrowest(self.table, self.topology, self.spec, self.sensitivity)
-        if least.predicted_ms > budget_ms * FIT:
-            raise infeasible(budget_ms, least.predicted_ms)
+        least = last_resort(self.table, self.topology, self.spec, self.sensitivity, budget_ms)
         return self.point(least.widths, least.dropped)
 
 

@@ -221,6 +221,19 @@ class Lattice:
                 return point
             point = moves.points[int(added.argmin())]
 
+    def removals(self, keys: Mapping[int, Values]) -> NDArray[np.int64]:
+        """Units that each group has lost after 0, 1, … of all units went, lowest key first. Shape (units + 1, groups).
+
+        keys: group -> ascending, one for every unit that may go. Of equal ones the unit goes whose group has then lost
+        the smallest share of them, and the first in the network's order.
+        """
+        rows = np.concatenate([np.zeros(0, dtype=np.int64), *(np.full(len(own), row) for row, own in keys.items())])
+        shares = np.concatenate([np.zeros(0), *(np.arange(1, len(own) + 1) / len(own) for own in keys.values())])
+        order = rows[np.lexsort((rows, shares, np.concatenate([np.zeros(0), *keys.values()])))]
+        lost = np.zeros((len(order) + 1, len(self.groups)), dtype=np.int64)
+        lost[np.arange(1, len(order) + 1), order] = 1
+        return np.asarray(lost.cumsum(axis=0))
+
     def largest(self, points: Points, budget_ms: float) -> Points | None:
         """The first of these points, each smaller than the one before, that fits; None where none does.
 

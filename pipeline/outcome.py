@@ -50,7 +50,7 @@ from pipeline.report.document import render
 from pipeline.search import Candidate, Found
 from pipeline.stage import Outcome
 from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
-from profiles.schema import Budget
+from profiles.schema import Budget, Precision
 from targets.harness.measurement import STATISTICS, Judgement, Measurement, Session, Statistic
 
 PLOTTED = 2000
@@ -190,9 +190,15 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         versions=work.run.versions,
         sources={"project": work.project.digest()},
         chain=work.run.chain(),
+        precision=_precision(ending.final["passes"]),
         sample=_reproduced(ending.final["passes"], outputs),
         licences=licence_texts(work.project.folder),
     )
+
+
+def _precision(log: Mapping[str, Any]) -> Precision:
+    """What the shipped network computes in: half where any node of it does."""
+    return "fp16" if log.get("precision", {}).get("nodes") else "fp32"
 
 
 def _reproduced(log: Mapping[str, Any], outputs: Mapping[str, NDArray[Any]]) -> Sample:

@@ -86,6 +86,7 @@ def test_the_bundle_is_in_half_verifies_and_keeps_budget_and_accuracy(half: Buil
     assert verify(bundle(half), load_target(load_profile("simulated"), run_of(half)).infer) == []
     assert half.summary["latency_ratio_interval"][1] <= 0.6
     assert half.summary["accuracy"] >= half.summary["accuracy_dense"] - 0.05
+    assert read_manifest(bundle(half)).precision == "fp16"
     specs = (*read_manifest(bundle(half)).inputs, *read_manifest(bundle(half)).outputs)
     assert {spec.dtype for spec in specs} == {"float32"}
 

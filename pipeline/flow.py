@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from torch import fx
 
 from pipeline import outcome, precision, prepare
+from pipeline.cache import named
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow, narrow_file
@@ -312,7 +313,8 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
         return None
 
     def make(folder: Path) -> dict[str, Any]:
-        artifact = _built(work, model, folder / "artifact")
+        with named({name: model}):
+            artifact = _built(work, model, folder / f"{name}.artifact")
         return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
 
     inputs = {"project": work.source, "model": model}
@@ -338,10 +340,11 @@ def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
     samples = work.loss_samples
 
     def make(folder: Path) -> dict[str, Any]:
-        before, after = (
-            np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
-            for built in (_built(work, each.path("onnx"), folder / each.key) for each in (dense, final))
-        )
+        with named({DENSE: dense.path("onnx"), PRUNED: final.path("onnx")}):
+            before, after = (
+                np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
+                for built in (_built(work, each.path("onnx"), folder / each.key) for each in (dense, final))
+            )
         return asdict(outcome.agreement(before, after, work.loss_samples_are))
 
     inputs = {"project": work.source, "dense": dense.files["onnx"], "model": final.files["onnx"]}
@@ -559,8 +562,10 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
 
     def make() -> str:
         folder = work.run.folder("work")
-        built = {label: _built(work, path, folder / f"{label}.artifact") for label, path in models.items()}
-        session = work.target.measure(built, work.profile.measure, mode)
+        with named(models):
+            built = {label: _built(work, path, folder / f"{label}.artifact") for label, path in models.items()}
+        with named(built):
+            session = work.target.measure(built, work.profile.measure, mode)
         text = session.to_json()
         with Store(work.run.cache.root / "latency.sqlite") as store:
             store.add_measurement(work.run.path.name, session.fingerprint.digest(), text)

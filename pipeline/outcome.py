@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import fx
 
-from pipeline.cache import write_atomic
+from pipeline.cache import named, write_atomic
 from pipeline.latency.operations import Operations
 from pipeline.nouns import LatencyTable, PruningPlan, Solution
 from pipeline.project.project import predict_torch
@@ -224,7 +224,8 @@ def _sample(work: Work, model: Path) -> tuple[dict[str, np.ndarray[Any, Any]], d
     """One calibration input, or noise, and what the artifact gives for it."""
     spec = work.project.inputs
     batch = [x[: s.shape[0]].numpy() for x, s in zip(work.loss_samples.inputs[0], spec, strict=True)]
-    artifact = work.target.build(model, work.scratch("sample.artifact"))
+    with named({PRUNED: model}):
+        artifact = work.target.build(model, work.scratch("sample.artifact"))
     outputs = work.target.infer(artifact, batch)
     names = [value.name for value in onnx.load_model(str(model), load_external_data=False).graph.output]
     return {s.name: x for s, x in zip(spec, batch, strict=True)}, dict(zip(names, outputs, strict=True))

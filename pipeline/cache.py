@@ -114,7 +114,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[b
 
 @contextmanager
 def named(files: Mapping[str, Path]) -> Iterator[None]:
-    """Errors inside tell these files by their names, not by where they lie: an object's path says nothing to anybody."""
+    """Errors inside tell these files by their names, not by where they lie: the path of an object says nothing."""
     try:
         yield
     except DeployError as error:

@@ -1,6 +1,6 @@
 """What ships: a folder that holds the network, the proof of its latency and accuracy, and where it all came from.
 
-    manifest.json        checksums, chain of inputs, versions, device, budget, latency, accuracy, precision, names, layouts
+    manifest.json        checksums, chain of inputs, versions, device, precision, budget, latency, accuracy, layouts
     model.onnx           the network that was measured; dense.onnx: the one it is compared with
     engine files         what the runtime built of them, where it builds any
     plan.json            what the network grew by, if it did, and which units stay, as indices into it
@@ -46,8 +46,8 @@ class Contents:
     weights: parameter and buffer name -> array of the pruned network. session: the accepting measurement, raw samples
     included; latency.network and latency.reference name two of its networks. passes: plain data of the pass log.
     sample_inputs, sample_outputs: name -> array, as model.onnx computes. artifacts: file name -> built by the runtime.
-    sources: name -> SHA-256 of what the user gave. chain: as `Run.chain` gives it. licences: name -> text. precision: of
-    model.onnx.
+    sources: name -> SHA-256 of what the user gave. chain: as `Run.chain` gives it. licences: name -> text.
+    precision: of model.onnx.
     """
 
     network: str

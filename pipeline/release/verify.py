@@ -199,7 +199,7 @@ def _names(path: Path, kind: str, found: list[str], told: tuple[TensorSpec, ...]
 
 
 def _precision(bundle: Path, manifest: Manifest) -> list[str]:
-    """The precision that the manifest tells against the types of the graph, and of the weights that it was made from."""
+    """The precision that the manifest tells against the types of the graph and of the weights beside it."""
     model, encoder, half = onnx.load(bundle / "model.onnx"), load_encoder(manifest.encoder), onnx.TensorProto.FLOAT16
     weights = encoder.decode((bundle / f"pruned{encoder.SUFFIX}").read_bytes())
     exact = {name for name, array in weights.items() if array.dtype == np.float32}

@@ -3,9 +3,10 @@
 The ratio rule of CCM-LRR (Wang et al., 2023): in each group the units are taken from the last to go until their scores
 sum to more than tau x the sum over the group, with one tau for all groups, here the largest whose network fits the
 budget. Found by going down through all values at which any group changes; where many units go at one value, only as
-many of them go as the budget needs, by turns where groups have equal shares left, in the network's order. Groups of
-evenly spread scores keep about tau of their units, groups with few strong ones less. Only shares count, so
-`prune.normalise` and the weight of a ranking change nothing. A group whose scores are all zero is shared out by count.
+many of them go as the budget needs, first from the group that has then lost the smallest share, of those in the
+network's order. Groups of evenly spread scores keep about tau of their units, groups with few strong ones less. Only
+shares count, so `prune.normalise` and the weight of a ranking change nothing. A group whose scores are all zero is
+shared out by count.
 
 Every width is the allowed one nearest to what tau leaves (off the grid of a sum: the nearest choice on it). The rule
 knows no blocks: none is removed, except where even tau = 0 does not fit and the narrowest network is taken. Groups

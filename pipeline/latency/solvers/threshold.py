@@ -14,9 +14,9 @@ cost is `prune.normalise`:
 Costs below a millionth of the largest count as that: a unit that saves nothing stays. Every width is the allowed one
 nearest to what the threshold leaves (off the grid of a sum: the nearest choice on it). A block is removed only where
 all units of all groups inside it lie under the threshold, and it has such groups. Groups without a ranking keep their
-size. Thresholds are tried from the lowest, and of units with equal scores only as many go as the budget needs: by turns
-where groups have equal shares left, in the network's order. Where even the highest threshold does not fit, the narrowest
-network is taken.
+size. Thresholds are tried from the lowest, and of units with equal scores only as many go as the budget needs: first
+from the group that has then lost the smallest share, of those in the network's order. Where even the highest threshold
+does not fit, the narrowest network is taken.
 """
 
 from __future__ import annotations

@@ -7,31 +7,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import browser
 import pytest
-import torch
 from test_check_report import sealed
 from tiny_project import NETS, PROJECT, replace, write_project
 
 from pipeline import cli
 from pipeline.nouns import Box, Line
-from pipeline.project import usercode
 from pipeline.report.groups import GroupEntry, GroupsData, groups_json, shorten
 from pipeline.report.groups_html import groups_page
 from pipeline.report.network_layout import DOWN, HEIGHT, WIDTH, lay_out
 
-
-@pytest.fixture(autouse=True)
-def leave_no_project_behind() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if usercode._active is not None:
-        usercode._active.leave()
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 
 
 @pytest.fixture

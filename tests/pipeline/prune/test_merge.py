@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from prune_nets import NETS, Depthwise, Head, Residual, conv, example
+from prune_nets import NETS, Depthwise, Head, Residual, conv, example, lived_in
 from torch import Tensor, nn
 
 from pipeline.latency.operations import Operations
@@ -90,19 +90,6 @@ class TwoReaders(nn.Module):
 ALL = NETS | {"shared": Shared, "norm first": NormFirst, "norm twice": NormTwice, "two readers": TwoReaders}
 UNNORMED = [name for name in ALL if name != "normed"]
 """Norms over channels take their statistics over what is left, so that no copy goes without a trace there."""
-
-
-@torch.no_grad()
-def lived_in(model: nn.Module) -> nn.Module:
-    """Norms with statistics of real inputs, and scales and shifts of their own."""
-    source = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.copy_(torch.rand(module.weight.shape, generator=source) + 0.5)
-            module.bias.copy_(torch.rand(module.bias.shape, generator=source) * 0.6 - 0.3)
-            module.momentum = None
-    model.train()(torch.randn(64, 3, 8, 8, generator=source))
-    return model.eval()
 
 
 def network_of(name: str) -> Network:

@@ -223,9 +223,7 @@ def _timings(work: Work, dense: Outcome, name: str, files: Mapping[str, Path]) -
     return {label: _timing(session, label, DENSE, AGAIN) for label in files}
 
 
-def _finish(
-    work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_dense: float | None
-) -> outcome.Ending:
+def _finish(work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_dense: float | None) -> outcome.Ending:
     """The chosen plan carried out: repaired, recovered, exported, judged.
 
     Latency is judged against the dense network in the same precision, accuracy against the user's own, in float32.
@@ -261,9 +259,7 @@ def _dense(work: Work, name: str = "dense") -> Outcome:
         _check_own(work, onnx.load_model(str(folder / "dense.onnx")))
         return {"onnx": folder / "dense.onnx", "passes": json.loads(log.to_json())}
 
-    return work.run.stage(
-        Stage(name), _written(work), {"project": work.source}, make, tools=TOOLS, detail=_nodes
-    )
+    return work.run.stage(Stage(name), _written(work), {"project": work.source}, make, tools=TOOLS, detail=_nodes)
 
 
 def _check_own(work: Work, dense: onnx.ModelProto) -> None:
@@ -519,7 +515,10 @@ def _search(
         plan_for=lambda widths, dropped: make_plan(work.topology, work.rankings, widths, dropped),
         loss=lambda plan: _loss(work, "loss", params, plan, lambda: probe().loss(plan)),
         recovered=lambda plan: _loss(
-            work, "recovered loss", {**params, "recover": work.profile.recover, "steps": SHORT_STEPS}, plan,
+            work,
+            "recovered loss",
+            {**params, "recover": work.profile.recover, "steps": SHORT_STEPS},
+            plan,
             lambda: _short_recovery(work, probe, plan),
         ),
         measure=lambda name, plans: _measure_plans(work, dense, name, plans),

@@ -111,9 +111,7 @@ def _gate(work: Work, ending: Ending) -> tuple[str, str]:
     return verdict, f"{ending.judged.reason}; {told}"
 
 
-def nothing_fits(
-    work: Work, dense: Outcome, accuracy_dense: float | None, found: Found, ratio: float
-) -> BuildResult:
+def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float | None, found: Found, ratio: float) -> BuildResult:
     """No candidate was measured to keep the budget: report the nearest. ratio: against the network that is pruned."""
     nearest = min((c.measured for c in found.tried if c.measured), key=lambda m: m.high, default=None)
     said, budget_ms = "nothing could be measured", 0.0

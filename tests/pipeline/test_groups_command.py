@@ -47,7 +47,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
     return json.loads(out)
 
 
-BRANCH = '''
+BRANCH = """
 
 class Odd(nn.Module):
     def forward(self, x):
@@ -55,7 +55,7 @@ class Odd(nn.Module):
             return x
         return x * 2
 
-'''
+"""
 
 
 def with_a_branch(project: Path) -> None:

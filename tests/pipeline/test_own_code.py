@@ -97,7 +97,7 @@ def test_an_operator_whose_onnx_cannot_be_narrowed_is_an_error_before_anything_i
     assert not (tmp_path / "root" / "runs").exists()
 
 
-BRANCH = '''
+BRANCH = """
 
 class Odd(nn.Module):
     def __init__(self):
@@ -109,7 +109,7 @@ class Odd(nn.Module):
             return self.conv(x) + x
         return x
 
-'''
+"""
 
 
 def test_a_network_that_decides_by_its_data_is_built_with_both_branches(tmp_path: Path):

@@ -32,7 +32,7 @@ from targets.base import load_target
 from targets.harness.measurement import Session
 
 pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
-INCEPTION = '''
+INCEPTION = """
 import torch
 from torch import nn
 
@@ -62,7 +62,7 @@ class Net(nn.Module):
 
 def net():
     return Net()
-'''
+"""
 PUSHED = {"prepare": {"epochs": 2, "hooks": ["push"]}, "prune": {"rounds": 2}}
 GROWN = {"prepare": {"epochs": 2, "hooks": ["push"], "grow": True}, "prune": {"rounds": 2}}
 
@@ -324,9 +324,7 @@ def test_proposals_come_by_what_their_cuts_lose_per_millisecond(tmp_path: Path):
     project = load_project(inception(tmp_path / "tiny"))
     network = captured(project, project.model(), PruneSpec()).network
     groups = network.topology.offered
-    sites = tuple(
-        SiteCost(Site(g.id, "conv", (Dim(((g.id, 1),)),), ()), {(8,): 1.0, (16,): 2.0}) for g in groups
-    )
+    sites = tuple(SiteCost(Site(g.id, "conv", (Dim(((g.id, 1),)),), ()), {(8,): 1.0, (16,): 2.0}) for g in groups)
     table = LatencyTable(sites, {g.id: (8, 16) for g in groups}, 8, 2.0 * len(groups))
     losses = {g.id: {8: float(place), 16: 0.0} for place, g in enumerate(groups)}
     found = propose(network, table, Sensitivity(losses, {}), 1.25)

@@ -52,9 +52,7 @@ def start(project: Path, root: Path, out: Path) -> subprocess.Popen[str]:
         "--budget", "0.6x", "--out", str(out), "--json", *SETTINGS,
     ]  # fmt: skip
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=root, env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe
-    )
+    return subprocess.Popen(command, cwd=root, env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe)
 
 
 def stages(run: Path) -> dict[str, Any]:

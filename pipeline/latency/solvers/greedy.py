@@ -40,9 +40,7 @@ class Gain:
 class Descent:
     """The state of the search: widths and removed blocks, the sites that each group touches, gains already known."""
 
-    def __init__(
-        self, sensitivity: Sensitivity, table: LatencyTable, topology: Topology, spec: PruneSpec
-    ) -> None:
+    def __init__(self, sensitivity: Sensitivity, table: LatencyTable, topology: Topology, spec: PruneSpec) -> None:
         self.choices = allowed_widths(table, topology, sensitivity)
         self.homes = {group.id: group.block for group in topology.groups}
         self.widths = {group.id: group.size for group in topology.groups}

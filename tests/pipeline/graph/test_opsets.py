@@ -3,8 +3,9 @@
 import onnx
 import pytest
 import torch
-from graph_samples import Mixed, ResNet, shaken
+from graph_samples import Mixed, Residual, ResNet, shaken
 from pydantic import ValidationError
+from torch import nn
 
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow
@@ -22,7 +23,19 @@ from profiles.schema import GraphSpec, InputSpec
 SHAPE = (1, 3, 16, 16)
 
 
-@pytest.fixture(scope="module", params=[ResNet, Mixed], ids=["resnet", "mixed"])
+class Gated(nn.Module):
+    """Channels scaled by what a layer makes of their means, in front of a shortcut that strides and pads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate, self.block = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 1), Residual(8, 16, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.block(x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True))))
+
+
+@pytest.fixture(scope="module", params=[ResNet, Mixed, Gated], ids=["resnet", "mixed", "gated"])
 def network(request):
     return find_groups(capture(shaken(request.param()), (torch.randn(SHAPE),)), prove=False)
 

@@ -331,7 +331,8 @@ class Measuring:
         begun = time.monotonic()
         asked = self.spec.session(self.profile.measure, processes, self.seed + len(self.sessions))
         bar = self.progress(f"stage {number}") if self.progress else None
-        session = self.target.measure(self.artifacts, asked, "accept", bar)
+        with named(self.artifacts):
+            session = self.target.measure(self.artifacts, asked, "accept", bar)
         self.sessions.append(session)
         first = self.sessions[0].fingerprint
         taken = stage(session, number, self.spec, self.budget, time.monotonic() - begun, first)

@@ -309,8 +309,7 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
         return None
 
     def make(folder: Path) -> dict[str, Any]:
-        with named({name: model}):
-            artifact = _built(work, model, folder / f"{name}.artifact")
+        artifact = _built(work, model, folder / f"{name}.artifact")
         return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
 
     inputs = {"project": work.source, "model": model}
@@ -322,11 +321,15 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
 
 
 def _built(work: Work, model: Path, out: Path) -> Path:
-    """What the device's runtime makes of a model; engines take minutes, so a bar says how far they are."""
-    if work.profile.runtime == "ort":
-        return work.target.build(model, out)
-    with work.run.share("build") as progress:
-        return work.target.build(model, out, progress)
+    """What the device's runtime makes of a model; engines take minutes, so a bar says how far they are.
+
+    out: errors tell the model by its name without the suffix.
+    """
+    with named({out.stem: model}):
+        if work.profile.runtime == "ort":
+            return work.target.build(model, out)
+        with work.run.share("build") as progress:
+            return work.target.build(model, out, progress)
 
 
 def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
@@ -336,11 +339,11 @@ def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
     samples = work.loss_samples
 
     def make(folder: Path) -> dict[str, Any]:
-        with named({DENSE: dense.path("onnx"), PRUNED: final.path("onnx")}):
-            before, after = (
-                np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
-                for built in (_built(work, each.path("onnx"), folder / each.key) for each in (dense, final))
-            )
+        both = ((DENSE, dense), (PRUNED, final))
+        before, after = (
+            np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
+            for built in (_built(work, each.path("onnx"), folder / f"{name}.artifact") for name, each in both)
+        )
         return asdict(outcome.agreement(before, after, work.loss_samples_are))
 
     inputs = {"project": work.source, "dense": dense.files["onnx"], "model": final.files["onnx"]}
@@ -561,8 +564,7 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
 
     def make() -> str:
         folder = work.run.folder("work")
-        with named(models):
-            built = {label: _built(work, path, folder / f"{label}.artifact") for label, path in models.items()}
+        built = {label: _built(work, path, folder / f"{label}.artifact") for label, path in models.items()}
         with named(built):
             session = work.target.measure(built, work.profile.measure, mode)
         text = session.to_json()

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "builds.json"
 WORK = ROOT / "runs" / "benchmarks"
+TOOLS = ("torch", "onnx", "onnxruntime", "scipy")
 CELLS = (
     ("resnet20_gtsrb", "0.5x"),
     ("resnet20_gtsrb", "0.35x"),
@@ -120,10 +121,13 @@ def verify(row: dict[str, Any]) -> None:
         row["fresh"] = json.loads(fresh.stdout.splitlines()[-1])
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+def machine(*tools: str) -> dict[str, Any]:
+    """What the figures were taken on, and with which versions of these tools."""
+    from pipeline.stage import tool_versions
+
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(), "kernel": platform.release()}
+    told = {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(), "kernel": platform.release()}
+    return {**told, "versions": tool_versions(*tools)} if tools else told
 
 
 def line(cell: str, row: dict[str, Any]) -> str:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
 import resource
 import subprocess
 import sys
@@ -24,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.builds import accepting
+from benchmarks.builds import TOOLS, accepting, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pipeline_cost.json"
@@ -71,7 +69,7 @@ def main() -> None:
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name in asked.nets.split(","):
-        results[name] = {"machine": machine(), "budget": asked.budget, **cost(name, asked.budget)}
+        results[name] = {"machine": machine(*TOOLS), "budget": asked.budget, **cost(name, asked.budget)}
         print(name, json.dumps(results[name], indent=1), flush=True)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -141,17 +139,6 @@ def work(project: Path, state: Path, budget: str) -> dict[str, Any]:
         "seconds": round(counted, 1), "whole": round(seconds, 1), "stages": stages, "peak_mib": round(peak_mib),
         "narrow_ms": round(sorted(times)[5], 2), "ratio": result.summary["latency_ratio"],
     }  # fmt: skip
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on, and with which versions."""
-    import os
-
-    from pipeline.stage import tool_versions
-
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    versions = tool_versions("torch", "onnx", "onnxruntime", "scipy")
-    return {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(), "versions": versions}
 
 
 if __name__ == "__main__":

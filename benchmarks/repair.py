@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks import data, nets
-from benchmarks.pipeline_cost import machine
+from benchmarks.builds import TOOLS, machine
 from pipeline.latency.operations import Operations
 from pipeline.nouns import KeepUnits, PruningPlan
 from pipeline.prune.capture import Network, capture
@@ -49,7 +49,7 @@ def main() -> None:
             rows.append(row(network, samples, judge, criterion, share))
             print(rows[-1], flush=True)
     told = {
-        "machine": machine(),
+        "machine": machine(*TOOLS),
         "images": asked.images,
         "calibration": asked.calibration,
         "dense": dense,

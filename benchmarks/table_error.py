@@ -275,15 +275,20 @@ def study(target: Target, name: str, plans: int, seed: int, folder: Path, grid: 
         "layers": (layer_ratios, layer_cost),
         "MACs": ([macs(subject, c) / work for c in candidates], {"rows": 0, "seconds": 0.0}),
     }
-    print(f"\n{name}: {plans} plans, measured ratios {min(measured):.3f} to {max(measured):.3f}, "
-          f"dense against itself within {max(abs(np.log(twice))):.2%}, table's own spread {table.spread:.2%}")
+    print(
+        f"\n{name}: {plans} plans, measured ratios {min(measured):.3f} to {max(measured):.3f}, "
+        f"dense against itself within {max(abs(np.log(twice))):.2%}, table's own spread {table.spread:.2%}"
+    )
     print(f"{'way':10s} {'median':>8s} {'p90':>8s} {'largest':>8s} {'bias':>8s} {'rows':>6s} {'s':>6s}")
     result: dict[str, Any] = {"measured": measured, "dense_again": twice, "spread": table.spread, "ways": {}}
     result["plans"] = [{"widths": dict(c.widths), "dropped": sorted(c.dropped)} for c in candidates]
     for way, (predicted, spent) in ways.items():
         found = errors(predicted, measured)
-        print(f"{way:10s} {found['median']:8.2%} {found['p90']:8.2%} {found['largest']:8.2%} {found['bias']:+8.2%} "
-              f"{spent['rows']:6d} {spent['seconds']:6.1f}", flush=True)
+        print(
+            f"{way:10s} {found['median']:8.2%} {found['p90']:8.2%} {found['largest']:8.2%} {found['bias']:+8.2%} "
+            f"{spent['rows']:6d} {spent['seconds']:6.1f}",
+            flush=True,
+        )
         result["ways"][way] = {**found, **spent, "predicted": predicted}
     return result
 
@@ -311,8 +316,10 @@ def main() -> int:
             grid_seconds = time.perf_counter() - start
         print(f"grid {step} found in {grid_seconds:.1f} s (once a device)")
         found = {net: study(target, net, asked.plans, asked.seed, folder, grid) for net in asked.nets.split(",")}
-    record = {"machine": machine, "versions": versions, "load": os.getloadavg(), "grid": grid,
-              "grid_seconds": grid_seconds, "plans": asked.plans, "seed": asked.seed, "nets": found}
+    record = {
+        "machine": machine, "versions": versions, "load": os.getloadavg(), "grid": grid, "grid_seconds": grid_seconds,
+        "plans": asked.plans, "seed": asked.seed, "nets": found,
+    }  # fmt: skip
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(record, indent=1))
     good = all(r["ways"]["table"][k] <= limit for r in found.values() for k, limit in LIMITS.items())

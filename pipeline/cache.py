@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,19 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[b
                     return
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def named(files: Mapping[str, Path]) -> Iterator[None]:
+    """Errors inside tell these files by their names, not by where they lie: the path of an object says nothing."""
+    try:
+        yield
+    except DeployError as error:
+        for name, path in files.items():
+            for place in (str(path.resolve()), str(path)):
+                error.message = error.message.replace(place, name)
+        error.args = (error.message,)
+        raise
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import Cache, disk_full
+from pipeline.cache import Cache, disk_full, named
 from pipeline.nightly import baseline
 from pipeline.nightly.history import Nights
 from pipeline.nouns import CheckRecord, LayerMove, Ledger, Pin
@@ -154,7 +154,8 @@ class _Night:
         self.spec, self.ledger = self.nights.ledger(profile.name, baseline.machine_of(self.fingerprint), profile.check)
         seed = profile.measure.seed + SEEDS_A_CHECK * (1 + self.nights.newest())
         with tempfile.TemporaryDirectory(prefix="check-", dir=_scratch(request.state)) as folder:
-            built = _artifacts(target, self.pins, paths, Path(folder))
+            with named({BASELINE: paths[0]}):
+                built = _artifacts(target, self.pins, paths, Path(folder))
             budget = budget_of(profile, *self.pins)
             self.measuring = Measuring(target, profile, self.spec, built, seed, progress, budget)
             self.verdict = self.measuring.verdict()
@@ -330,7 +331,8 @@ class Measuring:
         begun = time.monotonic()
         asked = self.spec.session(self.profile.measure, processes, self.seed + len(self.sessions))
         bar = self.progress(f"stage {number}") if self.progress else None
-        session = self.target.measure(self.artifacts, asked, "accept", bar)
+        with named(self.artifacts):
+            session = self.target.measure(self.artifacts, asked, "accept", bar)
         self.sessions.append(session)
         first = self.sessions[0].fingerprint
         taken = stage(session, number, self.spec, self.budget, time.monotonic() - begun, first)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from torch import fx
 
 from pipeline import outcome, precision, prepare
+from pipeline.cache import named
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow, narrow_file
@@ -222,9 +223,7 @@ def _timings(work: Work, dense: Outcome, name: str, files: Mapping[str, Path]) -
     return {label: _timing(session, label, DENSE, AGAIN) for label in files}
 
 
-def _finish(
-    work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_dense: float | None
-) -> outcome.Ending:
+def _finish(work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_dense: float | None) -> outcome.Ending:
     """The chosen plan carried out: repaired, recovered, exported, judged.
 
     Latency is judged against the dense network in the same precision, accuracy against the user's own, in float32.
@@ -260,9 +259,7 @@ def _dense(work: Work, name: str = "dense") -> Outcome:
         _check_own(work, onnx.load_model(str(folder / "dense.onnx")))
         return {"onnx": folder / "dense.onnx", "passes": json.loads(log.to_json())}
 
-    return work.run.stage(
-        Stage(name), _written(work), {"project": work.source}, make, tools=TOOLS, detail=_nodes
-    )
+    return work.run.stage(Stage(name), _written(work), {"project": work.source}, make, tools=TOOLS, detail=_nodes)
 
 
 def _check_own(work: Work, dense: onnx.ModelProto) -> None:
@@ -312,7 +309,7 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
         return None
 
     def make(folder: Path) -> dict[str, Any]:
-        artifact = _built(work, model, folder / "artifact")
+        artifact = _built(work, model, folder / f"{name}.artifact")
         return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
 
     inputs = {"project": work.source, "model": model}
@@ -324,11 +321,15 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
 
 
 def _built(work: Work, model: Path, out: Path) -> Path:
-    """What the device's runtime makes of a model; engines take minutes, so a bar says how far they are."""
-    if work.profile.runtime == "ort":
-        return work.target.build(model, out)
-    with work.run.share("build") as progress:
-        return work.target.build(model, out, progress)
+    """What the device's runtime makes of a model; engines take minutes, so a bar says how far they are.
+
+    out: errors tell the model by its name without the suffix.
+    """
+    with named({out.stem: model}):
+        if work.profile.runtime == "ort":
+            return work.target.build(model, out)
+        with work.run.share("build") as progress:
+            return work.target.build(model, out, progress)
 
 
 def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
@@ -338,9 +339,10 @@ def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
     samples = work.loss_samples
 
     def make(folder: Path) -> dict[str, Any]:
+        both = ((DENSE, dense), (PRUNED, final))
         before, after = (
             np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
-            for built in (_built(work, each.path("onnx"), folder / each.key) for each in (dense, final))
+            for built in (_built(work, each.path("onnx"), folder / f"{name}.artifact") for name, each in both)
         )
         return asdict(outcome.agreement(before, after, work.loss_samples_are))
 
@@ -516,7 +518,10 @@ def _search(
         plan_for=lambda widths, dropped: make_plan(work.topology, work.rankings, widths, dropped),
         loss=lambda plan: _loss(work, "loss", params, plan, lambda: probe().loss(plan)),
         recovered=lambda plan: _loss(
-            work, "recovered loss", {**params, "recover": work.profile.recover, "steps": SHORT_STEPS}, plan,
+            work,
+            "recovered loss",
+            {**params, "recover": work.profile.recover, "steps": SHORT_STEPS},
+            plan,
             lambda: _short_recovery(work, probe, plan),
         ),
         measure=lambda name, plans: _measure_plans(work, dense, name, plans),
@@ -560,7 +565,8 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
     def make() -> str:
         folder = work.run.folder("work")
         built = {label: _built(work, path, folder / f"{label}.artifact") for label, path in models.items()}
-        session = work.target.measure(built, work.profile.measure, mode)
+        with named(built):
+            session = work.target.measure(built, work.profile.measure, mode)
         text = session.to_json()
         with Store(work.run.cache.root / "latency.sqlite") as store:
             store.add_measurement(work.run.path.name, session.fingerprint.digest(), text)

@@ -89,11 +89,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that multiplies. weight: name of its weight. shape: of the weight, dense. positions: per sample."""
+    """A layer that multiplies. weight: name of its weight. shape: of the weight, dense.
+
+    positions: where the weight is applied, per sample. axis: of the weight, on which its outputs lie. written: elements
+    that it writes per sample for each entry of that axis.
+    """
 
     weight: str
     shape: tuple[int, ...]
     positions: int
+    axis: int
+    written: int
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import fx
 
-from pipeline.cache import write_atomic
+from pipeline.cache import named, write_atomic
 from pipeline.latency.operations import Operations
 from pipeline.nouns import LatencyTable, PruningPlan, Solution
 from pipeline.project.project import predict_torch
@@ -50,7 +50,7 @@ from pipeline.report.document import render
 from pipeline.search import Candidate, Found
 from pipeline.stage import Outcome
 from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
-from profiles.schema import Budget
+from profiles.schema import Budget, Precision
 from targets.harness.measurement import STATISTICS, Judgement, Measurement, Session, Statistic
 
 PLOTTED = 2000
@@ -111,9 +111,7 @@ def _gate(work: Work, ending: Ending) -> tuple[str, str]:
     return verdict, f"{ending.judged.reason}; {told}"
 
 
-def nothing_fits(
-    work: Work, dense: Outcome, accuracy_dense: float | None, found: Found, ratio: float
-) -> BuildResult:
+def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float | None, found: Found, ratio: float) -> BuildResult:
     """No candidate was measured to keep the budget: report the nearest. ratio: against the network that is pruned."""
     nearest = min((c.measured for c in found.tried if c.measured), key=lambda m: m.high, default=None)
     said, budget_ms = "nothing could be measured", 0.0
@@ -190,9 +188,15 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         versions=work.run.versions,
         sources={"project": work.project.digest()},
         chain=work.run.chain(),
+        precision=_precision(ending.final["passes"]),
         sample=_reproduced(ending.final["passes"], outputs),
         licences=licence_texts(work.project.folder),
     )
+
+
+def _precision(log: Mapping[str, Any]) -> Precision:
+    """What the shipped network computes in: half where any node of it does."""
+    return "fp16" if log.get("precision", {}).get("nodes") else "fp32"
 
 
 def _reproduced(log: Mapping[str, Any], outputs: Mapping[str, NDArray[Any]]) -> Sample:
@@ -218,7 +222,8 @@ def _sample(work: Work, model: Path) -> tuple[dict[str, np.ndarray[Any, Any]], d
     """One calibration input, or noise, and what the artifact gives for it."""
     spec = work.project.inputs
     batch = [x[: s.shape[0]].numpy() for x, s in zip(work.loss_samples.inputs[0], spec, strict=True)]
-    artifact = work.target.build(model, work.scratch("sample.artifact"))
+    with named({PRUNED: model}):
+        artifact = work.target.build(model, work.scratch("sample.artifact"))
     outputs = work.target.infer(artifact, batch)
     names = [value.name for value in onnx.load_model(str(model), load_external_data=False).graph.output]
     return {s.name: x for s, x in zip(spec, batch, strict=True)}, dict(zip(names, outputs, strict=True))

@@ -111,9 +111,7 @@ def trained(work: Work, grown: Grown) -> Work:
         data, checkpoint = lessons(project), work.scratch("prepare.checkpoint")
         allowed = project.max_drop if project.validates else math.inf
         with work.run.progress("prepare", 1) as step:
-            done = recover(
-                start, work.given.graph, data, spec, checkpoint, lambda *_: step(), allowed_drop=allowed
-            )
+            done = recover(start, work.given.graph, data, spec, checkpoint, lambda *_: step(), allowed_drop=allowed)
         (folder / "prepared.safetensors").write_bytes(save(state(done.module)))
         return {
             "weights": folder / "prepared.safetensors",

@@ -203,7 +203,7 @@ class PrepareSpec(RecoverSpec):
 class GraphSpec(Spec):
     """Which ONNX is written, which passes rewrite it, in order, and which rewrites the device is asked about."""
 
-    opset: int = Field(default=17, ge=11)
+    opset: int = Field(default=17, ge=11, le=20, description="of the ONNX files; torch's exporter knows up to 20")
     passes: tuple[str, ...] = (
         "fold-constants",
         "drop-identity",

@@ -43,8 +43,9 @@ def narrow(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
     Raises DeployError for a name of the cut that the model does not hold.
     """
     slices = _with_biases(model, cut)
-    result = _shell(model)
+    result = shell(model)
     graph = result.graph
+    forget_shapes(graph)
     _slice_parameters(model, graph, slices)
     found = set(slices) & ({t.name for t in graph.initializer} | {i.name for i in graph.input})
     lost = set(cut.params) - found - absorbed(model) - {name for block in cut.dropped for name in block.params}
@@ -99,8 +100,8 @@ def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((int(a.i) for a in node.attribute if a.name == name), default)
 
 
-def _shell(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without initializers and intermediate shapes."""
+def shell(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without initializers, and without the shapes of what lies between inputs and outputs."""
     result = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     result.opset_import.extend(model.opset_import)
     result.metadata_props.extend(model.metadata_props)
@@ -110,7 +111,6 @@ def _shell(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(model.graph.node)
     graph.input.extend(model.graph.input)
     graph.output.extend(model.graph.output)
-    forget_shapes(graph)
     return result
 
 
@@ -289,11 +289,12 @@ def _resize_shortcuts(graph: onnx.GraphProto) -> None:
 
 
 def _split(graph: onnx.GraphProto, node: onnx.NodeProto, axis: int, value: ConstantValue) -> None:
-    if len(node.input) > 1:
-        _set(graph, node, 1, "split", value)
-        return
+    """Sizes are an attribute before opset 13, an input since then, and may be a number of equal parts since 18."""
     for attribute in node.attribute:
-        if attribute.name in ("split", "num_outputs"):
+        if attribute.name == "split":
+            attribute.ints[:] = value
+            return
+        if attribute.name == "num_outputs":
             node.attribute.remove(attribute)
             break
     _set(graph, node, 1, "split", value)

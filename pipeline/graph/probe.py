@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 from pipeline.graph.inner import reads
-from pipeline.graph.narrow import narrow
+from pipeline.graph.narrow import narrow, shell
 from pipeline.graph.passes.base import is_parameter
 from pipeline.nouns import Cut, Dim, KeepUnits, PruningPlan, Topology
 from profiles.errors import DeployError
@@ -108,15 +108,8 @@ def _halves(groups: Sequence[str]) -> dict[frozenset[int], str]:
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its floating parameters as inputs that have a shape and no values."""
-    bare = onnx.ModelProto(ir_version=model.ir_version)
-    bare.opset_import.extend(model.opset_import)
-    bare.metadata_props.extend(model.metadata_props)
-    bare.functions.extend(model.functions)
+    bare = shell(model)
     graph = bare.graph
-    graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
     for tensor in model.graph.initializer:
         if is_parameter(tensor.name) and tensor.data_type in FLOATING:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))

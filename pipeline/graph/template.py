@@ -304,8 +304,17 @@ def _attributes(template: Template, node: onnx.NodeProto, widths: Widths) -> lis
             if attribute.name == "group" and attribute.i > 1 and dense[1] == 1:
                 attribute.i = now[0] * attribute.i // dense[0]
     if node.op_type == "Split":
-        attributes = [a for a in attributes if a.name not in ("num_outputs", "split")]
+        attributes = [a for a in attributes if a.name != "num_outputs"]
+        for attribute in attributes:
+            if attribute.name == "split":
+                attribute.ints[:] = _parts(template, node, widths)
     return attributes
+
+
+def _parts(template: Template, node: onnx.NodeProto, widths: Widths) -> list[int]:
+    """Sizes that a Split gives: an attribute before opset 13, an input since then."""
+    axis = _int_attribute(node, "axis")
+    return [template.shape(name, widths)[axis] for name in node.output]
 
 
 def _shape_constants(template: Template, node: onnx.NodeProto, widths: Widths) -> dict[int, NDArray[np.int64]]:
@@ -315,10 +324,8 @@ def _shape_constants(template: Template, node: onnx.NodeProto, widths: Widths) -
     before, after = template.shape(node.input[0], widths), template.shape(node.output[0], widths)
     if node.op_type in ("Reshape", "Expand"):
         return {1: np.array(after, dtype=np.int64)}
-    if node.op_type == "Split":
-        axis = _int_attribute(node, "axis")
-        sizes = [template.shape(name, widths)[axis] for name in node.output]
-        return {1: np.array(sizes, dtype=np.int64)}
+    if node.op_type == "Split" and not any(attribute.name == "split" for attribute in node.attribute):
+        return {1: np.array(_parts(template, node, widths), dtype=np.int64)}
     if node.op_type == "Pad":
         return _pads(template, node, before, after)
     if node.op_type == "Slice":

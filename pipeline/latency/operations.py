@@ -1,8 +1,8 @@
 """Operations and activations of a choice of widths, counted: the proxies that measured time is compared with.
 
 A layer's multiply-accumulates are the elements of its weight, as the choice leaves it, times the positions where it is
-applied; its activations are its outputs at those positions (what Group Fisher calls memory: the sum of h w over the
-layers that produce a channel).
+applied, which are its outputs' or, of a transposed convolution, its inputs'; its activations are the elements that it
+writes (what Group Fisher calls memory: the sum of h w over the layers that produce a channel).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Operations:
 
     def activations(self, widths: Mapping[str, int] | None = None, dropped: Iterable[str] = ()) -> int:
         """Elements that layers write, per sample."""
-        return sum(shape[0] * layer.positions for layer, shape in self._layers(widths or {}, dropped))
+        return sum(shape[layer.axis] * layer.written for layer, shape in self._layers(widths or {}, dropped))
 
     def parameters(self, widths: Mapping[str, int] | None = None, dropped: Iterable[str] = ()) -> int:
         """Weights of the layers, a shared one once; biases and norms are not counted."""

@@ -24,14 +24,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, vstack
 
-from pipeline.latency.solvers.base import allowed_widths, droppable
+from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable, infeasible
 from pipeline.nouns import Dim, LatencyTable, Sensitivity, SiteCost, Solution, Topology
 from profiles.errors import DeployError
 from profiles.schema import PruneSpec
@@ -420,6 +420,16 @@ def narrowest(
         raise _lost(table)
     widths, dropped = program.decode(answer.point, topology)
     return Solution(widths, dropped, table.predict(widths, dropped).ms, 0.0)
+
+
+def last_resort(
+    table: LatencyTable, topology: Topology, spec: PruneSpec, sensitivity: Sensitivity, budget_ms: float
+) -> Solution:
+    """The narrowest network, with its loss, for a search that found nothing. Raises MissedError where it is over."""
+    least = narrowest(table, topology, spec, sensitivity)
+    if least.predicted_ms > budget_ms * FIT:
+        raise infeasible(budget_ms, least.predicted_ms)
+    return replace(least, loss=added_loss(sensitivity, topology, least.widths, least.dropped))
 
 
 def nearest(

@@ -48,9 +48,7 @@ def chain(kind: str, width: int, size: int, copies: int, element: int = TensorPr
         name = f"conv{index}"
         weights.append(_weight(f"{name}.w", (width, width // groups, kernel, kernel), index, element))
         pad = kernel // 2
-        nodes.append(
-            helper.make_node("Conv", [last, f"{name}.w"], [name], name=name, pads=[pad] * 4, group=groups)
-        )
+        nodes.append(helper.make_node("Conv", [last, f"{name}.w"], [name], name=name, pads=[pad] * 4, group=groups))
         last = "y" if index == copies - 1 else f"{name}.r"
         nodes.append(helper.make_node("Relu", [name], [last], name=f"{name}.relu"))
     return _model(nodes, weights, (1, width, size, size), (1, width, size, size), element)

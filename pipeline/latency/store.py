@@ -107,8 +107,10 @@ class Store(Database):
             ).lastrowid
             base.executemany(
                 "INSERT OR IGNORE INTO row VALUES (?,?,?,?,?,?)",
-                [(device, protocol, sha256, _ratio(times, reference_ms), _blob(times), session)
-                 for sha256, times in ms.items()],
+                [
+                    (device, protocol, sha256, _ratio(times, reference_ms), _blob(times), session)
+                    for sha256, times in ms.items()
+                ],
             )
 
         self.write(write)

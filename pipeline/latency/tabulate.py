@@ -173,9 +173,7 @@ def _wanted(builder: RowBuilder, topology: Topology, site: Site, choices: Choice
     return parts
 
 
-def _models(
-    builder: RowBuilder, site: Site, axes: tuple[tuple[int, ...], ...], step: int, *, dropped: bool
-) -> Wanted:
+def _models(builder: RowBuilder, site: Site, axes: tuple[tuple[int, ...], ...], step: int, *, dropped: bool) -> Wanted:
     few, many = builder.copies(site, dropped=dropped)
     keys = fit.plan(axes, step)
     less = {key: builder.row(site, key, copies=few, dropped=dropped) for key in keys}
@@ -219,9 +217,7 @@ def _name(part: Wanted) -> tuple[str, ...]:
     return tuple(sorted(key(model) for model in part.many.values()))
 
 
-def _costs(
-    parts: Sequence[Wanted], fitted: Sequence[fit.Fitted], ms: NDArray[np.float64]
-) -> tuple[SiteCost, ...]:
+def _costs(parts: Sequence[Wanted], fitted: Sequence[fit.Fitted], ms: NDArray[np.float64]) -> tuple[SiteCost, ...]:
     """Every site in milliseconds; ms: of one unit of each part's rows, shape (parts,)."""
     costs: list[SiteCost] = []
     for part, found, unit in zip(parts, fitted, ms.tolist(), strict=True):

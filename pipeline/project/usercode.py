@@ -190,4 +190,3 @@ def _left_out(path: Path) -> bool:
 def _module_file(folder: Path, name: str) -> Path | None:
     file, package = folder / f"{name}.py", folder / name / "__init__.py"
     return file if file.is_file() else package if package.is_file() else None
-

@@ -183,9 +183,7 @@ def _gate_gradients(
     return result[:, :units]
 
 
-def _loss(
-    outputs: Any, targets: Tensor | None, loss: Loss | None, source: torch.Generator
-) -> Tensor:
+def _loss(outputs: Any, targets: Tensor | None, loss: Loss | None, source: torch.Generator) -> Tensor:
     if targets is not None and loss is not None:
         return loss(outputs, targets)
     if targets is not None and isinstance(outputs, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -409,8 +409,18 @@ def layers(network: Network) -> tuple[Layer, ...]:
     for op in describe(network):
         if op.kind in ("conv", "conv_transpose", "linear"):
             weight = _attribute(network.graph, op.params["weight"])
-            shape = op.in_shapes[0] if op.kind == "conv_transpose" else op.out_shape
-            positions = math.prod(shape[2:]) if op.kind != "linear" else math.prod(shape[1:-1])
-            folded = max(1, shape[0] // len(network.example[0])) if network.example[0].dim() else 1
-            found.append(Layer(op.params["weight"], tuple(weight.shape), positions * folded))
+            applied, outputs = (_places(op.kind, shape, network) for shape in (op.in_shapes[0], op.out_shape))
+            axis, written = 0, outputs
+            if op.kind == "conv_transpose":  # weight (in, out / groups, k…)
+                groups = int(op.attrs["groups"])
+                depthwise = groups > 1 and groups == len(weight)
+                axis, written = (0, outputs * weight.shape[1]) if depthwise else (1, outputs * groups)
+            positions = applied if op.kind == "conv_transpose" else outputs
+            found.append(Layer(op.params["weight"], tuple(weight.shape), positions, axis, written))
     return tuple(found)
+
+
+def _places(kind: str, shape: Sequence[int], network: Network) -> int:
+    """Places of a tensor beside its channels, per sample, where samples may have been folded into the batch."""
+    places = math.prod(shape[1:-1] if kind == "linear" else shape[2:])
+    return places * (max(1, shape[0] // len(network.example[0])) if network.example[0].dim() else 1)

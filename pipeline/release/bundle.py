@@ -1,6 +1,6 @@
 """What ships: a folder that holds the network, the proof of its latency and accuracy, and where it all came from.
 
-    manifest.json        checksums, chain of inputs, versions, device, budget, latency, accuracy, names and layouts
+    manifest.json        checksums, chain of inputs, versions, device, precision, budget, latency, accuracy, layouts
     model.onnx           the network that was measured; dense.onnx: the one it is compared with
     engine files         what the runtime built of them, where it builds any
     plan.json            what the network grew by, if it did, and which units stay, as indices into it
@@ -33,6 +33,7 @@ from pipeline.nouns import PruningPlan
 from pipeline.release.encoders.base import load_encoder
 from pipeline.release.manifest import NAME, Accuracy, FileEntry, Latency, Link, Manifest, Sample, TensorSpec
 from profiles.errors import UsageError
+from profiles.schema import Precision
 from targets.harness.measurement import Session
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
@@ -46,6 +47,7 @@ class Contents:
     included; latency.network and latency.reference name two of its networks. passes: plain data of the pass log.
     sample_inputs, sample_outputs: name -> array, as model.onnx computes. artifacts: file name -> built by the runtime.
     sources: name -> SHA-256 of what the user gave. chain: as `Run.chain` gives it. licences: name -> text.
+    precision: of model.onnx.
     """
 
     network: str
@@ -69,6 +71,7 @@ class Contents:
     licences: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, Path] = field(default_factory=dict)
     encoder: str = "raw"
+    precision: Precision = "fp32"
     sample: Sample = field(default_factory=Sample)
 
 
@@ -131,6 +134,7 @@ def _manifest(contents: Contents, files: Mapping[str, FileEntry]) -> Manifest:
         network=contents.network,
         target=contents.target,
         runtime=measured.runtime,
+        precision=contents.precision,
         encoder=contents.encoder,
         files=dict(files),
         sources=dict(contents.sources),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from profiles.schema import Spec
+from profiles.schema import Precision, Spec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of files in a bundle: one plain part, so that no name can lead out of its folder."""
@@ -102,13 +102,17 @@ class Sample(Spec):
 
 
 class Manifest(Spec):
-    """manifest.json. sources: name -> hash of what the user gave (weights, project file, …). device: fingerprint."""
+    """manifest.json. sources: name -> hash of what the user gave (weights, project file, …). device: fingerprint.
+
+    precision: of model.onnx, where any of it is in half; None in bundles of versions that did not tell it.
+    """
 
     version: Literal[1] = 1
     tool: str
     network: str
     target: str
     runtime: str
+    precision: Precision | None = None
     encoder: str
     files: dict[str, FileEntry]
     sources: dict[str, Sha256]

@@ -58,7 +58,7 @@ def verify(bundle: Path, infer: Infer) -> list[str]:
         return problems
     problems = _texts(bundle, manifest)
     problems += _graph(bundle / "model.onnx", manifest) + _graph(bundle / "dense.onnx", manifest)
-    return problems or _sample(bundle, manifest, infer)
+    return problems or _precision(bundle, manifest) + _sample(bundle, manifest, infer)
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -196,6 +196,20 @@ def _graph(path: Path, manifest: Manifest) -> list[str]:
 def _names(path: Path, kind: str, found: list[str], told: tuple[TensorSpec, ...]) -> list[str]:
     names = [spec.name for spec in told]
     return [] if found == names else [f"{path.name} has the {kind} {found}, the manifest says {names}."]
+
+
+def _precision(bundle: Path, manifest: Manifest) -> list[str]:
+    """The precision that the manifest tells against the types of the graph and of the weights beside it."""
+    model, encoder, half = onnx.load(bundle / "model.onnx"), load_encoder(manifest.encoder), onnx.TensorProto.FLOAT16
+    weights = encoder.decode((bundle / f"pruned{encoder.SUFFIX}").read_bytes())
+    exact = {name for name, array in weights.items() if array.dtype == np.float32}
+    rounded = sorted({tensor.name for tensor in model.graph.initializer if tensor.data_type == half} & exact)
+    if manifest.precision == "fp32" and rounded:
+        return [f"model.onnx holds {len(rounded)} weights in float16, '{rounded[0]}' first; the manifest says fp32."]
+    casts = (a.i for node in model.graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
+    if manifest.precision == "fp16" and half not in casts:
+        return ["model.onnx computes nothing in float16, the manifest says fp16."]
+    return []
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

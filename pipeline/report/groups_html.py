@@ -86,7 +86,7 @@ def _drawn(placed: Placed, groups: Mapping[str, GroupEntry]) -> dict[str, Any]:
 
 def _cut(text: str, most: int) -> str:
     """The end of a long name says more than its beginning."""
-    return text if len(text) <= most else f"…{text[1 - most:]}"
+    return text if len(text) <= most else f"…{text[1 - most :]}"
 
 
 def _chip(numbers: list[int]) -> tuple[str, int]:

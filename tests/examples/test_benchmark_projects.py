@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.project import load_project, predict_torch, usercode
+from pipeline.project import load_project, predict_torch
 from pipeline.project.schema import read_project_file
 from profiles.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROJECTS = sorted(path.parent.name for path in (BENCHMARKS / "projects").glob("*/deploy.toml"))
 TRAINED_FIRST = ["inception_gtsrb", "mobilenetv2_gtsrb"]
@@ -27,13 +28,6 @@ def module(name: str):
 
 
 nets, data, builds = module("nets"), module("data"), module("builds")
-
-
-@pytest.fixture(autouse=True)
-def leave_no_project_behind():
-    yield
-    if usercode._active is not None:
-        usercode._active.leave()
 
 
 def needs(folder: str):

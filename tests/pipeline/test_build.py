@@ -12,21 +12,22 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_project import GRID, replace, request, write_project
+from tiny_project import GRID, problems, replace, request, run_of, write_project
 
 from pipeline.flow import BuildResult, build
 from pipeline.nouns import PruningPlan
-from pipeline.project import load_project, usercode
+from pipeline.project import load_project
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.groups import find_groups
 from pipeline.prune.surgery import prune, restore
-from pipeline.release.verify import read_manifest, verify
+from pipeline.release.verify import read_manifest
 from pipeline.run import read_state
 from profiles.errors import MissedError
 from profiles.schema import load_profile
 from targets.base import load_target
 from targets.harness.measurement import Session
 
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 PROMISED = {
     "bundle", "budget_ms", "dense_ms", "measured_ms", "latency_ratio", "accuracy_dense", "accuracy", "rounds",
     "seconds",
@@ -44,16 +45,6 @@ def evaluate(predict):
 """
 
 
-@pytest.fixture(autouse=True)
-def leave_no_project_behind():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if usercode._active is not None:
-        usercode._active.leave()
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return write_project(tmp_path / "tiny")
@@ -66,14 +57,6 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildResult]:
     torch.set_num_threads(1)
     project = write_project(folder / "tiny")
     return project, build(request(project, folder / "root"))
-
-
-def run_of(result: BuildResult) -> Path:
-    return Path(result.summary["run"])
-
-
-def problems(bundle: Path, name: str = "simulated") -> list[str]:
-    return verify(bundle, load_target(load_profile(name), bundle.parent).infer)
 
 
 def network_of(project: Path) -> Network:

@@ -17,6 +17,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline import cli
+from pipeline.graph.precision.half import halve
+from pipeline.graph.verify import seeded_inputs
 from pipeline.nouns import DropBlock, KeepUnits, PruningPlan
 from pipeline.release.bundle import Contents, licence_texts, write_bundle
 from pipeline.release.encoders import raw
@@ -360,6 +362,40 @@ def test_the_command_verifies_and_its_exit_code_tells(
     assert run() == (1, "plan.json is missing.\n")
     told = json.loads(run("--json")[1])
     assert told == {"bundle": str(bundle), "problems": ["plan.json is missing."], "exit_code": 1}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory, contents: Contents, device: Target) -> Contents:
+    """The same in half precision; the file that was measured lies beside it."""
+    folder, model = tmp_path_factory.mktemp("half"), onnx.load(contents.model)
+    onnx.save(halve(model, seeded_inputs(model))[0], folder / "half.onnx")
+    given = list(contents.sample_inputs.values())
+    return replace(
+        contents, model=folder / "half.onnx", artifacts={"exact.onnx": contents.model}, precision="fp16",
+        sample_outputs={"logits": device.infer(folder / "half.onnx", given)[0]},
+    )  # fmt: skip
+
+
+def test_the_manifest_tells_the_precision_and_it_is_checked_on_the_graph(
+    tmp_path: Path, contents: Contents, half: Contents, device: Target
+):
+    whole, told = write_bundle(tmp_path / "half", half), read_manifest(tmp_path / "half").precision
+    assert told == "fp16" and verify(whole, device.infer) == []
+    exact = replace(contents, precision="fp16")
+    assert verify(write_bundle(tmp_path / "lie", exact), device.infer) == [
+        "model.onnx computes nothing in float16, the manifest says fp16."
+    ]
+    assert verify(write_bundle(tmp_path / "lie", replace(half, precision="fp32")), device.infer) == [
+        "model.onnx holds 2 weights in float16, 'conv.weight' first; the manifest says fp32."
+    ]
+    _reseal(whole, lambda manifest: manifest.update(precision="fp8"))
+    [problem] = verify(whole, device.infer)
+    assert problem.startswith("manifest.json: precision is 'fp8', a string; ")
+
+
+def test_a_bundle_of_a_version_that_told_no_precision_is_whole(bundle: Path, device: Target):
+    _reseal(bundle, lambda manifest: manifest.pop("precision"))
+    assert read_manifest(bundle).precision is None and verify(bundle, device.infer) == []
 
 
 @pytest.mark.parametrize("name", plugins.names("pipeline.release.encoders"))

@@ -10,12 +10,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.cache import Cache, file_hash, locked, write_atomic
+from pipeline.cache import Cache, file_hash, locked, named, write_atomic
 from profiles.errors import DeployError
+from targets.runtimes import ort
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +41,15 @@ def test_a_file_is_stored_by_its_contents_and_may_go_afterwards(cache: Cache, tm
     digest = cache.put_file(source)
     source.unlink()
     assert file_hash(cache.path(digest)) == digest
+
+
+@pytest.mark.parametrize("asked", [lambda path: path, os.path.relpath], ids=["absolute", "relative"])
+def test_errors_tell_an_object_by_the_name_of_the_model(cache: Cache, tmp_path: Path, asked: Callable[[Path], Any]):
+    path = Path(asked(cache.path(cache.put_bytes(b"no graph"))))
+    with pytest.raises(DeployError) as caught, named({"dense": path, "dense-again": path}):
+        ort.runtime().build(path, tmp_path / "dense.artifact", ("CPUExecutionProvider",), 1)
+    assert caught.value.message.startswith(f"ONNX Runtime {ort.runtime().version()} cannot open 'dense': ")
+    assert "objects" not in str(caught.value) and caught.value.hint in str(caught.value)
 
 
 def test_making_a_cache_touches_no_file(tmp_path: Path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -16,7 +15,6 @@ from tiny_project import request, write_project
 
 from pipeline.flow import BuildResult, build
 from pipeline.graph.verify import compare_outputs, seeded_inputs
-from pipeline.project import usercode
 from pipeline.release.verify import verify
 from pipeline.run import read_state
 from profiles.errors import UsageError
@@ -25,6 +23,7 @@ from targets.base import load_target
 from targets.harness.measurement import Session
 from targets.simulated import Truth, roofline_ms
 
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 NAME = "uneven-depthwise"
 ASKED = {"graph": {"candidates": [NAME]}, "prune": {"rounds": 1, "value_widths": 1, "repair": "none"}}
 NETS = '''
@@ -67,16 +66,6 @@ version = 1
 factory = "tinynet:net"
 input = { shape = [1, 1, 16, 16] }
 """
-
-
-@pytest.fixture(autouse=True)
-def leave_no_project_behind() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if usercode._active is not None:
-        usercode._active.leave()
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,16 @@ def test_a_damaged_pinned_network_is_an_error_and_not_a_pass(place):
         checked(place, None)
 
 
+def test_a_pinned_network_that_the_device_refuses_is_told_as_the_baseline(place):
+    model = onnx.load(network(place / "a.onnx"))
+    model.graph.node[0].op_type = "Convolve"
+    onnx.save(model, place / "a.onnx")
+    pin(place, place / "a.onnx")
+    with pytest.raises(DeployError) as refused:
+        checked(place, network(place / "b.onnx"))
+    assert "'baseline'" in refused.value.message and "objects" not in str(refused.value)
+
+
 def test_a_stage_that_says_nothing_is_measured_once_more_and_is_then_inconclusive(place):
     pin(place, network(place / "a.onnx"))
     record = checked(place, None, {"check": {"control_sd": 1e-9}})

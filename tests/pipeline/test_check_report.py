@@ -445,9 +445,8 @@ def test_the_history_is_one_line_a_night():
 def test_the_history_says_its_change_points():
     console = Console(file=io.StringIO(), width=160)
     history.show_history(NIGHTS, console, [STEP])
-    assert console.file.getvalue().splitlines()[-1].startswith(
-        "Advisory: baseline p50 moved from 0.810 ms to 0.905 ms (+11.7 %) at 2026-11-04"
-    )
+    last = console.file.getvalue().splitlines()[-1]
+    assert last.startswith("Advisory: baseline p50 moved from 0.810 ms to 0.905 ms (+11.7 %) at 2026-11-04")
     assert history.history_json(NIGHTS, [STEP])["changes"][0]["after_ms"] == 0.905
     early = replace(STEP, at="2026-10-01T03:00:00+00:00")
     html = history.history_page(NIGHTS, [early])

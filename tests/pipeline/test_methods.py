@@ -6,25 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_project import request, write_project
+from tiny_project import problems, request, run_of, write_project
 
 from pipeline.flow import build
-from pipeline.project import usercode
-from pipeline.release.verify import verify
 from pipeline.run import read_state
-from profiles.schema import load_profile
-from targets.base import load_target
 
-
-@pytest.fixture(autouse=True)
-def leave_no_project_behind():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if usercode._active is not None:
-        usercode._active.leave()
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 
 
 @pytest.mark.parametrize(
@@ -44,10 +31,10 @@ def test_a_build_with_other_methods_keeps_the_budget_and_leaves_a_bundle_that_ve
     overrides = {"prune": {**prune, "rounds": 2}, "recover": {"hooks": hooks}}
     result = build(request(project, tmp_path / "root", overrides=overrides))
     summary = result.summary
-    folder = Path(summary["run"])
+    folder = run_of(result)
     assert summary["verdict"] in ("met", "accuracy missed"), summary
     assert 0 < summary["latency_ratio"] <= summary["latency_ratio_interval"][1] <= 0.6
     bundle = folder / ("bundle" if summary["verdict"] == "met" else "rejected")
-    assert verify(bundle, load_target(load_profile("simulated"), tmp_path).infer) == []
+    assert problems(bundle) == []
     assert prune["repair"] in {row.name for row in result.report.repairs} if result.report else False
     assert read_state(folder)["status"] == ("done" if summary["verdict"] == "met" else "missed")

@@ -5,36 +5,24 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from rich.console import Console
-from tiny_project import replace, request, write_project
+from tiny_project import problems, replace, request, write_project
 
 from pipeline import cli
 from pipeline.flow import build
-from pipeline.project import load_project, predict_torch, usercode
-from pipeline.release.verify import verify
+from pipeline.project import load_project, predict_torch
 from profiles.errors import DeployError
 from profiles.schema import load_profile
 from targets.base import load_target
 
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 DOCS = (Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
 SHORT = {"prune": {"rounds": 1, "value_widths": 1}}
-
-
-@pytest.fixture(autouse=True)
-def leave_no_project_behind() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if usercode._active is not None:
-        usercode._active.leave()
 
 
 def example(folder: Path) -> Path:
@@ -53,10 +41,6 @@ def groups(capsys: pytest.CaptureFixture[str], project: Path) -> dict[str, dict]
     told = json.loads(capsys.readouterr().out)
     assert not left.value.code, told
     return {group["name"]: group for group in told["groups"]}
-
-
-def problems(bundle: Path) -> list[str]:
-    return verify(bundle, load_target(load_profile("simulated"), bundle.parent).infer)
 
 
 def test_the_example_of_the_docs_offers_what_its_rule_couples(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -113,7 +97,7 @@ def test_an_operator_whose_onnx_cannot_be_narrowed_is_an_error_before_anything_i
     assert not (tmp_path / "root" / "runs").exists()
 
 
-BRANCH = '''
+BRANCH = """
 
 class Odd(nn.Module):
     def __init__(self):
@@ -125,7 +109,7 @@ class Odd(nn.Module):
             return self.conv(x) + x
         return x
 
-'''
+"""
 
 
 def test_a_network_that_decides_by_its_data_is_built_with_both_branches(tmp_path: Path):

@@ -16,14 +16,14 @@ import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from test_resume import ENVIRONMENT, files, resume, start, stop
-from tiny_project import PROJECT, replace, request, write_project
+from tiny_project import PROJECT, problems, replace, request, run_of, stages, write_project
 
 from pipeline import flow, prepare
 from pipeline.flow import BuildResult, build
 from pipeline.nouns import AddBranch, Dim, LatencyTable, PruningPlan, Sensitivity, Site, SiteCost, Widen
 from pipeline.prepare import Proposal, chosen, propose
-from pipeline.project import load_project, usercode
-from pipeline.release.verify import read_manifest, verify
+from pipeline.project import load_project
+from pipeline.release.verify import read_manifest
 from pipeline.run import read_state
 from pipeline.work import captured, rebuilt
 from profiles.errors import UsageError
@@ -31,7 +31,8 @@ from profiles.schema import Profile, PruneSpec, load_profile
 from targets.base import load_target
 from targets.harness.measurement import Session
 
-INCEPTION = '''
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
+INCEPTION = """
 import torch
 from torch import nn
 
@@ -61,19 +62,9 @@ class Net(nn.Module):
 
 def net():
     return Net()
-'''
+"""
 PUSHED = {"prepare": {"epochs": 2, "hooks": ["push"]}, "prune": {"rounds": 2}}
 GROWN = {"prepare": {"epochs": 2, "hooks": ["push"], "grow": True}, "prune": {"rounds": 2}}
-
-
-@pytest.fixture(autouse=True)
-def leave_no_project_behind():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if usercode._active is not None:
-        usercode._active.leave()
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +104,9 @@ def inception(folder: Path) -> Path:
     return project
 
 
-def run_of(result: BuildResult) -> Path:
-    return Path(result.summary["run"])
-
-
 def bundle_of(result: BuildResult) -> Path:
     assert result.bundle is not None, result.summary
     return result.bundle
-
-
-def stages(result: BuildResult) -> dict[str, Any]:
-    return dict(read_state(run_of(result))["stages"])
 
 
 def infer(model: Path, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -133,10 +116,6 @@ def infer(model: Path, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def images(count: int = 5) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).normal(size=(count, 1, 8, 8)).astype(np.float32)
-
-
-def problems(bundle: Path) -> list[str]:
-    return verify(bundle, load_target(load_profile("simulated"), bundle.parent).infer)
 
 
 def truth(bundle: Path) -> float:
@@ -345,9 +324,7 @@ def test_proposals_come_by_what_their_cuts_lose_per_millisecond(tmp_path: Path):
     project = load_project(inception(tmp_path / "tiny"))
     network = captured(project, project.model(), PruneSpec()).network
     groups = network.topology.offered
-    sites = tuple(
-        SiteCost(Site(g.id, "conv", (Dim(((g.id, 1),)),), ()), {(8,): 1.0, (16,): 2.0}) for g in groups
-    )
+    sites = tuple(SiteCost(Site(g.id, "conv", (Dim(((g.id, 1),)),), ()), {(8,): 1.0, (16,): 2.0}) for g in groups)
     table = LatencyTable(sites, {g.id: (8, 16) for g in groups}, 8, 2.0 * len(groups))
     losses = {g.id: {8: float(place), 16: 0.0} for place, g in enumerate(groups)}
     found = propose(network, table, Sensitivity(losses, {}), 1.25)

@@ -10,37 +10,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from tiny_project import request, write_project
+from tiny_project import problems, request, write_project
 
 from pipeline import cli
 from pipeline.flow import BuildResult, build
-from pipeline.project import usercode
-from pipeline.release.verify import verify
 from pipeline.run import BuildRequest, read_state
-from profiles.schema import load_profile
-from targets.base import load_target
 
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("--set", "recover.epochs=8", "--set", "recover.patience=8")
 OVERRIDES = {"recover": {"epochs": 8, "patience": 8}}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(autouse=True)
-def leave_no_project_behind() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if usercode._active is not None:
-        usercode._active.leave()
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +52,7 @@ def start(project: Path, root: Path, out: Path) -> subprocess.Popen[str]:
         "--budget", "0.6x", "--out", str(out), "--json", *SETTINGS,
     ]  # fmt: skip
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=root, env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe
-    )
+    return subprocess.Popen(command, cwd=root, env=ENVIRONMENT, text=True, stdout=pipe, stderr=pipe)
 
 
 def stages(run: Path) -> dict[str, Any]:
@@ -101,10 +86,6 @@ def stop(process: subprocess.Popen[str], how: signal.Signals, reached: Callable[
 
 def resume(run: Path) -> BuildResult:
     return build(BuildRequest.again(run, Console(file=io.StringIO(), width=200)))
-
-
-def problems(bundle: Path) -> list[str]:
-    return verify(bundle, load_target(load_profile("simulated"), bundle.parent).infer)
 
 
 def files(bundle: Path) -> dict[str, bytes]:

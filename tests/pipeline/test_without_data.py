@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +12,25 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_project import replace, request, write_project
+from tiny_project import problems, replace, request, write_project
 
 from pipeline.flow import DATA_FREE, BuildResult, build
 from pipeline.nouns import PruningPlan
 from pipeline.outcome import agreement
-from pipeline.project import load_project, usercode
+from pipeline.project import load_project
 from pipeline.prune.capture import capture
 from pipeline.prune.groups import find_groups
 from pipeline.prune.surgery import prune
-from pipeline.release.verify import read_manifest, verify
+from pipeline.release.verify import read_manifest
 from pipeline.report import text
 from pipeline.run import read_state
 from profiles.errors import UsageError
 from profiles.schema import load_profile
 from targets.base import load_target
 
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 NO_DATA = "the project has no [data]"
 SHORT = {"prune": {"rounds": 1, "value_widths": 1}}
-
-
-@pytest.fixture(autouse=True)
-def leave_no_project_behind() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if usercode._active is not None:
-        usercode._active.leave()
 
 
 def bare(folder: Path, data: str = "") -> Path:
@@ -59,10 +49,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildResult, 
     project, console = bare(folder / "tiny"), Console(file=io.StringIO(), width=200)
     result = build(request(project, folder / "root", console=console))
     return project, result, console.file.getvalue()  # type: ignore[attr-defined]
-
-
-def problems(bundle: Path) -> list[str]:
-    return verify(bundle, load_target(load_profile("simulated"), bundle.parent).infer)
 
 
 def test_a_project_without_data_is_built_and_its_bundle_is_whole(built: tuple[Path, BuildResult, str]):

@@ -12,7 +12,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load, save, save_file
 
-from pipeline.run import BuildRequest
+from pipeline.flow import BuildResult
+from pipeline.release.verify import verify
+from pipeline.run import BuildRequest, read_state
+from profiles.schema import load_profile
+from targets.base import load_target
 
 NETS = '''
 import torch
@@ -153,3 +157,18 @@ def request(project: Path, root: Path, **changes: Any) -> BuildRequest:
         "console": Console(file=io.StringIO(), width=200),
     }  # fmt: skip
     return BuildRequest(**given | changes)
+
+
+def run_of(result: BuildResult) -> Path:
+    """The folder of a run."""
+    return Path(result.summary["run"])
+
+
+def stages(result: BuildResult) -> dict[str, Any]:
+    """What the stages of a run left, by name."""
+    return dict(read_state(run_of(result))["stages"])
+
+
+def problems(bundle: Path, name: str = "simulated") -> list[str]:
+    """What is wrong with a bundle, its sample run by the device of a profile."""
+    return verify(bundle, load_target(load_profile(name), bundle.parent).infer)

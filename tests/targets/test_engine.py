@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 
 import numpy as np
@@ -366,6 +367,30 @@ def test_phases_inside_phases_never_run_backwards():
     phases.finish("build")
     assert 0.9 <= phases.share() < 1
     phases.finish("never begun")
+
+
+def test_a_phase_may_begin_while_another_thread_asks_how_far_the_build_is(monkeypatch):
+    phases, asked, told = progress.Phases(), threading.Event(), threading.Event()
+    for name in ("build", "again"):
+        phases.start(name, None, 1)
+    share = progress.Phase.share
+
+    def slowly(phase):
+        asked.set()
+        told.wait(0.1)
+        return share(phase)
+
+    def begin():
+        asked.wait()
+        phases.start("late", "build", 1)
+        told.set()
+
+    monkeypatch.setattr(progress.Phase, "share", slowly)
+    library = threading.Thread(target=begin)
+    library.start()
+    assert phases.share() == 0
+    library.join()
+    assert phases.latest == "late" and list(phases.running) == ["build", "again", "late"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
@@ -73,8 +74,10 @@ def _evaluate(graph: gs.Graph, node: gs.Node) -> list[np.ndarray]:
     if node.op == "Constant":
         return [_literal(node)]
     feeds = {tensor.name: constant(tensor) for tensor in node.inputs if not tensor.is_empty()}
-    proto = OnnxExporter.export_node(node)
-    return [np.asarray(value) for value in ReferenceEvaluator(proto, opsets={"": graph.opset}).run(None, feeds)]
+    names = [out.name for out in node.outputs]
+    opsets = [helper.make_opsetid("", graph.opset)]  # a node alone is run in the newest opset
+    alone = helper.make_function("", node.op, list(feeds), names, [OnnxExporter.export_node(node)], opsets)
+    return [np.asarray(value) for value in ReferenceEvaluator(alone).run(None, feeds, {})]
 
 
 def _literal(node: gs.Node) -> np.ndarray:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.latency.program import narrowest, nearest
-from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable, infeasible
+from pipeline.latency.program import last_resort, nearest
+from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable
 from pipeline.nouns import Dim, LatencyTable, Sensitivity, Solution, Topology
 from profiles.schema import PruneSpec
 
@@ -221,6 +221,19 @@ class Lattice:
                 return point
             point = moves.points[int(added.argmin())]
 
+    def removals(self, keys: Mapping[int, Values]) -> NDArray[np.int64]:
+        """Units that each group has lost after 0, 1, … of all units went, lowest key first. Shape (units + 1, groups).
+
+        keys: group -> ascending, one for every unit that may go. Of equal ones the unit goes whose group has then lost
+        the smallest share of them, and the first in the network's order.
+        """
+        rows = np.concatenate([np.zeros(0, dtype=np.int64), *(np.full(len(own), row) for row, own in keys.items())])
+        shares = np.concatenate([np.zeros(0), *(np.arange(1, len(own) + 1) / len(own) for own in keys.values())])
+        order = rows[np.lexsort((rows, shares, np.concatenate([np.zeros(0), *keys.values()])))]
+        lost = np.zeros((len(order) + 1, len(self.groups)), dtype=np.int64)
+        lost[np.arange(1, len(order) + 1), order] = 1
+        return np.asarray(lost.cumsum(axis=0))
+
     def largest(self, points: Points, budget_ms: float) -> Points | None:
         """The first of these points, each smaller than the one before, that fits; None where none does.
 
@@ -273,9 +286,7 @@ class Lattice:
 
     def last_resort(self, budget_ms: float) -> Points:
         """The narrowest network, for a search that found nothing; MissedError where even that is over the budget."""
-        least = narrowest(self.table, self.topology, self.spec, self.sensitivity)
-        if least.predicted_ms > budget_ms * FIT:
-            raise infeasible(budget_ms, least.predicted_ms)
+        least = last_resort(self.table, self.topology, self.spec, self.sensitivity, budget_ms)
         return self.point(least.widths, least.dropped)
 
 

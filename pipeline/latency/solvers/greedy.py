@@ -13,10 +13,10 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pipeline.latency.program import narrowest
-from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable, infeasible
+from pipeline.latency.program import last_resort
+from pipeline.latency.solvers.base import FIT, added_loss, allowed_widths, droppable
 from pipeline.nouns import LatencyTable, Ranking, Sensitivity, SiteCost, Solution, Topology, Trial
 from profiles.schema import PruneSpec
 
@@ -40,9 +40,7 @@ class Gain:
 class Descent:
     """The state of the search: widths and removed blocks, the sites that each group touches, gains already known."""
 
-    def __init__(
-        self, sensitivity: Sensitivity, table: LatencyTable, topology: Topology, spec: PruneSpec
-    ) -> None:
+    def __init__(self, sensitivity: Sensitivity, table: LatencyTable, topology: Topology, spec: PruneSpec) -> None:
         self.choices = allowed_widths(table, topology, sensitivity)
         self.homes = {group.id: group.block for group in topology.groups}
         self.widths = {group.id: group.size for group in topology.groups}
@@ -154,19 +152,9 @@ def solve(
     while predicted > budget_ms * FIT:
         gains = [(gain.order, cut) for cut in state.cuts() if (gain := state.gain(cut)) is not None]
         if not gains:
-            return _last_resort(sensitivity, table, topology, budget_ms, spec, start)
+            least = last_resort(table, topology, spec, sensitivity, budget_ms)
+            return replace(least, seconds=time.perf_counter() - start)
         state.apply(min(gains)[1])
         predicted = table.predict(state.widths, state.dropped).ms
     loss = added_loss(sensitivity, topology, state.widths, state.dropped)
     return Solution(dict(state.widths), frozenset(state.dropped), predicted, loss, None, time.perf_counter() - start)
-
-
-def _last_resort(
-    sensitivity: Sensitivity, table: LatencyTable, topology: Topology, budget_ms: float, spec: PruneSpec, start: float
-) -> Solution:
-    """The narrowest network, for budgets where the descent ended beside it; MissedError where even that is over."""
-    least = narrowest(table, topology, spec, sensitivity)
-    if least.predicted_ms > budget_ms * FIT:
-        raise infeasible(budget_ms, least.predicted_ms)
-    loss = added_loss(sensitivity, topology, least.widths, least.dropped)
-    return Solution(least.widths, least.dropped, least.predicted_ms, loss, None, time.perf_counter() - start)

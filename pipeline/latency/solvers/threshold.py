@@ -14,7 +14,9 @@ cost is `prune.normalise`:
 Costs below a millionth of the largest count as that: a unit that saves nothing stays. Every width is the allowed one
 nearest to what the threshold leaves (off the grid of a sum: the nearest choice on it). A block is removed only where
 all units of all groups inside it lie under the threshold, and it has such groups. Groups without a ranking keep their
-size. Thresholds are tried from the lowest; where even the highest does not fit, the narrowest network is taken.
+size. Thresholds are tried from the lowest, and of units with equal scores only as many go as the budget needs: first
+from the group that has then lost the smallest share, of those in the network's order. Where even the highest threshold
+does not fit, the narrowest network is taken.
 """
 
 from __future__ import annotations
@@ -85,13 +87,12 @@ def _slopes(lattice: Lattice) -> Values:
 
 def _points(lattice: Lattice, scores: dict[int, Values]) -> Points:
     """The networks of all thresholds, the largest first. scores: group -> ascending scores of its units."""
-    thresholds = np.unique(np.concatenate([np.zeros(0), *scores.values()]))
-    points = np.repeat(lattice.dense[None], len(thresholds) + 1, axis=0)
-    emptied = np.zeros((len(points), len(lattice.groups)), dtype=np.bool_)
+    removed = lattice.removals(scores)
+    points = np.repeat(lattice.dense[None], len(removed), axis=0)
+    emptied = np.zeros(removed.shape, dtype=np.bool_)
     for group, own in scores.items():
-        removed = np.searchsorted(own, thresholds, side="right")
-        points[1:, group] = lattice.nearest_index(group, len(own) - removed)
-        emptied[1:, group] = removed == len(own)
+        points[:, group] = lattice.nearest_index(group, len(own) - removed[:, group])
+        emptied[:, group] = removed[:, group] == len(own)
     for block in range(len(lattice.blocks)):
         inside = np.flatnonzero(lattice.homes == block)
         if len(inside):

@@ -148,7 +148,7 @@ def test_scores_are_divided_by_what_a_unit_costs():
         spec = PruneSpec(normalise=normalise)
         return dict(threshold.solve(ranked, sensitivity, costs, net, 23.0, spec).widths)
 
-    assert widths("none") == {"slow": 5, "fast": 5}
+    assert widths("none") == {"slow": 5, "fast": 6}
     assert widths("ms") == {"slow": 5, "fast": 7}
 
 
@@ -156,7 +156,11 @@ def test_the_cost_of_a_unit_is_counted_or_read_from_the_table():
     costs, net, sensitivity = layered({"a": 0.25, "b": 0.5})
     first, second = np.arange(8, dtype=np.int32), np.arange(8, 16, dtype=np.int32)
     groups = (group("a", 8), type(net.groups[0])("b", "b", tuple(range(8, 16)), ()))
-    layers = (Layer("one", (8, 3, 3, 3), 100), Layer("two", (8, 8, 1, 1), 25), Layer("head", (10, 8), 1))
+    layers = (
+        Layer("one", (8, 3, 3, 3), 100, 0, 100),
+        Layer("two", (8, 8, 1, 1), 25, 0, 25),
+        Layer("head", (10, 8), 1, 0, 1),
+    )
     params = {"one": {0: first}, "two": {0: second, 1: first}, "head": {1: second}}
     lattice = Lattice(sensitivity, costs, Topology(groups, (), params, (), (), layers), SPEC)
     assert threshold.unit_costs(lattice, "none").tolist() == [1, 1]
@@ -197,7 +201,30 @@ def test_a_block_goes_only_when_every_unit_inside_lies_under_the_threshold():
 def test_a_group_without_a_ranking_keeps_its_size(solver):
     costs, net, sensitivity = layered({"a": 1.0, "b": 1.0})
     found = solver.solve([scored("b", [1.0] * 7 + [2.0])], sensitivity, costs, net, 10.0, SPEC)
-    assert found.widths == {"a": 8, "b": 1 if solver is threshold else 2}
+    assert found.widths == {"a": 8, "b": 2}
+
+
+@pytest.mark.parametrize("solver", [threshold, cumulative])
+@pytest.mark.parametrize("scores", [[1.0] * 8, [0.0] * 7 + [1.0], [0.0] * 8])
+def test_of_units_with_equal_scores_no_more_go_than_the_budget_needs(solver, scores):
+    costs, net, sensitivity = layered({"a": 1.0, "b": 1.0, "c": 1.0})
+    ranked = [scored(name, scores) for name in "cab"]
+    for budget, left in ((23.0, (7, 8, 8)), (15.0, (5, 5, 5)), (14.5, (4, 5, 5)), (13.0, (4, 4, 5))):
+        found = solver.solve(ranked, sensitivity, costs, net, budget, SPEC)
+        assert tuple(found.widths[name] for name in "abc") == left
+
+
+@pytest.mark.parametrize("solver", [threshold, cumulative])
+def test_groups_of_unequal_size_and_equal_scores_lose_equal_shares(solver):
+    choices = {"small": tuple(range(1, 5)), "large": tuple(range(1, 17))}
+    sites = [
+        SiteCost(Site(name, "test", (Dim(((name, 1),)),), (name,)), {(width,): float(width) for width in widths})
+        for name, widths in choices.items()
+    ]
+    costs, net = LatencyTable(tuple(sites), choices, 1, 20.0), topology([group("small", 4), group("large", 16)])
+    values = Sensitivity({name: {1: 0.0, widths[-1]: 0.0} for name, widths in choices.items()}, {})
+    ranked = [scored("small", [1.0] * 4), scored("large", [1.0] * 16)]
+    assert solver.solve(ranked, values, costs, net, 10.0, SPEC).widths == {"small": 2, "large": 8}
 
 
 @pytest.mark.parametrize("solver", [threshold, cumulative])

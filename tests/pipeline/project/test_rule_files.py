@@ -10,13 +10,13 @@ from pipeline.prune.labels import LabelSpace, Op
 from profiles.errors import DeployError, UsageError
 
 NAMED = TOML.replace('factory = "nets:net"', 'factory = "nets:net"\nrules = "my_rules"')
-RULES = '''
+RULES = """
 KINDS = ("nets.Gate", "mylib::gate")
 
 
 def apply(op, space):
     space.tensors[op.output] = space.tensors[op.inputs[0]]
-'''
+"""
 
 
 def test_a_rule_file_is_found_beside_deploy_toml_and_speaks_for_its_kinds(world):

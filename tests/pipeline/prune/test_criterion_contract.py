@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.nouns import ChannelGroup, Ranking
 from pipeline.prune.capture import Network, capture
+from pipeline.prune.criteria import _knockoffs, scop_generator
 from pipeline.prune.criteria.base import PACKAGE
 from pipeline.prune.evidence import Evidence, Samples
 from pipeline.prune.groups import find_groups
@@ -23,6 +24,13 @@ TRAINED = {"scop", "scop-generator"}
 """Criteria that train what they rank by: sums in another order, rounded, end a little elsewhere."""
 CONTROLS = {"random"}
 """Criteria that look at nothing but the seed."""
+
+
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract is that of any number of steps; what many of them learn is test_gradient_criteria's to say."""
+    monkeypatch.setattr(scop_generator, "STEPS", 20)
+    monkeypatch.setattr(_knockoffs, "STEPS", 20)
 
 
 @torch.no_grad()
@@ -121,8 +129,9 @@ def test_permuted_units_give_permuted_rankings(name):
     other = captured(rewired(network, model, group, order, readers=True))
     (x,) = evidence_of(network).samples.first(4).joined()
     assert torch.allclose(other.graph(x), network.graph(x), atol=1e-5)
+    rankings = [rank(evidence_of(net), name) for net in (network, other)]
     for own in network.topology.offered:
-        first, second = (rank(evidence_of(net), name)[own.id] for net in (network, other))
+        first, second = (found[own.id] for found in rankings)
         names = order if own.id == group.id else list(range(own.size))
         if name in TRAINED:
             pairs = (dict(zip(r.removal_order, r.marginal_loss, strict=True)) for r in (first, second))

@@ -6,7 +6,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from prune_nets import Chain, Depthwise, Residual, example
+from prune_nets import Chain, Depthwise, Residual, example, lived_in
 from torch import Tensor, nn
 
 from benchmarks.haste import HasteConv, Spent, replace
@@ -24,18 +24,6 @@ from pipeline.prune.surgery import prune
 
 PAIRS = ["qsfm-psnr", "qsfm-ssim", "red", "haste"]
 MAPS = ["qsfm-psnr", "qsfm-ssim"]
-
-
-@torch.no_grad()
-def lived_in(model: nn.Module) -> nn.Module:
-    source = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.copy_(torch.rand(module.weight.shape, generator=source) + 0.5)
-            module.bias.copy_(torch.rand(module.bias.shape, generator=source) * 0.6 - 0.3)
-            module.momentum = None
-    model.train()(torch.randn(64, 3, 8, 8, generator=source))
-    return model.eval()
 
 
 def inputs(count: int = 32) -> Tensor:

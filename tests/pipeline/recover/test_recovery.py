@@ -407,6 +407,7 @@ def test_a_resumed_recovery_with_a_hook_ends_as_one_that_was_not_stopped(tmp_pat
         run(tmp_path / "torn", spec=spec, progress=interrupt)
     assert same(run(tmp_path / "torn", spec=spec).module, run(tmp_path / "whole", spec=spec).module)
 
+
 # --- the latest instead of the best ---
 
 
@@ -417,9 +418,7 @@ def kept(tmp_path, scores, **kwargs):
     return run(tmp_path, RecoverData(digits.train, digits.loss, validate), spec, **kwargs), shown
 
 
-@pytest.mark.parametrize(
-    ("scores", "epoch"), [([0.9, 0.95, 0.85], 1), ([0.9, 0.95, 0.7], 0), ([0.9, 0.7, 0.6], None)]
-)
+@pytest.mark.parametrize(("scores", "epoch"), [([0.9, 0.95, 0.85], 1), ([0.9, 0.95, 0.7], 0), ([0.9, 0.7, 0.6], None)])
 def test_with_an_allowed_drop_the_latest_epoch_within_it_is_kept(tmp_path, scores, epoch):
     recovered, shown = kept(tmp_path, scores, allowed_drop=0.1 + 1e-9)
     assert recovered.best_epoch == epoch

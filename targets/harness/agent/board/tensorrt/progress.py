@@ -34,9 +34,10 @@ class Phase(object):
 
 
 class Phases(object):
-    """All phases of a build, as they are announced."""
+    """All phases of a build, as they are announced by threads of the library and asked for by another."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.running: Dict[str, Phase] = {}
         self.left = 1.0
         self.latest = ""
@@ -44,31 +45,35 @@ class Phases(object):
 
     def start(self, name: str, parent: Optional[str], steps: int) -> None:
         """A phase begins."""
-        above = self.running.get(parent) if parent else None
-        self.running[name] = Phase(name, above, steps)
-        self.latest = name
+        with self.lock:
+            above = self.running.get(parent) if parent else None
+            self.running[name] = Phase(name, above, steps)
+            self.latest = name
 
     def step(self, name: str, step: int) -> None:
         """A step of a phase is done, counted from 0."""
-        if name in self.running:
-            self.running[name].done = max(self.running[name].done, step + 1)
+        with self.lock:
+            if name in self.running:
+                self.running[name].done = max(self.running[name].done, step + 1)
 
     def finish(self, name: str) -> None:
         """A phase ends, whether or not all its steps were told."""
-        phase = self.running.pop(name, None)
-        if phase is None:
-            return
-        if phase.parent is None:
-            self.left *= 1.0 - OUTERMOST
-        elif phase in phase.parent.children:
-            phase.parent.children.remove(phase)
+        with self.lock:
+            phase = self.running.pop(name, None)
+            if phase is None:
+                return
+            if phase.parent is None:
+                self.left *= 1.0 - OUTERMOST
+            elif phase in phase.parent.children:
+                phase.parent.children.remove(phase)
 
     def share(self) -> float:
         """Done share of the build; it never falls."""
-        roots = [phase.share() for phase in self.running.values() if phase.parent is None]
-        now = 1.0 - self.left + OUTERMOST * self.left * min(1.0, sum(roots))
-        self.best = max(self.best, min(1.0, now))
-        return self.best
+        with self.lock:
+            roots = [phase.share() for phase in self.running.values() if phase.parent is None]
+            now = 1.0 - self.left + OUTERMOST * self.left * min(1.0, sum(roots))
+            self.best = max(self.best, min(1.0, now))
+            return self.best
 
 
 class Beat(object):

@@ -50,7 +50,6 @@ from pipeline.report.document import render
 from pipeline.search import Candidate, Found
 from pipeline.stage import Outcome
 from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
-from profiles.schema import Budget
 from targets.harness.measurement import STATISTICS, Judgement, Measurement, Session, Statistic
 
 PLOTTED = 2000

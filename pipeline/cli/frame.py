@@ -96,7 +96,8 @@ def _bug(given: Sequence[str], error: Exception) -> int:
     """The stack of what should not have happened; with `--json` an object beside it."""
     traceback.print_exception(error)
     if "--json" in given:
-        print_json({"error": f"{type(error).__name__}: {error}", "hint": "a bug: its stack is on stderr.", "exit_code": 1})
+        told = {"error": f"{type(error).__name__}: {error}", "hint": "a bug: its stack is on stderr."}
+        print_json({**told, "exit_code": 1})
     return 1
 
 

@@ -44,7 +44,7 @@ REQUIRED = (
 ROUNDING = 1e-12
 """By how much an accuracy may seem to miss its limit, as at the gate of a build."""
 CLOSE = 1e-5
-"""By how much, relatively, a released number may differ from what the samples give: a budget is written in six digits."""
+"""By how much a released number may differ from what the samples give: a budget is written in six digits."""
 
 Array = NDArray[Any]
 Infer = Callable[[Path, Sequence[Array]], list[Array]]
@@ -281,7 +281,8 @@ def _sample(bundle: Path, manifest: Manifest, infer: Infer) -> list[str]:
     problems = []
     for spec, want, got in zip(manifest.outputs, expected, found, strict=True):
         if manifest.sample.atol > max(Sample().atol, float(np.max(np.abs(want), initial=0.0))):
-            problems.append(f"the tolerance {manifest.sample.atol:g} of the sample is larger than output '{spec.name}'.")
+            allowed = f"the tolerance {manifest.sample.atol:g} of the sample"
+            problems.append(f"{allowed} is larger than output '{spec.name}'.")
         if want.shape != got.shape:
             problems.append(f"output '{spec.name}' of the sample has shape {list(got.shape)}, not {list(want.shape)}.")
         elif not np.allclose(got, want, rtol=manifest.sample.rtol, atol=manifest.sample.atol):

@@ -49,8 +49,9 @@ def short(label: str) -> str:
 
 
 def limit(
-    axes: Axes, at: float | None, text: str, *, horizontal: bool, colour: str = LIMIT, lift: float = 2.0, align: str = "center"
-) -> None:
+    axes: Axes, at: float | None, text: str, *, horizontal: bool, colour: str = LIMIT, lift: float = 2.0,
+    align: str = "center",
+) -> None:  # fmt: skip
     """A dashed limit with its name at the end of it, or none at None.
 
     lift, align: where the name stands above an upright one.

@@ -27,8 +27,9 @@ from pipeline.project.project import predict_torch
 from pipeline.prune.repair import repair
 from pipeline.prune.surgery import prune
 from pipeline.release.bundle import Contents, licence_texts, write_bundle
-from pipeline.release.manifest import Accuracy, Sample, latency_of, tensor_specs
+from pipeline.release.manifest import Accuracy, Sample, latency_of
 from pipeline.release.manifest import Agreement as AgreementEntry
+from pipeline.release.verify import tensor_specs
 from pipeline.report import numbers
 from pipeline.report.data import (
     Agreement,

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import onnx
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from profiles.schema import Budget, Spec
@@ -22,7 +20,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Bounds = tuple[float, float | None]
-LAYOUTS = {1: "N", 2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}
 
 
 class FileEntry(Spec):
@@ -83,16 +80,6 @@ def latency_of(session: Session, budget: Budget, network: str, reference: str) -
 
 def _bounds(low: float, high: float) -> Bounds:
     return low, high if math.isfinite(high) else None
-
-
-def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
-    """Inputs or outputs of an ONNX graph; the layout is what their number of axes suggests."""
-    specs = []
-    for value in values:
-        shape = tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim)
-        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
-        specs.append(TensorSpec(name=value.name, dtype=dtype, shape=shape, layout=LAYOUTS.get(len(shape), "")))
-    return tuple(specs)
 
 
 class Agreement(Spec):

@@ -25,7 +25,7 @@ from safetensors.numpy import load
 
 from pipeline.nouns import PruningPlan
 from pipeline.release.encoders.base import load_encoder
-from pipeline.release.manifest import Accuracy, Manifest, Sample, TensorSpec, latency_of, tensor_specs
+from pipeline.release.manifest import Accuracy, Manifest, Sample, TensorSpec, latency_of
 from profiles.errors import DeployError, UsageError
 from profiles.schema import Budget, explain
 from targets.base import Target
@@ -45,6 +45,8 @@ ROUNDING = 1e-12
 """By how much an accuracy may seem to miss its limit, as at the gate of a build."""
 CLOSE = 1e-5
 """By how much a released number may differ from what the samples give: a budget is written in six digits."""
+
+LAYOUTS = {1: "N", 2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}
 
 Array = NDArray[Any]
 Infer = Callable[[Path, Sequence[Array]], list[Array]]
@@ -239,6 +241,16 @@ def _ports(path: Path, kind: str, values: Iterable[onnx.ValueInfoProto], told: t
         [f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in specs] for specs in (tensor_specs(values), told)
     )
     return [] if found == wanted else [f"{path.name} has the {kind} {found}, the manifest says {wanted}."]
+
+
+def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs of an ONNX graph; the layout is what their number of axes suggests."""
+    specs = []
+    for value in values:
+        shape = tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim)
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        specs.append(TensorSpec(name=value.name, dtype=dtype, shape=shape, layout=LAYOUTS.get(len(shape), "")))
+    return tuple(specs)
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -38,6 +38,9 @@ _FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file may not grow so large",
 }
+_REFUSED = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+)
 _CHUNK = 1 << 20
 
 
@@ -55,6 +58,16 @@ def disk_full(error: OSError, path: Path) -> DeployError | None:
     free = shutil.disk_usage(folder).free // (1 << 20)
     message = f"{_FULL[error.errno]}: '{path}' could not be written, {free} MiB are free."
     return DeployError(message, "free some space, or remove what no run needs: deploy gc --keep-days 0")
+
+
+def refused(error: OSError) -> DeployError | None:
+    """The user's error for a place that is full or that may not be used, or None when the error is another one."""
+    named = error.filename if error.filename2 is None else error.filename2
+    place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else Path()
+    if error.errno not in _REFUSED:
+        return disk_full(error, place)
+    message = f"'{place}' cannot be used: {str(error.strerror).lower()}."
+    return DeployError(message, "run it where that can be read and written, or name another place.")
 
 
 @contextmanager

@@ -192,8 +192,9 @@ def _release(work: Work) -> BuildResult:
         if found.chosen is None:
             return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
         ending = _finish(work, exact, dense, found, accuracy_dense)
-        if ending.judged.verdict == "met" or ending.session.contaminated:
-            break
+        judged = ending.judged
+        if judged.verdict == "met" or ending.session.contaminated or not math.isfinite(judged.value + judged.high):
+            break  # no tighter plan changes that
         table = found.table
     return outcome.release(work, ending)
 

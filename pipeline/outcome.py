@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from pipeline.project.project import predict_torch
 from pipeline.prune.repair import repair
 from pipeline.prune.surgery import prune
 from pipeline.release.bundle import Contents, licence_texts, write_bundle
-from pipeline.release.manifest import Accuracy, Latency, Sample, TensorSpec
+from pipeline.release.manifest import Accuracy, Sample, latency_of
 from pipeline.release.manifest import Agreement as AgreementEntry
+from pipeline.release.verify import tensor_specs
 from pipeline.report import numbers
 from pipeline.report.data import (
     Agreement,
@@ -50,7 +51,7 @@ from pipeline.report.document import render
 from pipeline.search import Candidate, Found
 from pipeline.stage import Outcome
 from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
-from profiles.schema import Budget, Precision
+from profiles.schema import Precision
 from targets.harness.measurement import STATISTICS, Judgement, Measurement, Session, Statistic
 
 PLOTTED = 2000
@@ -181,9 +182,9 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         report=render(data.timeless()),
         sample_inputs=inputs,
         sample_outputs=outputs,
-        inputs=_specs(model.graph.input),
-        outputs=_specs(model.graph.output),
-        latency=_latency(work.budget, data),
+        inputs=tensor_specs(model.graph.input),
+        outputs=tensor_specs(model.graph.output),
+        latency=latency_of(ending.session, work.budget, PRUNED, DENSE),
         accuracy=_accuracy(work, ending, data),
         versions=work.run.versions,
         sources={"project": work.project.digest()},
@@ -234,27 +235,6 @@ def _untimed(log: Mapping[str, Any]) -> dict[str, Any]:
     return {**log, "steps": [{key: value for key, value in step.items() if key != "seconds"} for step in log["steps"]]}
 
 
-def _specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
-    layouts = {1: "N", 2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}
-    specs = []
-    for value in values:
-        shape = tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim)
-        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
-        specs.append(TensorSpec(name=value.name, dtype=dtype, shape=shape, layout=layouts.get(len(shape), "")))
-    return tuple(specs)
-
-
-def _latency(budget: Budget, data: ReportData) -> Latency:
-    interval = data.pruned.interval_ms or (0.0, math.inf)
-    bounds = data.ratio_interval or (0.0, math.inf)
-    return Latency(
-        budget=data.budget, percentile=budget.percentile, budget_ms=data.budget_ms,
-        dense_ms=float(data.dense.measured_ms or math.nan), measured_ms=float(data.pruned.measured_ms or math.nan),
-        interval_ms=interval, ratio=float(data.ratio or math.nan), ratio_interval=bounds,
-        network=PRUNED, reference=DENSE,
-    )  # fmt: skip
-
-
 # --- the report ----------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +243,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
     ratio = session.ratio(PRUNED, DENSE, budget.percentile)
     control = session.ratio(AGAIN, DENSE, "p50")
     dense_ms, pruned_ms = (_at(session.measurement(name), budget.percentile) for name in (DENSE, PRUNED))
-    limit = budget.limit_ms if budget.limit_ms is not None else float(budget.ratio or 0.0) * (dense_ms[0] or math.nan)
+    limit = latency_of(session, budget, PRUNED, DENSE).budget_ms
     unit = ending.found.table.dense_ms
     chosen = ending.found.chosen
     return ReportData(
@@ -297,7 +277,7 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         leaves=work.topology.leaves,
         sites=_sites(work, ending, chosen),
         rounds=_rounds(ending.found, unit),
-        points=_points(ending, dense_ms[0] or math.nan, work.slower),
+        points=_points(ending, dense_ms[0], work.slower),
         distributions=tuple(_distribution(m) for m in session.measurements.values()),
         repairs=_repairs(work),
         passes=_passes(ending.final["passes"]),
@@ -377,8 +357,10 @@ def _rounds(found: Found, unit: float) -> tuple[RoundRow, ...]:
     return tuple(rows)
 
 
-def _points(ending: Ending, dense_ms: float, slower: float) -> tuple[PointRow, ...]:
+def _points(ending: Ending, dense_ms: float | None, slower: float) -> tuple[PointRow, ...]:
     """What was measured, and of the rest what nothing beats in both latency and loss. slower: `Work.slower`."""
+    if dense_ms is None:
+        return ()
     rows = [PointRow("dense", dense_ms, ending.accuracy_dense, 0.0)]
     front = _front(ending.found)
     for number, c in enumerate(ending.found.tried, start=1):

@@ -304,9 +304,13 @@ def read_state(path: Path) -> dict[str, Json]:
         raise UsageError(f"there is no run in '{path}'.", "deploy show RUN, with a folder of runs/.") from None
     except ValueError:
         state = None
-    if not isinstance(state, dict) or state.get("version") != 1 or not isinstance(state.get("stages"), dict):
+    if not isinstance(state, dict) or state.get("version") != 1 or not _told(state):
         raise UsageError(f"'{path / 'run.json'}' is not a record of a run.", "start a new run: deploy build")
     return state
+
+
+def _told(state: Mapping[str, Json]) -> bool:
+    return isinstance(state.get("status"), str) and isinstance(state.get("stages"), dict)
 
 
 def unfinished(root: Path) -> list[Path]:
@@ -315,7 +319,11 @@ def unfinished(root: Path) -> list[Path]:
     found = {path.resolve(): path for path in (*Cache(root / ".deploy").runs(), *here)}
     still = []
     for path in found.values():
-        state = read_state(path)
+        try:
+            state = read_state(path)
+        except UsageError as error:
+            logging.getLogger(__name__).warning("%s It is left out.", error.message)
+            continue
         if state["status"] in OPEN:
             still.append((str(state.get("started", "")), path))
     return [path for _, path in sorted(still, reverse=True)]
@@ -340,7 +348,10 @@ def _new_folder(path: Path, out: Path | None) -> Path:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             hint = f"name a new folder, or go on with this one: deploy build --resume --out {shlex.quote(str(out))}"
             raise UsageError(f"'{out}' exists and is not empty.", hint)
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make '{out}': {error.strerror}.", "--out names a new folder.") from None
         return out
     for count in range(1, 10_000):
         unique = path if count == 1 else path.with_name(f"{path.name}-{count}")

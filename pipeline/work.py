@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.prune.own_rules import unmet
 from pipeline.prune.surgery import prune, restore
 from pipeline.report.data import ReportData
 from pipeline.run import Run
+from profiles.errors import UsageError
 from profiles.schema import Budget, Profile, PruneSpec
 from targets.base import Target
 
@@ -51,14 +53,27 @@ class Captured:
 def captured(project: Project, model: Any, spec: PruneSpec) -> Captured:
     """Capture a project's network and prove its groups, with the user's own rules. model: what `project.model` gave.
 
-    Raises DeployError for a network that cannot be captured, or a rule that does not fit.
+    Raises DeployError for a network that cannot be captured, or a rule that does not fit, UsageError for a layer to
+    freeze that it has not.
     """
+    _refuse_unknown(spec.freeze, model)
     rules = {kind: rule.apply for kind, rule in project.rules.items()}
     network = capture(model, project.example(), rules)
     network = find_groups(network, freeze=spec.freeze, heads=spec.attention == "heads")
     notes = [f"'{name}' is left whole, {reason}." for name, reason in network.leaves.items()]
     files = [(kind, rule.file) for kind, rule in project.rules.items()]
     return Captured(network, (*notes, *unmet(network, model, files)))
+
+
+def _refuse_unknown(frozen: Sequence[str], model: Any) -> None:
+    """Raise UsageError for a name of `prune.freeze` that would freeze nothing; a captured network has lost some."""
+    layers = {name for names in (model.named_modules(), model.named_parameters()) for name, _ in names}
+    for name in frozen:
+        if name.partition("[")[0] not in layers and not isinstance(model, fx.GraphModule):
+            close = get_close_matches(name, layers, n=1)
+            near = f" Did you mean '{close[0]}'?" if close else ""
+            message = f"prune.freeze names '{name}', and the network has no such layer.{near}"
+            raise UsageError(message, "deploy groups shows the layers of every group.")
 
 
 def rebuilt(project: Project, plan: PruningPlan, weights: Mapping[str, Tensor], spec: PruneSpec) -> fx.GraphModule:

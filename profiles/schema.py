@@ -10,13 +10,14 @@ import math
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from profiles.errors import UsageError, near_miss
 
 Precision = Literal["fp32", "fp16"]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 PERCENTILES = ("p50", "mean", "p90", "p99")
 _BUDGET = re.compile(
     r"^\s*(?P<value>[0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(?P<unit>ms|us|s|x)\s*(?:@\s*(?P<at>\w+))?\s*$"
@@ -90,7 +91,7 @@ class PruneSpec(Spec):
         default="channels", description="what goes from an attention: channels inside its heads, or whole heads"
     )
     solver_seconds: float = Field(default=15.0, gt=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class MeasureSpec(Spec):
@@ -121,7 +122,7 @@ class MeasureSpec(Spec):
     sustained_s: float = Field(
         default=0.0, ge=0, description="accepting goes on so long in each network's first process, to show heat; 0: off"
     )
-    seed: int = 0
+    seed: Seed = 0
 
 
 class CheckSpec(Spec):
@@ -180,7 +181,7 @@ class RecoverSpec(Spec):
     alpha: float = Field(default=0.9, ge=0, le=1, description="share of the distillation term")
     patience: int = Field(default=3, ge=1, description="epochs without a better validate before stopping")
     hooks: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
 
 
 class PrepareSpec(RecoverSpec):

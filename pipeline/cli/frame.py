@@ -6,6 +6,7 @@ Everything heavy is imported inside the command that needs it, so that `deploy -
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -64,6 +65,8 @@ class Commands(click.Group):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and leave with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a locale without our signs costs a sign, not the result
     sys.exit(_run(given))
 
 
@@ -79,12 +82,23 @@ def _run(given: list[str]) -> int:
     except DeployError as error:
         return _fail(given, error.message, error.hint, error.exit_code)
     except OSError as error:
-        from pipeline.cache import disk_full
+        from pipeline.cache import refused
 
-        full = disk_full(error, Path(str(error.filename or ".")))
-        if full is None:
-            raise
-        return _fail(given, full.message, full.hint, full.exit_code)
+        told = refused(error)
+        if told is None:
+            return _bug(given, error)
+        return _fail(given, told.message, told.hint, told.exit_code)
+    except Exception as error:  # noqa: BLE001 - the reader of --json gets an object of a bug too
+        return _bug(given, error)
+
+
+def _bug(given: Sequence[str], error: Exception) -> int:
+    """The stack of what should not have happened; with `--json` an object beside it."""
+    traceback.print_exception(error)
+    if "--json" in given:
+        told = {"error": f"{type(error).__name__}: {error}", "hint": "a bug: its stack is on stderr."}
+        print_json({**told, "exit_code": 1})
+    return 1
 
 
 def _usage(error: click.UsageError, given: Sequence[str]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -47,8 +48,11 @@ def show(run: Path, as_json: bool) -> int:
             text.show(ReportData.from_json((run / "report.json").read_text(encoding="utf-8")), console)
         except ValueError as error:
             raise DeployError(f"'{run / 'report.json'}' is {error}.", "deploy build makes it anew.") from None
+    elif (state.get("summary") or {}).get("dry_run"):
+        console.print()
+        text.show_dry(state["summary"], console)
     if state["status"] in OPEN:
-        say(console, f"go on with it: deploy build --resume --out {run}")
+        say(console, f"go on with it: deploy build --resume --out {shlex.quote(str(run))}")
     return 0
 
 

@@ -267,12 +267,16 @@ def _bundle(bundle: Path, name: str, run: Path | None = None) -> tuple[Pin, Path
         budget, names = Budget.parse(str(latency["budget"])), (str(latency["network"]), str(latency["reference"]))
     except FileNotFoundError:
         raise DeployError(f"there is no bundle in '{bundle}'.", "deploy build makes it anew.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"'{bundle / 'manifest.json'}' is not a manifest: {type(error).__name__} {error}."
         raise DeployError(message, f"deploy verify {bundle}") from None
     for file, digest in sorted(told.items()):
         _unchanged(bundle, file, digest)
-    judged = judge(Session.from_json((bundle / "measurement.json").read_text(encoding="utf-8")), *names, budget)
+    session = Session.from_json((bundle / "measurement.json").read_text(encoding="utf-8", errors="replace"))
+    judged = judge(session, *names, budget)
+    if session.measurement(names[0]).sha256 not in {digest for file, digest in told.items() if file != "dense.onnx"}:
+        message = f"the samples of the bundle '{bundle}' were taken of another network than its own."
+        raise DeployError(message, f"deploy verify {bundle}")
     if judged.verdict != "met" or drop > ROUNDING:
         reason = f"budget {judged.verdict}: {judged.reason}" if judged.verdict != "met" else "its accuracy fell too far"
         raise UsageError(f"'{bundle}' was never accepted ({reason}).", "name a run that is done.")

@@ -6,18 +6,20 @@ Times are milliseconds, intervals (lower, upper) are one-sided 99 % bounds.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from profiles.schema import Precision, Spec
+from profiles.schema import Budget, Precision, Spec
+from targets.harness.measurement import Session
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of files in a bundle: one plain part, so that no name can lead out of its folder."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Bounds = tuple[float, float]
+Bounds = tuple[float, float | None]
 
 
 class FileEntry(Spec):
@@ -46,18 +48,38 @@ class TensorSpec(Spec):
 
 
 class Latency(Spec):
-    """The accepting measurement. network, reference: names in measurement.json. interval: of `measured_ms`."""
+    """The accepting measurement. network, reference: names in measurement.json. interval: of `measured_ms`.
+
+    What too few samples can neither give nor bound is None, which no accepted network has.
+    """
 
     budget: str
     percentile: Literal["p50", "mean", "p90", "p99"]
-    budget_ms: float = Field(gt=0)
-    dense_ms: float = Field(gt=0)
-    measured_ms: float = Field(gt=0)
+    budget_ms: float | None = Field(gt=0)
+    dense_ms: float | None = Field(gt=0)
+    measured_ms: float | None = Field(gt=0)
     interval_ms: Bounds
     ratio: float = Field(gt=0)
     ratio_interval: Bounds
     network: str
     reference: str
+
+
+def latency_of(session: Session, budget: Budget, network: str, reference: str) -> Latency:
+    """What a session's raw samples say of a network. Raises UsageError for a name that is not in it."""
+    at = budget.percentile
+    measured, dense = (session.measurement(name).statistic(at) for name in (network, reference))
+    ratio = session.ratio(network, reference, at)
+    share = None if dense.value_ms is None else float(budget.ratio or 0.0) * dense.value_ms
+    return Latency(
+        budget=str(budget), percentile=at, budget_ms=share if budget.limit_ms is None else budget.limit_ms,
+        dense_ms=dense.value_ms, measured_ms=measured.value_ms, interval_ms=_bounds(measured.low_ms, measured.high_ms),
+        ratio=ratio.center, ratio_interval=_bounds(ratio.low, ratio.high), network=network, reference=reference,
+    )  # fmt: skip
+
+
+def _bounds(low: float, high: float) -> Bounds:
+    return low, high if math.isfinite(high) else None
 
 
 class Agreement(Spec):
@@ -97,7 +119,7 @@ class Accuracy(Spec):
 class Sample(Spec):
     """How closely the sample's output must be reproduced: |difference| <= atol + rtol x |expected|."""
 
-    rtol: float = Field(default=1e-3, ge=0)
+    rtol: float = Field(default=1e-3, ge=0, lt=1)
     atol: float = Field(default=1e-4, ge=0)
 
 

@@ -1,7 +1,7 @@
 """Whether a bundle is what it says: checked from the outside in, and nothing in it is trusted or run as code.
 
 First names, sizes and checksums; only when these hold are the files opened: the manifest's schema, the plan, the raw
-samples (the released ratio is computed again from them), the weights, the graphs, and at last the sample's output.
+samples (every released number is computed again from them), the weights, the graphs, and at last the sample's output.
 With a target the networks are measured again and the budget is judged anew. A problem is one sentence.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors.numpy import load
 
 from pipeline.nouns import PruningPlan
 from pipeline.release.encoders.base import load_encoder
-from pipeline.release.manifest import Manifest, TensorSpec
+from pipeline.release.manifest import Accuracy, Manifest, Sample, TensorSpec, latency_of
 from profiles.errors import DeployError, UsageError
 from profiles.schema import Budget, explain
 from targets.base import Target
@@ -40,6 +40,13 @@ REQUIRED = (
     "model.onnx", "dense.onnx", "plan.json", "sample.safetensors", "measurement.json", "passes.json", "report.html",
     "LICENSES.txt",
 )  # fmt: skip
+
+ROUNDING = 1e-12
+"""By how much an accuracy may seem to miss its limit, as at the gate of a build."""
+CLOSE = 1e-5
+"""By how much a released number may differ from what the samples give: a budget is written in six digits."""
+
+LAYOUTS = {1: "N", 2: "NC", 3: "NCL", 4: "NCHW", 5: "NCDHW"}
 
 Array = NDArray[Any]
 Infer = Callable[[Path, Sequence[Array]], list[Array]]
@@ -67,6 +74,24 @@ def read_manifest(bundle: Path) -> Manifest:
     if manifest is None:
         raise DeployError(problems[0], f"deploy verify {bundle}")
     return manifest
+
+
+def recorded(bundle: Path) -> tuple[str, str]:
+    """The verdict of a whole bundle and its reason, by its own samples and the accuracy that its manifest tells."""
+    manifest = read_manifest(bundle)
+    session = Session.from_json((bundle / "measurement.json").read_text(encoding="utf-8"))
+    latency = manifest.latency
+    judged = judge(session, latency.network, latency.reference, Budget.parse(latency.budget))
+    told = manifest.accuracy
+    if judged.verdict != "met" or not _fell_too_far(told):
+        return judged.verdict, judged.reason
+    return "accuracy missed", f"{told.pruned:g} against {told.dense:g} dense, allowed drop {told.max_drop:g}"
+
+
+def _fell_too_far(accuracy: Accuracy) -> bool:
+    if accuracy.dense is None or accuracy.pruned is None:
+        return False
+    return accuracy.dense - accuracy.pruned > accuracy.max_drop + ROUNDING
 
 
 def measure_again(bundle: Path, target: Target, work: Path) -> tuple[Judgement, Session]:
@@ -160,18 +185,36 @@ def _texts(bundle: Path, manifest: Manifest) -> list[str]:
 def _latency(session: Session, manifest: Manifest) -> list[str]:
     """The released numbers against the raw samples."""
     latency, problems = manifest.latency, []
-    hashes = {entry.sha256 for entry in manifest.files.values()}
-    for name in (latency.network, latency.reference):
+    for name, other in ((latency.network, "dense.onnx"), (latency.reference, "model.onnx")):
         if name not in session.measurements:
             return [f"measurement.json holds no network named '{name}'."]
+        hashes = {entry.sha256 for file, entry in manifest.files.items() if file != other}
         if session.measurements[name].sha256 not in hashes:
             problems.append(f"'{name}' was measured from a file that is not in the bundle.")
-    ratio = session.ratio(latency.network, latency.reference, latency.percentile).center
-    if not math.isclose(ratio, latency.ratio, rel_tol=1e-6):
-        problems.append(f"the raw samples give a latency ratio of {ratio:.4f}, the manifest says {latency.ratio:.4f}.")
-    if session.fingerprint.digest() != manifest.device_sha256:
+    budget = Budget.parse(latency.budget)
+    found = latency_of(session, budget, latency.network, latency.reference).model_dump()
+    for key, told in latency.model_dump().items():
+        if not _close(found[key], told):
+            problems.append(f"the raw samples give {key} {_told(found[key])}, the manifest says {_told(told)}.")
+    device = json.loads(json.dumps(session.fingerprint.to_table()))
+    if session.fingerprint.digest() != manifest.device_sha256 or device != manifest.device:
         problems.append("the samples were taken on another device than the manifest says.")
+    if session.measurements[latency.network].runtime != manifest.runtime:
+        problems.append(f"the samples were taken with another runtime than '{manifest.runtime}'.")
     return problems
+
+
+def _close(found: Any, told: Any) -> bool:
+    if isinstance(found, tuple) and isinstance(told, tuple):
+        return all(_close(*pair) for pair in zip(found, told, strict=True))
+    numbers = isinstance(found, float) and isinstance(told, float)
+    return math.isclose(found, told, rel_tol=CLOSE) if numbers else bool(found == told)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " to ".join(map(_told, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _graph(path: Path, manifest: Manifest) -> list[str]:
@@ -187,15 +230,27 @@ def _graph(path: Path, manifest: Manifest) -> list[str]:
     except (onnx.checker.ValidationError, ValueError, RecursionError) as error:
         return [f"{path.name} is not valid ONNX: {str(error).splitlines()[0]}."]
     fixed = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value.name for value in model.graph.input if value.name not in fixed]
-    return _names(path, "inputs", inputs, manifest.inputs) + _names(
-        path, "outputs", [value.name for value in model.graph.output], manifest.outputs
+    inputs = [value for value in model.graph.input if value.name not in fixed]
+    return _ports(path, "inputs", inputs, manifest.inputs) + _ports(
+        path, "outputs", model.graph.output, manifest.outputs
     )
 
 
-def _names(path: Path, kind: str, found: list[str], told: tuple[TensorSpec, ...]) -> list[str]:
-    names = [spec.name for spec in told]
-    return [] if found == names else [f"{path.name} has the {kind} {found}, the manifest says {names}."]
+def _ports(path: Path, kind: str, values: Iterable[onnx.ValueInfoProto], told: tuple[TensorSpec, ...]) -> list[str]:
+    found, wanted = (
+        [f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in specs] for specs in (tensor_specs(values), told)
+    )
+    return [] if found == wanted else [f"{path.name} has the {kind} {found}, the manifest says {wanted}."]
+
+
+def tensor_specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs of an ONNX graph; the layout is what their number of axes suggests."""
+    specs = []
+    for value in values:
+        shape = tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim)
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        specs.append(TensorSpec(name=value.name, dtype=dtype, shape=shape, layout=LAYOUTS.get(len(shape), "")))
+    return tuple(specs)
 
 
 def _precision(bundle: Path, manifest: Manifest) -> list[str]:
@@ -251,6 +306,9 @@ def _sample(bundle: Path, manifest: Manifest, infer: Infer) -> list[str]:
         return [f"model.onnx does not run on the sample: {str(error).splitlines()[0]}"]
     problems = []
     for spec, want, got in zip(manifest.outputs, expected, found, strict=True):
+        if manifest.sample.atol > max(Sample().atol, float(np.max(np.abs(want), initial=0.0))):
+            allowed = f"the tolerance {manifest.sample.atol:g} of the sample"
+            problems.append(f"{allowed} is larger than output '{spec.name}'.")
         if want.shape != got.shape:
             problems.append(f"output '{spec.name}' of the sample has shape {list(got.shape)}, not {list(want.shape)}.")
         elif not np.allclose(got, want, rtol=manifest.sample.rtol, atol=manifest.sample.atol):

@@ -83,8 +83,9 @@ def distributions(data: ReportData) -> str:
     there = [row for row in data.distributions if row.samples_ms]
     shown = [there[0], there[-1]] if len(there) > 1 else there
     with drawn("Latencies of the accepting session", (5.2, 3.1)) as (axes, out):
-        top = max(data.budget_ms, *(_tail(row.samples_ms) for row in shown))
-        bottom = min(data.budget_ms, *(float(np.min(row.samples_ms)) for row in shown))
+        budget = () if data.budget_ms is None else (data.budget_ms,)
+        top = max([*budget, *(_tail(row.samples_ms) for row in shown)])
+        bottom = min([*budget, *(float(np.min(row.samples_ms)) for row in shown)])
         edges = np.linspace(bottom * 0.95, top * 1.05, 90)
         for row, colour in zip(shown, (DENSE, PRUNED), strict=False):
             _hill(axes, row, edges, colour)

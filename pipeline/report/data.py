@@ -174,7 +174,8 @@ class StageRow:
 class ReportData:
     """Everything a report shows. Only the first block has to be given; an empty part is left out of the page.
 
-    network: the factory, as the project file names it. budget: as asked, `0.5x@p90`; budget_ms: in this session.
+    network: the factory, as the project file names it. budget: as asked, `0.5x@p90`; budget_ms: in this session,
+    None where it is a share of what too few samples could give.
     verdict: `met`, `missed`, `accuracy missed` or `undecided`, with the sentence that explains it in `reason`.
     ratio, ratio_interval: measured / dense of the accepting session; process_ratios: one a fresh process.
     conditions: device fingerprint and what was found before measuring, by label. leaves: (module, why channels stay).
@@ -186,7 +187,7 @@ class ReportData:
     network: str
     target: str
     budget: str
-    budget_ms: float
+    budget_ms: float | None
     verdict: str
     dense: Figures
     pruned: Figures

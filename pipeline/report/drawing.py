@@ -49,9 +49,15 @@ def short(label: str) -> str:
 
 
 def limit(
-    axes: Axes, at: float, text: str, *, horizontal: bool, colour: str = LIMIT, lift: float = 2.0, align: str = "center"
-) -> None:
-    """A dashed limit with its name at the end of it. lift, align: where the name stands above an upright one."""
+    axes: Axes, at: float | None, text: str, *, horizontal: bool, colour: str = LIMIT, lift: float = 2.0,
+    align: str = "center",
+) -> None:  # fmt: skip
+    """A dashed limit with its name at the end of it, or none at None.
+
+    lift, align: where the name stands above an upright one.
+    """
+    if at is None:
+        return
     if horizontal:
         axes.axhline(at, color=colour, linestyle=(0, (5, 3)), linewidth=1.3, zorder=1)
         axes.annotate(text, (1.0, at), xycoords=axes.get_yaxis_transform(), xytext=(-2, -3),

@@ -457,8 +457,9 @@ class Session:
             if table["version"] not in VERSIONS:
                 raise DeployError(f"the measurement has version {table['version']}, this tool reads versions 1 and 2.")
             return _session(table)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DeployError(f"not a measurement record: {type(error).__name__} {error}.") from None
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            said = str(error).splitlines()[0] if str(error) else "without a word"
+            raise DeployError(f"not a measurement record: {type(error).__name__} {said}.") from None
 
 
 def pace_of(spec: MeasureSpec, mode: Literal["rank", "accept"]) -> str:
@@ -614,7 +615,8 @@ def _judge_ratio(session: Session, candidate: str, dense: str, budget: Budget) -
     interval = session.ratio(candidate, dense, budget.percentile)
     outcome = _outcome(interval.low, interval.high, limit)
     bounds = f"bounds {interval.low:.3f} to {interval.high:.3f}"
-    reason = f"{budget.percentile} is {interval.center:.3f}x of '{dense}', {bounds}, budget {limit:g}x"
+    few = session.measurement(candidate).statistic(budget.percentile).reason if math.isinf(interval.high) else ""
+    reason = f"{budget.percentile} is {interval.center:.3f}x of '{dense}', {few or bounds}, budget {limit:g}x"
     return Judgement(outcome, interval.center, interval.low, interval.high, limit, "x", reason)
 
 
@@ -726,6 +728,9 @@ def _session(table: Mapping[str, Any]) -> Session:
         )
         for row in table["measurements"]
     }
+    shapes = {name: [len(block.ns) for block in m.processes] for name, m in measurements.items()}
+    if not shapes or any(rounds != next(iter(shapes.values())) or not rounds for rounds in shapes.values()):
+        raise ValueError(f"its networks do not have the same processes and rounds: {shapes}")
     return Session(
         measurements=measurements,
         fingerprint=Fingerprint.from_table(table["fingerprint"]),

@@ -188,3 +188,47 @@ def test_a_damaged_object_of_the_cache_is_told_and_made_again(capsys: pytest.Cap
     assert done.value.code == 0 and Path(json.loads(out)["bundle"], "manifest.json").is_file()
     assert f"{damaged} is damaged" in err and "it will be made again" in err
     assert damaged.read_bytes() == data
+
+
+def test_a_layer_to_freeze_that_is_not_there_is_named_with_its_near_miss(
+    capsys: pytest.CaptureFixture[str], project: Path
+):
+    replace(project / "tinynets.py", "return nn.Sequential(", "return nn.Sequential(nn.Identity(),")
+    replace(project / "deploy.toml", 'weights = "tiny.safetensors"\n', "")
+    code, message, hint = build(capsys, project, "--set", "prune.freeze=['1.weihgt']")
+    assert code == 2 and "deploy groups" in hint
+    assert message == "prune.freeze names '1.weihgt', and the network has no such layer. Did you mean '1.weight'?"
+
+
+@pytest.mark.parametrize("key", ["prune.seed", "measure.seed", "recover.seed", "prepare.seed"])
+def test_a_seed_below_zero_is_refused_before_any_work(capsys: pytest.CaptureFixture[str], project: Path, key: str):
+    code, message, _ = build(capsys, project, "--set", f"{key}=-1")
+    assert code == 2 and f"{key} is -1" in message
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_told(
+    capsys: pytest.CaptureFixture[str], project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (project / "file").write_text("")
+    code, message, hint = build(capsys, project, "--out", str(project / "file" / "run"))
+    assert code == 2 and message == f"cannot make '{project / 'file' / 'run'}': Not a directory." and "--out" in hint
+    (Path(".deploy")).write_text("a file where the state folder belongs")
+    code, message, hint = build(capsys, project)
+    assert code == 1 and message.startswith("'.deploy") and message.endswith(" cannot be used: not a directory.")
+    assert "another place" in hint
+
+
+def test_a_bug_shows_its_stack_and_json_still_holds_one_object(
+    capsys: pytest.CaptureFixture[str], project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from pipeline import flow
+
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("no such thing")
+
+    monkeypatch.setattr(flow, "captured", broken)
+    with pytest.raises(SystemExit) as done:
+        cli.main(["build", "--target", "simulated", "--project", str(project), "--budget", "0.5x", "--json"])
+    out, err = capsys.readouterr()
+    assert done.value.code == 1 and json.loads(out)["error"] == "ZeroDivisionError: no such thing"
+    assert "Traceback" in err and "in broken" in err

@@ -20,7 +20,7 @@ from pipeline.project import load_project
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.groups import find_groups
 from pipeline.prune.surgery import prune, restore
-from pipeline.release.verify import read_manifest
+from pipeline.release.verify import read_manifest, recorded
 from pipeline.run import read_state
 from profiles.errors import MissedError
 from profiles.schema import load_profile
@@ -144,6 +144,23 @@ def test_accuracy_that_cannot_hold_leaves_the_nearest_point_and_no_bundle(projec
     assert read_state(run)["status"] == "missed"
     assert result.report is not None and "allowed drop 0" in result.report.reason
     assert any("accuracy on `validate`" in note for note in result.report.notes)
+
+
+def test_a_percentile_that_too_few_inferences_can_bound_is_undecided(project: Path, tmp_path: Path):
+    """After all the work there is no number at the budget's percentile: no verdict, and everything else is kept."""
+    few = {"measure": {"accept_processes": 2, "accept_rounds": 3}}
+    result = build(request(project, tmp_path / "root", budget="0.6x@p99", overrides=few))
+    run = run_of(result)
+    assert result.report is not None and result.summary["verdict"] == "undecided"
+    assert result.exit_code == 4 and result.bundle is None
+    assert result.summary["budget_ms"] is None and result.summary["measured_ms"] is None
+    assert result.summary["latency_ratio_interval"] == [0.0, None] and 0 < result.summary["latency_ratio"] < 1
+    assert problems(run / "rejected") == [] and recorded(run / "rejected")[0] == "undecided"
+    latency = read_manifest(run / "rejected").latency
+    assert latency.budget_ms is None and latency.ratio_interval == (0.0, None)
+    assert "p99 needs 4096 inferences, there are " in result.report.reason
+    assert (run / "log").read_text().count("recover finished") == 1  # a tighter plan could not change that
+    assert "not measured" in (run / "report.html").read_text()
 
 
 def test_a_budget_below_the_floor_says_what_the_narrowest_network_takes(project: Path, tmp_path: Path):

@@ -19,15 +19,16 @@ from onnx import TensorProto, helper, numpy_helper
 from pipeline import cli
 from pipeline.graph.precision.half import halve
 from pipeline.graph.verify import seeded_inputs
+from pipeline.nightly.baseline import from_run
 from pipeline.nouns import DropBlock, KeepUnits, PruningPlan
 from pipeline.release.bundle import Contents, licence_texts, write_bundle
 from pipeline.release.encoders import raw
 from pipeline.release.encoders.base import load_encoder
-from pipeline.release.manifest import Accuracy, Latency, TensorSpec
+from pipeline.release.manifest import Accuracy, TensorSpec, latency_of
 from pipeline.release.verify import measure_again, read_manifest, verify
 from profiles import plugins
 from profiles.errors import DeployError, UsageError
-from profiles.schema import MeasureSpec, load_profile
+from profiles.schema import Budget, MeasureSpec, load_profile
 from targets.base import Target, load_target
 from targets.harness.measurement import Session
 
@@ -72,7 +73,6 @@ def contents(tmp_path_factory: pytest.TempPathFactory, device: Target) -> Conten
     for name, width in (("dense", 64), ("pruned", 16)):
         onnx.save(network(width), folder / f"{name}.onnx")
     session = device.measure({"pruned": folder / "pruned.onnx", "dense": folder / "dense.onnx"}, SHORT, "accept")
-    ratio, dense, pruned = session.ratio("pruned", "dense"), session.measurement("dense"), session.measurement("pruned")
     given = np.random.default_rng(0).normal(size=(1, 3, 16, 16)).astype(np.float32)
     weights = {t.name: numpy_helper.to_array(t) for t in network(16).graph.initializer}
     return Contents(
@@ -89,11 +89,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory, device: Target) -> Conten
         sample_outputs={"logits": device.infer(folder / "pruned.onnx", [given])[0]},
         inputs=(TensorSpec(name="input", dtype="float32", shape=(1, 3, 16, 16), layout="NCHW", normalisation="none"),),
         outputs=(TensorSpec(name="logits", dtype="float32", shape=(1, 4), layout="NC"),),
-        latency=Latency(
-            budget="1000x", percentile="p50", budget_ms=1000 * dense.p50_ms, dense_ms=dense.p50_ms,
-            measured_ms=pruned.p50_ms, interval_ms=(pruned.p50.low_ms, 10.0), ratio=ratio.center,
-            ratio_interval=(ratio.low, ratio.high), network="pruned", reference="dense",
-        ),
+        latency=latency_of(session, Budget.parse("1000x"), "pruned", "dense"),
         accuracy=Accuracy(metric="accuracy", dense=0.98, pruned=0.975, max_drop=0.01),
         versions={"edge-deploy": "0.1.0"},
         sources={"weights": hashlib.sha256(b"weights").hexdigest()},
@@ -255,10 +251,65 @@ def test_a_manifest_that_lies_is_found(bundle: Path, device: Target, key: str, v
     assert found.startswith(problem)
 
 
-def test_a_better_latency_than_the_samples_give_is_found(bundle: Path, device: Target):
-    _reseal(bundle, lambda manifest: manifest["latency"].update(ratio=0.01))
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("ratio", 0.01, "0.01"), ("ratio_interval", [0.01, 0.02], "0.01 to 0.02"), ("measured_ms", 1e-6, "1e-06"),
+        ("dense_ms", 99.0, "99"), ("interval_ms", [0.0, 1e-6], "0 to 1e-06"), ("budget_ms", 99.0, "99"),
+        ("budget_ms", None, "None"), ("percentile", "mean", "mean"),
+    ],
+)  # fmt: skip
+def test_a_better_latency_than_the_samples_give_is_found(
+    bundle: Path, device: Target, key: str, value: Any, said: str
+):
+    _reseal(bundle, lambda manifest: manifest["latency"].update({key: value}))
     [problem] = verify(bundle, device.infer)
-    assert problem.startswith("the raw samples give a latency ratio of ") and problem.endswith("says 0.0100.")
+    assert problem.startswith(f"the raw samples give {key} ") and problem.endswith(f"the manifest says {said}.")
+
+
+def test_networks_that_changed_places_in_the_samples_are_found(bundle: Path, device: Target):
+    """The dense network's samples under the name of the pruned one."""
+    session = json.loads((bundle / "measurement.json").read_text())
+    swap = {"dense": "pruned", "pruned": "dense"}
+    for row in session["measurements"]:
+        row["name"] = swap[row["name"]]
+    (bundle / "measurement.json").write_text(json.dumps(session))
+    _reseal(bundle)
+    assert "'pruned' was measured from a file that is not in the bundle." in verify(bundle, device.infer)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda m: m["inputs"][0].update(shape=[1, 3, 99, 99]), "model.onnx has the inputs ['input float32 [1, 3, "),
+        (lambda m: m["outputs"][0].update(dtype="int8"), "model.onnx has the outputs ['logits float32 [1, 4]'], "),
+        (lambda m: m["device"].update(cpu="another"), "the samples were taken on another device "),
+        (lambda m: m.update(runtime="tensorrt 10"), "the samples were taken with another runtime than 'tensorrt 10'."),
+        (lambda m: m.update(sample={"rtol": 1.0}), "manifest.json: sample.rtol is 1.0, "),
+        (lambda m: m.update(sample={"atol": 1e9}), "the tolerance 1e+09 of the sample is larger than output 'logits'."),
+    ],
+    ids=["shape", "dtype", "device", "runtime", "rtol", "atol"],
+)
+def test_what_a_manifest_says_of_the_network_is_held_against_the_files(
+    bundle: Path, device: Target, change: Callable[[dict[str, Any]], None], problem: str
+):
+    _reseal(bundle, change)
+    assert verify(bundle, device.infer)[0].startswith(problem)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "\udcff", "2 ** 80"], ids=["deep", "no text", "large"])
+def test_samples_that_cannot_be_read_are_one_sentence(bundle: Path, device: Target, text: str):
+    whole = (bundle / "measurement.json").read_text()
+    if text == "2 ** 80":
+        table = json.loads(whole)
+        table["measurements"][0]["processes"][0]["ns"][0][0] = 2**80
+        text = json.dumps(table)
+    (bundle / "measurement.json").write_text(text, errors="surrogateescape")
+    _reseal(bundle)
+    [problem] = verify(bundle, device.infer)
+    assert problem.startswith("measurement.json: ") and "\n" not in problem
+    with pytest.raises(DeployError):
+        from_run(bundle)
 
 
 def test_samples_of_another_network_are_found(bundle: Path, device: Target):
@@ -353,11 +404,22 @@ def test_the_command_verifies_and_its_exit_code_tells(
         return int(done.value.code or 0), capsys.readouterr().out
 
     monkeypatch.chdir(tmp_path)
-    assert run() == (0, f"{bundle} is whole: checksums, schema, graphs and the sample's output agree.\n")
+    code, out = run()
+    whole, verdict = out.splitlines()
+    assert code == 0 and whole == f"{bundle} is whole: checksums, schema, graphs and the sample's output agree."
+    assert verdict.startswith("met: p50 is 0.") and verdict.endswith("budget 1000x")
     keys = SHORT.model_dump(exclude_unset=True).items()
     code, out = run("--target", "local", "--json", *(f"--set=measure.{key}={value}" for key, value in keys))
     told = json.loads(out)
     assert code == {"met": 0, "undecided": 4}[told["verdict"]] and "budget 1000x" in told["reason"]
+    _reseal(bundle, lambda manifest: manifest["accuracy"].update(pruned=0.5))
+    code, out = run("--json")
+    assert code == 3 and json.loads(out)["verdict"] == "accuracy missed" and json.loads(out)["problems"] == []
+    slow = latency_of(Session.from_json((bundle / "measurement.json").read_text()), Budget.parse("0.001x"),
+                      "pruned", "dense")  # fmt: skip
+    _reseal(bundle, lambda manifest: manifest.update(latency=slow.model_dump(mode="json")))
+    code, out = run()
+    assert code == 3 and out.splitlines()[-1].startswith("missed: ")
     (bundle / "plan.json").unlink()
     assert run() == (1, "plan.json is missing.\n")
     told = json.loads(run("--json")[1])

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline import cli
 from pipeline.cli import frame
-from pipeline.run import Run
+from pipeline.run import BuildRequest, Run
 from profiles import plugins
 from profiles.errors import DeployError
 from profiles.schema import Profile
@@ -161,6 +161,19 @@ def test_a_reader_that_goes_away_causes_no_noise():
     assert done.stderr == ""
 
 
+def test_a_locale_without_our_signs_costs_signs_and_not_the_result(tmp_path: Path):
+    """A minus sign is beyond ASCII and Latin-1, which embedded machines and old jobs still have."""
+    from pipeline.report.data import Figures, ReportData
+
+    data = ReportData("nets:tiny", "local", "0.5x", 0.4, "met", Figures(0.98, 10, 20), Figures(0.97, 5, 8), bundle="b")
+    with Run.create(tmp_path, Profile(name="local", target="local")) as run:
+        (run.path / "report.json").write_text(data.to_json())
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "pipeline.cli", "show", str(run.path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0 and "?50.0 %" in done.stdout and done.stderr == ""
+
+
 # --- build: what it asks of the flow ---------------------------------------------------------------------------------
 
 
@@ -250,6 +263,34 @@ def test_show_tells_how_far_a_run_came_and_how_to_go_on(capsys: pytest.CaptureFi
     code, out, _ = deploy(capsys, "show", str(run.path), "--json")
     told = json.loads(out)
     assert told["status"] == "failed" and told["stages"]["tabulate"]["seconds"] == 1.5
+
+
+def test_a_run_whose_record_is_damaged_hides_no_other(capsys: pytest.CaptureFixture[str], here: Path, asked: list[Any]):
+    profile = Profile(name="local", target="local")
+    request = BuildRequest(here, "local", "0.5x", root=here)
+    with pytest.raises(DeployError), Run.create(here, profile, request=request) as run:
+        run.journalled("dense", 1, lambda: 1)
+        raise DeployError("killed.")
+    (here / "runs" / "torn").mkdir()
+    (here / "runs" / "torn" / "run.json").write_text('{"version": 1, "sta')
+    _, _, err = deploy(capsys, "build", "--resume")
+    assert asked[0].out.resolve() == run.path.resolve()
+    assert "warning: 'runs/torn/run.json' is not a record of a run. It is left out." in err
+
+
+def test_show_tells_the_plan_of_a_dry_run_and_quotes_what_to_type(capsys: pytest.CaptureFixture[str], here: Path):
+    told = {
+        "dry_run": True, "groups": {"conv1": {"width": 24, "kept": 16, "frozen": None}}, "removed_blocks": ["b.1"],
+        "predicted_ratio": 0.5, "budget_ratio": 0.6, "table_rows": 7,
+    }  # fmt: skip
+    with Run.create(here, Profile(name="local", target="local"), out=here / "a run") as run:
+        run.finish("done", told)
+    _, out, _ = deploy(capsys, "show", str(run.path))
+    assert "removed blocks: b.1" in out and "predicted 0.500x of dense, budget 0.600x" in out
+    run.finish("failed", told)
+    run._save()
+    _, out, _ = deploy(capsys, "show", str(run.path))
+    assert out.splitlines()[-1] == f"go on with it: deploy build --resume --out '{run.path}'"
 
 
 def test_show_prints_the_closing_table_of_a_finished_run(capsys: pytest.CaptureFixture[str], here: Path):

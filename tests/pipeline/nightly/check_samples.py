@@ -16,9 +16,9 @@ from rich.console import Console
 from pipeline.nightly.baseline import machine_of
 from pipeline.nouns import Change, CheckRecord, KeepUnits, LayerMove, Ledger, Pin, PruningPlan
 from pipeline.release.bundle import Contents, write_bundle
-from pipeline.release.manifest import Accuracy, Latency, TensorSpec
+from pipeline.release.manifest import Accuracy, TensorSpec, latency_of
 from pipeline.run import BuildRequest, Run
-from profiles.schema import CheckSpec, MeasureSpec, Profile, load_profile
+from profiles.schema import Budget, CheckSpec, MeasureSpec, Profile, load_profile
 from targets.base import load_target
 from targets.harness.compare import AGAIN, BASELINE, CANDIDATE, Control, Stage, Tail, Verdict
 from targets.harness.device import Fingerprint
@@ -108,17 +108,8 @@ def finished_run(root: Path, budget: str = "1000x", missed: bool = False, profil
 
 def _contents(folder: Path, budget: str) -> Contents:
     measured = session(folder, {"pruned": 16, "dense": 64})
-    ratio, pruned, dense = (
-        measured.ratio("pruned", "dense"),
-        measured.measurement("pruned"),
-        measured.measurement("dense"),
-    )
     image = np.zeros((1, 3, 16, 16), np.float32)
-    latency = Latency(
-        budget=budget, percentile="p50", budget_ms=1.0, dense_ms=dense.p50_ms, measured_ms=pruned.p50_ms,
-        interval_ms=(0.0, 1.0), ratio=ratio.center, ratio_interval=(ratio.low, ratio.high),
-        network="pruned", reference="dense",
-    )  # fmt: skip
+    latency = latency_of(measured, Budget.parse(budget), "pruned", "dense")
     return Contents(
         network="nets:tiny", target="local", model=folder / "w16.onnx", dense=folder / "w64.onnx",
         plan=PruningPlan((KeepUnits("g", tuple(range(16))),)), weights={"w": np.zeros((16, 3, 3, 3), np.float32)},

@@ -145,7 +145,7 @@ def densenet121(seed: int) -> Problem:
             grown = net.group(f"{stage}.{index}.out", (0, 16, 32))
             net.site((Dim(tuple((name, 1) for name in joined)), inner), 1.0 / 2**stage)
             net.site((inner,), 2.0 / 2**stage)
-            net.site((Dim((*((name, 1) for name in joined), (grown.terms[0][0], 1))), ), 0.1)
+            net.site((Dim((*((name, 1) for name in joined), (grown.terms[0][0], 1))),), 0.1)
             joined.append(grown.terms[0][0])
         if stage < 3:
             net.site((Dim(tuple((name, 1) for name in joined)),), 1.0)
@@ -184,12 +184,31 @@ def main() -> None:
             flush=True,
         )
         rows.append(
-            {"problem": name, "seed": seed, "groups": len(net.groups), "sites": len(table.sites), "rows": columns,
-             "seconds": seconds, "gap": best.gap, "loss": best.loss, "greedy": others[0], "uniform": others[1]}
+            {
+                "problem": name,
+                "seed": seed,
+                "groups": len(net.groups),
+                "sites": len(table.sites),
+                "rows": columns,
+                "seconds": seconds,
+                "gap": best.gap,
+                "loss": best.loss,
+                "greedy": others[0],
+                "uniform": others[1],
+            }
         )
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps({"python": platform.python_version(), "scipy": scipy.__version__,
-                                     "machine": platform.machine(), "problems": rows}, indent=1))
+    asked.out.write_text(
+        json.dumps(
+            {
+                "python": platform.python_version(),
+                "scipy": scipy.__version__,
+                "machine": platform.machine(),
+                "problems": rows,
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -36,9 +36,7 @@ def enter(arena: Arena, budget: str, contestant: str, folder: Path) -> Entry:
     return entry
 
 
-def built(
-    arena: Arena, budget: str, flags: Sequence[str], work: Path, command: Sequence[str] = builds.DEPLOY
-) -> Entry:
+def built(arena: Arena, budget: str, flags: Sequence[str], work: Path, command: Sequence[str] = builds.DEPLOY) -> Entry:
     """What a build in the folder `work` ends with, whether that keeps the budget or not. Raises NeverMet for nothing.
 
     command: what stands for `deploy`.

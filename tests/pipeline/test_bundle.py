@@ -259,9 +259,7 @@ def test_a_manifest_that_lies_is_found(bundle: Path, device: Target, key: str, v
         ("budget_ms", None, "None"), ("percentile", "mean", "mean"),
     ],
 )  # fmt: skip
-def test_a_better_latency_than_the_samples_give_is_found(
-    bundle: Path, device: Target, key: str, value: Any, said: str
-):
+def test_a_better_latency_than_the_samples_give_is_found(bundle: Path, device: Target, key: str, value: Any, said: str):
     _reseal(bundle, lambda manifest: manifest["latency"].update({key: value}))
     [problem] = verify(bundle, device.infer)
     assert problem.startswith(f"the raw samples give {key} ") and problem.endswith(f"the manifest says {said}.")

@@ -16,7 +16,6 @@ from targets.harness.agent.board import machine
 from targets.harness.device import Condition
 from targets.harness.lease import lease
 from targets.runtimes.base import Opened, infer
-from targets.runtimes.tensorrt import TensorRT
 
 OPEN_SESSIONS = 4
 
@@ -29,7 +28,7 @@ class Local(AgentTarget):
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
         self._opened: dict[tuple[str, int, int], Opened] = {}
-        self._here = building.Here(state)
+        self._site = building.Here(state)
 
     def _facts(self) -> Table:
         return machine.asked_facts(self.runtime.name)
@@ -48,12 +47,8 @@ class Local(AgentTarget):
             result = bench.run_agent(verb, job, self.state / "spool", limit_s, progress, held.note_agent)
         return Answer(result, facts, seen, held.owner, started)
 
-    def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
-        """What the runtime makes of it, the ONNX file itself for ONNX Runtime; opened once."""
-        if isinstance(self.runtime, TensorRT):
-            self.runtime.built(onnx, out, progress, self._here, self._device())
-            return out
-        return self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
+    def _checked(self, onnx: Path, out: Path) -> None:
+        self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
         """Outputs for a numpy batch of any size; the last few artifacts stay open."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from targets.harness.device import Condition
 from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refusal, refused
 from targets.runtimes.base import Opened, Port, infer
 from targets.runtimes.ort import unreadable
-from targets.runtimes.tensorrt import TensorRT
 
 FACTS_S, BUILD_LIMIT_S = 120.0, 3600.0
 """For a board to load a library of engines; for it to build one, which takes minutes."""
@@ -61,11 +59,7 @@ class Ssh(AgentTarget):
         facts, state = done.seen.get("facts", {}), done.seen.get("state", {})
         return Answer(done.result, facts, state, lease.owner(), done.started)
 
-    def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
-        """The ONNX file itself, opened and run once on the board; or the engine that its runtime builds of it there."""
-        if isinstance(self.runtime, TensorRT):
-            self.runtime.built(onnx, out, progress, self._site, self._device())
-            return out
+    def _checked(self, onnx: Path, out: Path) -> None:
         opened = self._open(onnx)
         arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
         opened.run(arrays)
@@ -77,7 +71,6 @@ class Ssh(AgentTarget):
             raise DeployError(
                 f"cannot write '{out}': {error.strerror}.", "free space or choose another folder."
             ) from None
-        return out
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
         """Outputs for a numpy batch of any size, computed on the board."""
@@ -131,22 +124,19 @@ class BoardSite:
             self._known[name] = self._board.ask({"do": "facts", "runtime": name}, patience_s=FACTS_S)[0]["engines"]
         return self._known[name]
 
-    def build(
-        self,
-        onnx: Path,
-        name: str,
-        options: Mapping[str, Any],
-        timing: str,
-        folder: Path,
-        progress: Progress | None,
-    ) -> Table:
-        """In a job that outlives the link; the engine is fetched."""
-        digest = sha256(str(onnx))
-        job = {"models": [digest], "library": name, "options": dict(options), "timing_cache": timing, "tied": True}
-        done = self._board.run("build", job, {digest: onnx}, {onnx.name: str(onnx)}, BUILD_LIMIT_S, progress)
-        self._board.get(done.result["sha256"], done.result["size"], folder / "engine.plan")
-        record: Table = done.result["record"]
-        return record
+    def timing(self, name: str) -> str:
+        """The board knows where its timing caches lie."""
+        return name
+
+    def build(self, models: Sequence[Path], order: Table, folder: Path, progress: Progress | None) -> list[Table]:
+        """In one job that outlives the link; the engines are fetched."""
+        files = {sha256(str(path)): path for path in models}
+        names = {path.name: str(path) for path in models}
+        limit_s = BUILD_LIMIT_S * len(models)
+        done = self._board.run("build", {**order, "models": list(files), "tied": True}, files, names, limit_s, progress)
+        for number, made in enumerate(done.result["built"]):
+            self._board.get(made["sha256"], made["size"], folder / f"engine-{number}.plan")
+        return [made["record"] for made in done.result["built"]]
 
 
 class RemoteSession(Opened):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import pytest
+from boards import TestBoard
 from onnx import TensorProto, helper
 
 HERE = Path(__file__).parent
@@ -23,23 +27,39 @@ _cuda = ctypes.CDLL(glob.glob(os.path.join(os.path.dirname(__file__), "nvidia", 
 _cuda.fake_reset.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
 _cuda.fake_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _cuda.fake_reset(0, 200_000, 0, 0)
+_cuda.fake_memory(ENGINE_MIB)
 _fake = Fake("10.3")
 _fake.launch = lambda stream, out, into, count: _cuda.fake_launch(stream, out, into, count) == 0
 globals().update(vars(_fake.api))
 '''
 
 
-def make_site(folder: Path) -> Path:
-    """Such a folder; skips the test where there is no C compiler."""
+def make_site(folder: Path, engine_mib: int = 0) -> Path:
+    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler."""
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler for the test's CUDA runtime")
     place = folder / "nvidia" / "cuda_runtime" / "lib"
     place.mkdir(parents=True)
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", place / "libcudart.so", HERE / "cudart.c"], check=True)
-    (folder / "tensorrt.py").write_text(MODULE)
+    (folder / "tensorrt.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
     shutil.copy(HERE / "fake_tensorrt.py", folder)
     shutil.copytree(HERE / "recordings" / "tensorrt", folder / "recordings" / "tensorrt")
     return folder
+
+
+@contextmanager
+def installed(board: TestBoard, made: Path) -> Iterator[None]:
+    """A board that has what such a folder holds."""
+    version = Path(sysconfig.get_path("purelib")).parent.name
+    place = board.folder / "home" / "env" / "lib" / version / "site-packages"
+    before = set(place.iterdir())
+    for path in made.iterdir():
+        shutil.move(path, place / path.name)
+    try:
+        yield
+    finally:
+        for path in set(place.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_relu(path: Path, name: str = "net") -> Path:

@@ -6,14 +6,11 @@ what a Jetson would run: the agent in its zip, the worker, the link, jobs, the e
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
-from pathlib import Path
-
 import numpy as np
 import pytest
 from boards import TestBoard
-from engine_sites import make_site, write_relu
+from engine_sites import installed, make_site, write_relu
+from test_jetson import Orin, orin  # noqa: F401  a fixture
 
 from profiles.errors import DeployError
 from profiles.schema import MeasureSpec, load_profile
@@ -39,18 +36,11 @@ def target(request, tmp_path, monkeypatch):
         yield load_target(load_profile("local", {"runtime": "tensorrt", "tensorrt": {"cuda_graph": True}}), state)
         return
     board: TestBoard = request.getfixturevalue("board")
-    version = Path(sysconfig.get_path("purelib")).parent.name
-    place = board.folder / "home" / "env" / "lib" / version / "site-packages"
-    before = set(place.iterdir())
-    made = make_site(tmp_path / "site")
-    for path in made.iterdir():
-        shutil.move(path, place / path.name)
-    file = board.file("engines", 'runtime = "tensorrt"', "tensorrt = { cuda_graph = true }")
-    target = load_target(load_profile(str(file)), state)
-    yield target
-    target.board.close()
-    for path in set(place.iterdir()) - before:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with installed(board, make_site(tmp_path / "site")):
+        file = board.file("engines", 'runtime = "tensorrt"', "tensorrt = { cuda_graph = true }")
+        target = load_target(load_profile(str(file)), state)
+        yield target
+        target.board.close()
 
 
 def test_an_engine_is_built_where_it_runs_measured_and_asked(target, tmp_path):
@@ -70,6 +60,55 @@ def test_an_engine_is_built_where_it_runs_measured_and_asked(target, tmp_path):
 
     rows = target.rows([one, two], one, 3)
     assert rows.ms.shape == (2, 3) and (rows.ms >= KERNEL_MS).all() and (rows.reference_ms >= KERNEL_MS).all()
+
+
+def here(tmp_path, monkeypatch, engine_mib):
+    """This machine with a GPU of 3000 MiB, of which an open engine takes so many."""
+    (tmp_path / "lock").mkdir()
+    monkeypatch.setattr(leases, "lease_folder", lambda: tmp_path / "lock")
+    monkeypatch.setenv("PYTHONPATH", str(make_site(tmp_path / "site", engine_mib)))
+    return load_target(load_profile("local", {"runtime": "tensorrt"}), tmp_path / ".deploy")
+
+
+def test_rows_that_do_not_fit_at_once_are_measured_in_groups_each_beside_the_reference(tmp_path, monkeypatch):
+    """The reference's five sessions leave 1500 MiB; a group takes half of them. All at once would take 3600."""
+    target = here(tmp_path, monkeypatch, 300)
+    models = [write_relu(tmp_path / f"{number}.onnx", f"net{number}") for number in range(7)]
+    told: list[float] = []
+    times = target.rows(models, models[0], 3, told.append)
+    assert times.group.tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert times.ms.shape == (7, 3) and times.reference_ms.shape == (3, 3) and (times.ms >= KERNEL_MS).all()
+    ratios = np.median(times.ms / times.reference_ms[times.group], axis=1)
+    assert (ratios > 0.5).all() and (ratios < 2.0).all()
+    assert told == sorted(told) and told[0] < 0.2 and told[-1] == 1.0
+    assert not list((tmp_path / ".deploy").glob("engines/*")), "rows are kept by their times, not as engines"
+
+
+def test_a_row_that_turns_out_not_to_fit_waits_for_the_next_group(tmp_path, monkeypatch):
+    """Ten sessions of one model take the 2000 MiB that the reference leaves, so it cannot share them."""
+    target = here(tmp_path, monkeypatch, 200)
+    small, large = (write_relu(tmp_path / f"{name}.onnx", name) for name in ("small", "large"))
+    assert target.rows([small, *[large] * 10], small, 2).group.tolist() == [0] + [1] * 10
+    with pytest.raises(DeployError, match="the GPU has no memory left for cudaStreamCreateWithFlags"):
+        target.rows([large] * 11, small, 2)
+
+
+def test_a_jetson_is_set_up_once_for_all_rows_and_once_for_all_engines(orin: Orin, tmp_path):  # noqa: F811
+    once = ["nvpmodel 1", "lock", "restore", "nvpmodel 0", "restore"]
+    wish = 'jetson = { power_mode = "25W", clocks = "locked", telemetry_ms = 0 }'
+    with installed(orin.board, make_site(tmp_path / "site")):
+        file = orin.board.file("trt", 'runtime = "tensorrt"', wish, extends="jetson-orin-nano")
+        target = load_target(load_profile(str(file)), tmp_path / ".deploy")
+        models = [write_relu(tmp_path / f"{number}.onnx", f"net{number}") for number in range(3)]
+        target.fingerprint()
+        assert orin.done == once
+        assert target.rows(models, models[0], 2).ms.shape == (3, 2) and orin.done == once * 2
+        places = {model: tmp_path / f"{model.stem}.plan" for model in models}
+        assert target.build_each(places) == list(places.values()) and orin.done == once * 3
+        assert len({path.read_bytes() for path in places.values()}) == 3
+        target.build_each(places)
+        assert orin.done == once * 3, "they are kept"
+        target.board.close()
 
 
 def test_what_a_builder_has_not_is_one_sentence_with_the_key(target, tmp_path):

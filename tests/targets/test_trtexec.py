@@ -246,7 +246,8 @@ def test_an_engine_is_built_timed_and_profiled_through_it(stand_in, tmp_path, mo
     monkeypatch.setattr(library, "free_mib", lambda: (3000, {"system": 3000}))
     found = stand_in()
     out = tmp_path / "e.plan"
-    record = trtexec.build(found, {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(out), "options": {}})
+    job = {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(out), "options": {}}
+    record = trtexec.build(found, job, [].append)
     assert record["bytes"] == out.stat().st_size and record["workspace_mib"] == 1024
     model = trtexec.TrtexecModel(str(out), {**RUN, "copies": False}, found)
     assert model.block(2, 10) == [2_200_000] * 10 == model.events
@@ -262,7 +263,8 @@ def test_an_engine_is_built_timed_and_profiled_through_it(stand_in, tmp_path, mo
 def test_a_binary_that_fails_is_told_in_its_own_words(stand_in, tmp_path):
     found = stand_in(last="echo '[x] [E] Error[1]: no such tactic'; exit 1")
     with pytest.raises(BoardError, match=r"failed on '.*c\.onnx': Error\[1\]: no such tactic"):
-        trtexec.build(found, {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(tmp_path / "e"), "options": {}})
+        job = {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(tmp_path / "e"), "options": {}}
+        trtexec.build(found, job, [].append)
 
 
 def test_it_is_found_where_it_is_put(stand_in, tmp_path, monkeypatch):

@@ -247,10 +247,17 @@ class Server(object):
         placed = dict(job, models=[path(model) for model in job["models"]])
         if "reference" in job:
             placed["reference"] = path(job["reference"])
-        if job.get("timing_cache"):
-            os.makedirs(os.path.join(self.folder, "timing"), mode=0o700, exist_ok=True)
-            placed["timing_cache"] = os.path.join(self.folder, "timing", os.path.basename(job["timing_cache"]))
-        return placed
+        if "build" in job:
+            placed["build"] = self.order(job["build"])
+        return self.order(placed)
+
+    def order(self, table: Table) -> Table:
+        """What is asked of a builder, with the path of its timing cache."""
+        if not table.get("timing_cache"):
+            return table
+        os.makedirs(os.path.join(self.folder, "timing"), mode=0o700, exist_ok=True)
+        name = os.path.basename(table["timing_cache"])
+        return dict(table, timing_cache=os.path.join(self.folder, "timing", name))
 
     def follow(self, request: Table) -> Table:
         """Tell a job's events from an offset on until it ends; the last one is its outcome, or that it is gone.

@@ -39,7 +39,6 @@ HELD = (
     "ACTIVATION", "ELEMENTWISE", "UNARY", "LRN", "NORMALIZATION", "PARAMETRIC_RELU", "EINSUM", "RESIZE",
 )  # fmt: skip
 """Layers that compute, whose type is held where typing is weak; the others hand on what they are given."""
-SCARCE = ("out of memory", "outofmemory", "insufficient memory", "failed to allocate", "unable to allocate")
 SCARCE_HINT = "lower tensorrt.workspace_mib, close what else holds memory there, or add swap while building."
 OUTSIDE_HINT = "take another tensorrt.%s, or leave it out."
 
@@ -100,7 +99,7 @@ class Attempt(object):
             reason = self.lib.last_error("it does not say why")
             if self.lib.errors and library.lacks_driver(self.lib.errors[0]):
                 raise library.no_driver(self.lib.title, self.lib.errors[0])
-            if any(word in " ".join(self.lib.errors).lower().replace("_", "") for word in SCARCE):
+            if library.tells_scarce(self.lib.errors):
                 raise self.scarce()
             if index + 1 < len(tried):
                 self.notes.append("with %s it did not build (%s)" % (way, reason))

@@ -54,8 +54,10 @@ def opened(lib: Library, data: bytes, options: Table) -> Any:
     if lib.errors and library.lacks_driver(lib.errors[0]):
         raise library.no_driver(lib.title, lib.errors[0])
     reason = lib.last_error("it does not say why")
-    hint = "build it again on this device with this version."
-    raise BoardError("model", "%s cannot open the engine: %s" % (lib.title, reason), hint)
+    text = "%s cannot open the engine: %s" % (lib.title, reason)
+    if library.tells_scarce(lib.errors):
+        raise BoardError("memory", text, "close what else holds memory there, or measure fewer networks at once.")
+    raise BoardError("model", text, "build it again on this device with this version.")
 
 
 def ports_of(lib: Library, engine: Any, context: Any) -> List[Port]:

@@ -23,6 +23,7 @@ from ..files import sha256
 from ..timing import Timed
 from . import layers, onnxfile, parsing
 from .errors import BoardError, Table
+from .progress import Beat, Tell
 
 PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec", "/usr/local/tensorrt/bin/trtexec")
 PATIENCE_S = 3600.0
@@ -280,7 +281,7 @@ def run(command: Sequence[str], patience_s: float) -> Tuple[int, str]:
 # --- building and timing -----------------------------------------------------------------------------------------
 
 
-def build(binary: Trtexec, job: Table) -> Table:
+def build(binary: Trtexec, job: Table, tell: Tell) -> Table:
     """Build an engine; the job is that of `engine.build`, and so is the result, as far as trtexec tells."""
     from . import engine
 
@@ -291,9 +292,10 @@ def build(binary: Trtexec, job: Table) -> Table:
     command = binary.build_command(model, job["out"], options, job.get("timing_cache", ""))
     if "--fp16" in command:
         notes.append("trtexec permits float16 everywhere: layers that the file keeps in float32 may run in it too")
-    status, log = run(command, PATIENCE_S)
-    if status or not os.path.isfile(job["out"]):
-        raise failure(binary, log, job["onnx"], model)
+    with Beat(tell, None):
+        status, log = run(command, PATIENCE_S)
+        if status or not os.path.isfile(job["out"]):
+            raise failure(binary, log, job["onnx"], model)
     return {
         "title": binary.title, "notes": notes,
         "flags": command[3:], "workspace_mib": options["workspace_mib"], "free_mib": free, "way": "trtexec",

@@ -93,6 +93,8 @@ def build(request: BuildRequest) -> BuildResult:
     if budget is None:
         raise DeployError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
     target = load_target(profile, request.root / ".deploy")
+    if not request.dry_run:
+        _require_outputs(target)
     model = project.model()
     samples = _samples(project, profile.prune)
     run = Run.resume(request.root, request.out, console=request.console) if request.resume else None
@@ -112,6 +114,13 @@ def build(request: BuildRequest) -> BuildResult:
         samples = samples.first(repair_limit(network))
         work = Work(run, profile, budget, target, project, network, samples, (*notes, *found.notes))
         return _dry(work) if request.dry_run else _release(work)
+
+
+def _require_outputs(target: Target) -> None:
+    """Raise DeployError where outputs cannot be read on the device: the accuracy could not be judged in the end."""
+    seen = target.outputs()
+    if not seen.ok:
+        raise DeployError(f"nothing can be built for '{target.profile.name}': its {seen.name} {seen.value}.", seen.mend)
 
 
 def _asked(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:

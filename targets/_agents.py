@@ -13,7 +13,7 @@ import numpy as np
 from profiles.schema import MeasureSpec, Profile
 from targets.base import LayerTime, Progress, RowTimes, Target
 from targets.harness import bench, building, device
-from targets.harness.device import Fingerprint, Preflight
+from targets.harness.device import Condition, Fingerprint, Preflight
 from targets.harness.measurement import Session
 from targets.runtimes.base import load_runtime
 from targets.runtimes.tensorrt import TensorRT
@@ -42,7 +42,7 @@ class Answer:
 
 
 class AgentTarget(Target):
-    """A device that an agent measures. A subclass says how the agent is reached, and in `_site` where engines are built."""
+    """A device that an agent measures. A subclass says how it is reached, and in `_site` where engines are built."""
 
     _site: building.Site
 
@@ -54,6 +54,10 @@ class AgentTarget(Target):
     @abstractmethod
     def _facts(self) -> Table:
         """What `agent.facts` reads on the device."""
+
+    def _plain_facts(self) -> Table:
+        """The same of the device as it is now, nothing changed on it."""
+        return self._facts()
 
     @abstractmethod
     def _state(self) -> Table:
@@ -98,6 +102,14 @@ class AgentTarget(Target):
 
     def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
         return device.fingerprint(self._facts(), self.runtime.manner(self.profile.providers), spec)
+
+    def outputs(self) -> Condition:
+        """Whether outputs can be read on the device."""
+        lacking = self._plain_facts().get("no_outputs") if isinstance(self.runtime, TensorRT) else None
+        if not lacking:
+            return super().outputs()
+        why = "deploy build judges networks by them; deploy measure does without"
+        return Condition("outputs", f"cannot be read: {lacking['why']}", False, why, lacking["mend"])
 
     def preflight(self) -> Preflight:
         """How busy, hot and full the device is."""

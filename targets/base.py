@@ -113,6 +113,10 @@ class Target(ABC):
         An artifact with a fixed batch is run over it and the last part is padded.
         """
 
+    def outputs(self) -> Condition:
+        """Whether outputs can be read on the device; where they cannot, networks are timed there and never judged."""
+        return Condition("outputs", "can be read", True)
+
     @abstractmethod
     def doctor(self) -> list[Condition]:
         """Everything that should be in order before using the device, what is missing included."""

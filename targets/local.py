@@ -13,9 +13,11 @@ from targets.base import Array, Progress, Target
 from targets.harness import bench, building, device
 from targets.harness import lease as leases
 from targets.harness.agent.board import machine
+from targets.harness.agent.board.base import AgentError
 from targets.harness.device import Condition
 from targets.harness.lease import lease
 from targets.runtimes.base import Opened, infer
+from targets.runtimes.tensorrt import TensorRT
 
 OPEN_SESSIONS = 4
 
@@ -31,7 +33,10 @@ class Local(AgentTarget):
         self._site = building.Here(state)
 
     def _facts(self) -> Table:
-        return machine.asked_facts(self.runtime.name)
+        try:
+            return machine.asked_facts(self.runtime.name)
+        except AgentError as error:
+            raise building.refused(error.to_table(), self.runtime.name) from None
 
     def _state(self) -> Table:
         return machine.state(str(self.state))
@@ -69,11 +74,16 @@ class Local(AgentTarget):
         """The lease, the preflight, the runtime with its providers, and the places that are written to."""
         found = [_lease_place(), device.lease_condition(leases.holder(self.device))]
         found += [*self.preflight().conditions, self._runtime()]
-        return [*found, self._providers()] if self.profile.runtime == "ort" else found
+        if not found[-1].ok:
+            return found
+        return [*found, self._providers() if self.profile.runtime == "ort" else self.outputs()]
 
     def _runtime(self) -> Condition:
         try:
-            return Condition("runtime", f"{self.runtime.name} {self.runtime.version()}", True)
+            if not isinstance(self.runtime, TensorRT):
+                return Condition("runtime", f"{self.runtime.name} {self.runtime.version()}", True)
+            facts = self._facts()
+            return Condition("runtime", f"{facts['runtime']} {facts['runtime_version']}", True)
         except DeployError as error:
             return Condition("runtime", "missing", False, "nothing can be measured without it", error.hint, fatal=True)
 

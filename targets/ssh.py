@@ -107,7 +107,8 @@ class Ssh(AgentTarget):
         if self.profile.runtime != "ort":
             gpu = str(facts["gpu"])
             why = "engines are built and run on it"
-            return [*found, Condition("gpu", gpu, gpu != "none", why, "look at its driver on the board.", fatal=True)]
+            found.append(Condition("gpu", gpu, gpu != "none", why, "look at its driver on the board.", fatal=True))
+            return [*found, self.outputs()]
         return [*found, device.providers_condition(self.profile.providers, there)]
 
 

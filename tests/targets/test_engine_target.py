@@ -6,12 +6,18 @@ what a Jetson would run: the agent in its zip, the worker, the link, jobs, the e
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from boards import TestBoard
 from engine_sites import installed, make_site, write_relu
+from test_building import only_without
 from test_jetson import Orin, orin  # noqa: F401  a fixture
+from test_trtexec import RECORDED, stand_in  # noqa: F401  a fixture
 
+from pipeline import flow
 from profiles.errors import DeployError
 from profiles.schema import MeasureSpec, load_profile
 from targets.base import load_target
@@ -109,6 +115,56 @@ def test_a_jetson_is_set_up_once_for_all_rows_and_once_for_all_engines(orin: Ori
         target.build_each(places)
         assert orin.done == once * 3, "they are kept"
         target.board.close()
+
+
+NO_OUTPUTS = {
+    "outputs": "cannot be read: trtexec gives none",
+    "mend": "install TensorRT's Python module there: apt-get install python3-libnvinfer.",
+}
+
+
+@only_without
+def test_where_only_trtexec_is_there_a_build_is_refused_at_its_start(stand_in, tmp_path, monkeypatch):  # noqa: F811
+    """Its outputs could not be judged. What only times is not refused."""
+    monkeypatch.setenv("PATH", str(Path(stand_in().path).parent), prepend=":")
+    target = load_target(load_profile("local", {"runtime": "tensorrt"}), tmp_path / ".deploy")
+    found = {condition.name: condition for condition in target.doctor()}
+    assert found["runtime"].ok and found["runtime"].value == "trtexec 10.3.0"
+    assert not found["outputs"].ok and not found["outputs"].fatal
+    assert (found["outputs"].value, found["outputs"].mend) == tuple(NO_OUTPUTS.values())
+    project = shutil.copytree(Path(__file__).parents[2] / "examples" / "digits", tmp_path / "project")
+    (project / "digits.safetensors").touch()
+    overrides = {"runtime": "tensorrt"}
+    request = flow.BuildRequest(project, "local", "0.5x", overrides=overrides, root=tmp_path / "work")
+    with pytest.raises(DeployError) as error:
+        flow.build(request)
+    assert error.value.message == f"nothing can be built for 'local': its outputs {NO_OUTPUTS['outputs']}."
+    assert error.value.hint == NO_OUTPUTS["mend"] and not (tmp_path / "work" / "runs").exists()
+
+
+def test_the_doctor_of_a_board_says_that_trtexec_gives_no_outputs(orin: Orin, tmp_path):  # noqa: F811
+    bin = orin.place / "bin"
+    shutil.copy(RECORDED / "help-10.txt", bin)
+    (bin / "trtexec").write_text('#!/bin/sh\ncat "$(dirname "$0")/help-10.txt"\n')
+    (bin / "trtexec").chmod(0o755)
+    try:
+        file = orin.board.file("only", 'runtime = "tensorrt"', extends="jetson-orin-nano")
+        target = load_target(load_profile(str(file)), tmp_path / ".deploy")
+        found = {condition.name: condition for condition in target.doctor()}
+        target.board.close()
+    finally:
+        (bin / "trtexec").unlink()
+    assert found["runtime"].value == "trtexec 10.3.0"
+    assert (found["outputs"].value, found["outputs"].mend) == tuple(NO_OUTPUTS.values())
+
+
+def test_a_library_that_is_not_there_is_one_sentence(tmp_path):
+    target = load_target(load_profile("local", {"runtime": "tensorrt-rtx"}), tmp_path / ".deploy")
+    if (doctor := {c.name: c for c in target.doctor()})["runtime"].ok:
+        assert doctor["outputs"].ok
+        return
+    with pytest.raises(DeployError, match="TensorRT for RTX is not installed here"):
+        target.fingerprint()
 
 
 def test_what_a_builder_has_not_is_one_sentence_with_the_key(target, tmp_path):

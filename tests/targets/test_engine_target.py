@@ -22,6 +22,7 @@ from profiles.errors import DeployError
 from profiles.schema import MeasureSpec, load_profile
 from targets.base import load_target
 from targets.harness import lease as leases
+from targets.harness.measurement import Session
 
 SHORT = MeasureSpec(
     rank_processes=1, rank_rounds=8, block_min_ms=1.0, warmup_s=0.1, warmup_inferences=10, warmup_max_s=0.5
@@ -63,6 +64,9 @@ def test_an_engine_is_built_where_it_runs_measured_and_asked(target, tmp_path):
     session = target.measure(dict(zip(("one", "two"), built, strict=True)), SHORT, "rank")
     assert session.fingerprint == fingerprint and session.protocol.startswith(f"{PROTOCOL} rank ")
     assert all(KERNEL_MS <= m.p50_ms < 20 * KERNEL_MS for m in session.measurements.values())
+    for measured in Session.from_json(session.to_json()).measurements.values():
+        assert measured.on_gpu is not None and 0.95 * KERNEL_MS <= measured.on_gpu.p50_ms < measured.p50_ms
+        assert all((block.gpu_ns < block.ns).all() and block.gpu_ns.min() > 0 for block in measured.processes)
 
     rows = target.rows([one, two], one, 3)
     assert rows.ms.shape == (2, 3) and (rows.ms >= KERNEL_MS).all() and (rows.reference_ms >= KERNEL_MS).all()

@@ -84,5 +84,7 @@ def answer_request(request: Table, models: Dict[str, Any], watch: Watch) -> Tabl
             ns = models[name].block(dropped, timed)
         after = watch.read()
         moved = {key: after[key] - before[key] for key in ("switches", "throttle", "stops")}
-        return dict(moved, ns=ns, missed=missed, khz=[before["khz"], after["khz"]])
+        found = dict(moved, ns=ns, missed=missed, khz=[before["khz"], after["khz"]])
+        events = getattr(models[name], "events", None)
+        return dict(found, gpu_ns=events) if events else found
     raise AgentError("job", "unknown request '%s'" % verb)

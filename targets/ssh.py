@@ -16,6 +16,7 @@ from targets.harness import building, device, lease
 from targets.harness.agent.board.files import sha256
 from targets.harness.agent.board.inferring import pack_arrays, unpack_arrays
 from targets.harness.device import Condition
+from targets.harness.engines import model_digest
 from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refusal, refused
 from targets.runtimes.base import Opened, Port, infer
 from targets.runtimes.ort import unreadable
@@ -130,11 +131,17 @@ class BoardSite:
         return name
 
     def build(self, models: Sequence[Path], order: Table, folder: Path, progress: Progress | None) -> list[Table]:
-        """In one job that outlives the link; the engines are fetched."""
-        files = {sha256(str(path)): path for path in models}
+        """In one job that outlives the link. Weights that lie beside an ONNX file go too; the engines are fetched."""
+        files: dict[str, Path] = {}
+        asked: list[str | Table] = []
+        for path in models:
+            digests = model_digest(path)
+            files |= {digest: path.parent / name if name else path for name, digest in digests.items()}
+            own = digests.pop("")
+            asked.append({"path": own, "name": path.name, "beside": digests} if digests else own)
         names = {path.name: str(path) for path in models}
         limit_s = BUILD_LIMIT_S * len(models)
-        done = self._board.run("build", {**order, "models": list(files), "tied": True}, files, names, limit_s, progress)
+        done = self._board.run("build", {**order, "models": asked, "tied": True}, files, names, limit_s, progress)
         for number, made in enumerate(done.result["built"]):
             self._board.get(made["sha256"], made["size"], folder / f"engine-{number}.plan")
         return [made["record"] for made in done.result["built"]]

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from boards import TestBoard
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 HERE = Path(__file__).parent
 MODULE = '''
@@ -60,6 +61,17 @@ def installed(board: TestBoard, made: Path) -> Iterator[None]:
     finally:
         for path in set(place.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_scaled(path: Path, factor: float) -> Path:
+    """A network that multiplies an input of shape (1, 3, 4, 4); the factor lies beside it, in a folder `weights`."""
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 4, 4]) for n in ("input", "output")]
+    weight = numpy_helper.from_array(np.full((1, 3, 1, 1), factor, np.float32), "factor")
+    node = helper.make_node("Mul", ["input", "factor"], ["output"], name="scale")
+    model = helper.make_model(helper.make_graph([node], "scale", ports[:1], ports[1:], [weight]), ir_version=9)
+    (path.parent / "weights").mkdir(parents=True)
+    onnx.save(model, path, save_as_external_data=True, location="weights/factor.bin", size_threshold=0)
+    return path
 
 
 def write_relu(path: Path, name: str = "net") -> Path:

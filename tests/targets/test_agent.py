@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import simulated_nights as nights
 
 from profiles.schema import CheckSpec, MeasureSpec
 from targets.harness import bench, pack
-from targets.harness.agent.board import driver, layers, machine, plan, timing
+from targets.harness.agent.board import driver, layers, machine, placing, plan, timing
 from targets.harness.agent.board import model as model_part
 from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.files import sha256, write_result
@@ -580,3 +581,19 @@ def test_a_full_disk_is_named(tmp_path):
         write_result(str(tmp_path / "out.json"), {"a": list(range(1000))})
     assert error.value.message.endswith("No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_models_weights_are_put_beside_it_and_nowhere_else(tmp_path):
+    (tmp_path / "objects").mkdir()
+    held = {text: hashlib.sha256(text.encode()).hexdigest() for text in ("graph", "weights")}
+    for text, digest in held.items():
+        (tmp_path / "objects" / digest).write_text(text)
+    model = {"path": held["graph"], "name": "net.onnx", "beside": {"w/one.bin": held["weights"]}}
+    (path,) = placing.placed({"models": [model]}, str(tmp_path), str(tmp_path / "job"))["models"]
+    assert Path(path).name == "net.onnx" and Path(path).read_text() == "graph"
+    assert (Path(path).parent / "w" / "one.bin").read_text() == "weights"
+    for name in ("../../escaped", "/escaped", ".."):
+        astray = {"models": [{**model, "beside": {name: held["weights"]}}]}
+        with pytest.raises(AgentError, match="lies outside the model's folder"):
+            placing.placed(astray, str(tmp_path), str(tmp_path / "job"))
+    assert not list(tmp_path.rglob("escaped"))

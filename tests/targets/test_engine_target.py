@@ -6,13 +6,16 @@ what a Jetson would run: the agent in its zip, the worker, the link, jobs, the e
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from boards import TestBoard
-from engine_sites import installed, make_site, write_relu
+from engine_sites import installed, make_site, write_relu, write_scaled
 from test_building import only_without
 from test_jetson import Orin, orin  # noqa: F401  a fixture
 from test_trtexec import RECORDED, stand_in  # noqa: F401  a fixture
@@ -70,6 +73,17 @@ def test_an_engine_is_built_where_it_runs_measured_and_asked(target, tmp_path):
 
     rows = target.rows([one, two], one, 3)
     assert rows.ms.shape == (2, 3) and (rows.ms >= KERNEL_MS).all() and (rows.reference_ms >= KERNEL_MS).all()
+
+
+def test_weights_beside_a_network_reach_the_builder(target, tmp_path):
+    """Two files that are equal byte for byte, with other weights beside them, give two engines."""
+    one, two = (write_scaled(tmp_path / str(factor) / "net.onnx", factor) for factor in (2.0, 3.0))
+    assert one.read_bytes() == two.read_bytes()
+    places = {path: path.with_suffix(".plan") for path in (one, two)}
+    target.build_each(places)
+    engines = [json.loads(place.read_bytes())["model"] for place in places.values()]
+    whole = [onnx.shape_inference.infer_shapes(onnx.load(path)).SerializeToString() for path in (one, two)]
+    assert engines == [hashlib.sha256(each).hexdigest() for each in whole] and engines[0] != engines[1]
 
 
 def here(tmp_path, monkeypatch, engine_mib):

@@ -21,6 +21,7 @@ from .job import locked
 from .lease import Lease, holder_of, lock
 from .machine import asked_facts, require_runtime, state
 from .peer import ALIVE_S, MARK, Lost, Peer
+from .placing import object_path, placed
 
 IDLE_S, FOLLOWED_S, LOOK_S = 120.0, 45.0, 0.25
 """A link's end without a request for so long closes itself, sooner while it follows a job; how often it looks at a
@@ -144,12 +145,6 @@ class Server(object):
         disk = os.statvfs(self.folder)
         return int(disk.f_bavail * disk.f_frsize)
 
-    def object_path(self, digest: str) -> str:
-        """Where a file stands."""
-        if not re.match("^[0-9a-f]{64}$", digest):
-            raise AgentError("job", "'%s' is no SHA-256" % digest)
-        return os.path.join(self.objects, digest)
-
     def have(self, request: Table) -> Table:
         """Of each file, how many bytes are there already, or None where it is whole; refuses where the rest cannot fit.
 
@@ -158,7 +153,7 @@ class Server(object):
         offsets: List[Optional[int]] = []
         needed = 0
         for digest, size in request["files"]:
-            path = self.object_path(digest)
+            path = object_path(self.folder, digest)
             if os.path.isfile(path):
                 if sha256(path) == digest:
                     os.utime(path)
@@ -178,7 +173,7 @@ class Server(object):
         """Take files from an offset on. What is written is fixed by the hash, so two links may write the same file."""
         failure: Optional[AgentError] = None
         for digest, size, offset in request["files"]:
-            path = self.object_path(digest)
+            path = object_path(self.folder, digest)
             file = os.open(path + ".part", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 for chunk in self.peer.chunks(size - offset):
@@ -223,7 +218,8 @@ class Server(object):
             if lock(file) and not os.path.exists(os.path.join(folder, "job.json")):
                 settings = {key: value for key, value in request.items() if key not in ("do", "work")}
                 write_file(os.path.join(folder, "reserve"), bytes(RESERVE_BYTES))
-                write_file(os.path.join(folder, "work.json"), json.dumps(self.work(request["work"])).encode())
+                work = placed(request["work"], self.folder, folder)
+                write_file(os.path.join(folder, "work.json"), json.dumps(work).encode())
                 write_file(os.path.join(folder, "job.json"), json.dumps(settings).encode())
                 command = [sys.executable, program(), "job", folder]
                 with open(os.path.join(folder, "trace"), "wb") as trace, open(os.devnull, "r+b") as nothing:
@@ -235,29 +231,6 @@ class Server(object):
         finally:
             os.close(file)
         return {"event": "started", "boot": boot_id()}
-
-    def work(self, job: Table) -> Table:
-        """The job with the paths of its files."""
-
-        def path(model: Any) -> Any:
-            if isinstance(model, dict):
-                return dict(model, path=self.object_path(model["path"]))
-            return self.object_path(model)
-
-        placed = dict(job, models=[path(model) for model in job["models"]])
-        if "reference" in job:
-            placed["reference"] = path(job["reference"])
-        if "build" in job:
-            placed["build"] = self.order(job["build"])
-        return self.order(placed)
-
-    def order(self, table: Table) -> Table:
-        """What is asked of a builder, with the path of its timing cache."""
-        if not table.get("timing_cache"):
-            return table
-        os.makedirs(os.path.join(self.folder, "timing"), mode=0o700, exist_ok=True)
-        name = os.path.basename(table["timing_cache"])
-        return dict(table, timing_cache=os.path.join(self.folder, "timing", name))
 
     def follow(self, request: Table) -> Table:
         """Tell a job's events from an offset on until it ends; the last one is its outcome, or that it is gone.
@@ -318,7 +291,7 @@ class Server(object):
 
     def get(self, request: Table) -> Tuple[Table, bytes]:
         """A part of a file that lies here, as of an engine that was built here."""
-        with open(self.object_path(request["sha256"]), "rb") as file:
+        with open(object_path(self.folder, request["sha256"]), "rb") as file:
             file.seek(request["offset"])
             data = file.read(1 << 18)
         return {"event": "part", "bytes": len(data)}, data
@@ -339,7 +312,7 @@ class Server(object):
     def infer(self, request: Table) -> Tuple[Table, bytes]:
         """Outputs of a file for arrays, computed in a process of its own while the device is held."""
         data = b"".join(self.peer.chunks(request["bytes"]))
-        request["path"] = self.object_path(request["sha256"])
+        request["path"] = object_path(self.folder, request["sha256"])
         if not os.path.isfile(request["path"]):
             raise AgentError("missing", "the file is not there", request["sha256"])
         require_runtime(str(request["options"].get("library") or "onnxruntime"), arrays=True)

@@ -264,6 +264,13 @@ def test_cores_that_are_locked_at_different_clocks_are_each_held_to_their_own():
     assert usual_clocks([]) == []
 
 
+def test_a_locked_gpu_that_leaves_its_clock_flags_its_block_whatever_the_cores_do():
+    usual = [dict(block(khz=(1_500_000,)), gpu_khz=[[918_000], [918_000]]) for _ in range(4)]
+    slowed = dict(block(khz=(1_500_000,)), gpu_khz=[[918_000], [624_750]])
+    off = dict(block(khz=(1_500_000,)), gpu_khz=[[918_000], []])
+    assert flags([*usual, slowed, off]) == [False] * 4 + [True, False]
+
+
 class Slow(Model):
     """A network of `ms` milliseconds on a pretended clock: nothing is waited for. Its times scatter by `noise`."""
 

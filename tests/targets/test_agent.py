@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import simulated_nights as nights
 
 from profiles.schema import CheckSpec, MeasureSpec
 from targets.harness import bench, pack
-from targets.harness.agent.board import driver, layers, machine, placing, plan, timing
+from targets.harness.agent.board import driver, layers, machine, placing, plan, server, timing
 from targets.harness.agent.board import model as model_part
 from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.files import sha256, write_result
@@ -588,6 +589,20 @@ def test_a_full_disk_is_named(tmp_path):
         write_result(str(tmp_path / "out.json"), {"a": list(range(1000))})
     assert error.value.message.endswith("No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_timing_caches_are_swept_by_their_age_and_the_oldest_where_they_grow_too_large(tmp_path, monkeypatch):
+    (tmp_path / "timing").mkdir()
+    for age, name in enumerate(("newest", "second", "third", "old")):
+        path = tmp_path / "timing" / name
+        path.write_bytes(bytes(400))
+        os.utime(path, (1e9 - 1000 * age, 1e9 - 1000 * age))
+    end = server.Server(str(tmp_path), None)
+    end.sweep_timing(1e9 - 2500)
+    assert sorted(path.name for path in tmp_path.glob("timing/*")) == ["newest", "second", "third"]
+    monkeypatch.setattr(server, "TIMING_BYTES", 900)
+    end.sweep_timing(0.0)
+    assert sorted(path.name for path in tmp_path.glob("timing/*")) == ["newest", "second"]
 
 
 def test_a_models_weights_are_put_beside_it_and_nowhere_else(tmp_path):

@@ -28,6 +28,8 @@ IDLE_S, FOLLOWED_S, LOOK_S = 120.0, 45.0, 0.25
 job."""
 KEEP_S = 14 * 86400
 """Files and results that nobody asked for in this time are removed."""
+TIMING_BYTES = 256 << 20
+"""Timing caches that are kept, all together."""
 SPARE_BYTES, RESERVE_BYTES = 8 << 20, 1 << 16
 """Free bytes on the disk that files sent there leave; what a job keeps for telling that the disk is full."""
 
@@ -128,9 +130,19 @@ class Server(object):
         for path in glob.glob(os.path.join(self.objects, "*")):
             if os.stat(path).st_mtime < oldest:
                 os.remove(path)
+        self.sweep_timing(oldest)
         for path in glob.glob(os.path.join(self.jobs, "*")):
             if os.stat(path).st_mtime < oldest and not locked(os.path.join(path, "lock")):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def sweep_timing(self, oldest: float) -> None:
+        """Remove timing caches that no build has written to since then, and the oldest of more than TIMING_BYTES."""
+        total = 0
+        paths = glob.glob(os.path.join(self.folder, "timing", "*"))
+        for path in sorted(paths, key=lambda path: -os.stat(path).st_mtime):
+            total += os.path.getsize(path)
+            if os.stat(path).st_mtime < oldest or total > TIMING_BYTES:
+                os.remove(path)
 
     def rest(self) -> None:
         """End the process that infers, so that nothing runs beside a measurement."""

@@ -30,6 +30,8 @@ def placed(job: Table, home: str, folder: str) -> Table:
     table = dict(job, models=[path(model) for model in job["models"]])
     if "reference" in job:
         table["reference"] = path(job["reference"])
+    if "options" in job:
+        table["options"] = caching(job["options"], home)
     if "build" in job:
         table["build"] = ordered(job["build"], home)
     return ordered(table, home)
@@ -50,6 +52,11 @@ def gathered(model: Table, home: str, folder: str) -> str:
         os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
         shutil.copyfile(object_path(home, held), place)
     return os.path.join(own, model["name"])
+
+
+def caching(options: Table, home: str) -> Table:
+    """Options of a session, with the folder where ONNX Runtime's TensorRT provider keeps its engines."""
+    return dict(options, engine_cache=os.path.join(home, "engines")) if "engine_cache" in options else options
 
 
 def ordered(table: Table, home: str) -> Table:

@@ -21,7 +21,7 @@ from .job import locked
 from .lease import Lease, holder_of, lock
 from .machine import asked_facts, require_runtime, state
 from .peer import ALIVE_S, MARK, Lost, Peer
-from .placing import object_path, placed
+from .placing import caching, object_path, placed
 
 IDLE_S, FOLLOWED_S, LOOK_S = 120.0, 45.0, 0.25
 """A link's end without a request for so long closes itself, sooner while it follows a job; how often it looks at a
@@ -124,7 +124,7 @@ class Server(object):
         oldest = os.stat(swept).st_mtime - KEEP_S
         own = os.path.dirname(program())
         os.utime(own)
-        for path in glob.glob(os.path.join(self.folder, "agent", "*")):
+        for path in glob.glob(os.path.join(self.folder, "agent", "*")) + glob.glob(self.folder + "/engines/*"):
             if os.stat(path).st_mtime < oldest and path != own:
                 shutil.rmtree(path, ignore_errors=True)
         for path in glob.glob(os.path.join(self.objects, "*")):
@@ -325,6 +325,7 @@ class Server(object):
         """Outputs of a file for arrays, computed in a process of its own while the device is held."""
         data = b"".join(self.peer.chunks(request["bytes"]))
         request["path"] = object_path(self.folder, request["sha256"])
+        request["options"] = caching(request["options"], self.folder)
         if not os.path.isfile(request["path"]):
             raise AgentError("missing", "the file is not there", request["sha256"])
         require_runtime(str(request["options"].get("library") or "onnxruntime"), arrays=True)

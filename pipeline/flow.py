@@ -321,7 +321,7 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
         return None
 
     def make(folder: Path) -> dict[str, Any]:
-        artifact = _built(work, model, folder / "artifact")
+        artifact = _built(work, {"artifact": model}, folder)["artifact"]
         return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
 
     inputs = {"project": work.source, "model": model}
@@ -332,12 +332,15 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
     return float(done["accuracy"])
 
 
-def _built(work: Work, model: Path, out: Path) -> Path:
-    """What the device's runtime makes of a model; engines take minutes, so a bar says how far they are."""
+def _built(work: Work, models: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """What the device's runtime makes of models, by their names; engines take minutes: a bar says how far they are."""
+    places = {model: folder / f"{name}.artifact" for name, model in models.items()}
     if work.profile.runtime == "ort":
-        return work.target.build(model, out)
-    with work.run.share("build") as progress:
-        return work.target.build(model, out, progress)
+        work.target.build_each(places)
+    else:
+        with work.run.share("build") as progress:
+            work.target.build_each(places, progress)
+    return {name: places[model] for name, model in models.items()}
 
 
 def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
@@ -349,7 +352,7 @@ def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
     def make(folder: Path) -> dict[str, Any]:
         before, after = (
             np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
-            for built in (_built(work, each.path("onnx"), folder / each.key) for each in (dense, final))
+            for built in _built(work, {"dense": dense.path("onnx"), "final": final.path("onnx")}, folder).values()
         )
         return asdict(outcome.agreement(before, after, work.loss_samples_are))
 
@@ -567,8 +570,7 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
     key = {"mode": mode, "spec": work.profile.measure, "models": hashes}
 
     def make() -> str:
-        folder = work.run.folder("work")
-        built = {label: _built(work, path, folder / f"{label}.artifact") for label, path in models.items()}
+        built = _built(work, models, work.run.folder("work"))
         session = work.target.measure(built, work.profile.measure, mode)
         text = session.to_json()
         with Store(work.run.cache.root / "latency.sqlite") as store:

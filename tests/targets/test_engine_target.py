@@ -117,6 +117,20 @@ def test_a_row_that_turns_out_not_to_fit_waits_for_the_next_group(tmp_path, monk
         target.rows([large] * 11, small, 2)
 
 
+def test_rows_whose_engines_cannot_be_built_say_why(tmp_path, monkeypatch):
+    target = here(tmp_path, monkeypatch, 0)
+    model = write_relu(tmp_path / "net.onnx")
+    monkeypatch.setenv("FAKE_CRASH", "1")
+    with pytest.raises(DeployError) as error:
+        target.rows([model], model, 2)
+    killed = "the building process was killed by signal 9, as a system does that runs out of memory."
+    assert error.value.message == killed and error.value.hint.startswith("lower tensorrt.workspace_mib")
+    monkeypatch.delenv("FAKE_CRASH")
+    asking = load_profile("local", {"runtime": "tensorrt", "tensorrt": {"dla_core": 3}})
+    with pytest.raises(DeployError, match=r"the DLA core 3 was asked for, TensorRT 10\.3\.0 finds 0 here\."):
+        load_target(asking, target.state).rows([model], model, 2)
+
+
 def test_a_jetson_is_set_up_once_for_all_rows_and_once_for_all_engines(orin: Orin, tmp_path):  # noqa: F811
     once = ["nvpmodel 1", "lock", "restore", "nvpmodel 0", "restore"]
     wish = 'jetson = { power_mode = "25W", clocks = "locked", telemetry_ms = 0 }'

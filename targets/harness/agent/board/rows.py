@@ -50,10 +50,12 @@ def rows(job: Table, folder: str) -> Table:
     while left or not groups:
         opened = room.fill(paths, left)
         found = timed(job, [model for _, model in opened] + references, rng)
-        for (position, model), row in zip(opened, found):
+        positions = [position for position, _ in opened]
+        for position, row in zip(positions, found):
             times[position], group[position] = row, len(groups)
-            close(model)
-        groups.append(found[len(opened) :])
+        groups.append(found[len(positions) :])
+        while opened:
+            close(opened.pop()[1])
         tell({"event": "progress", "done": 1.0 - (1.0 - begun) * len(left) / max(1, len(set(paths)))})
     return {"rows": times, "group": group, "reference": groups}
 

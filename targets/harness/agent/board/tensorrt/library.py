@@ -22,6 +22,7 @@ FILES = {"tensorrt": "libnvinfer.so", "tensorrt-rtx": "libtensorrt_rtx.so"}
 NO_DRIVER_HINT = "run it on a machine with an NVIDIA GPU and its driver; what was built here stays as it is."
 SCARCE = ("out of memory", "outofmemory", "insufficient memory", "failed to allocate", "unable to allocate")
 """In a line that says that there was too little memory."""
+SCARCE_HINT = "close what else holds memory there, or measure fewer networks at once."
 LINES = 200
 """Warnings and errors of the library that are kept, the first ones."""
 Importer = Callable[[str], Any]

@@ -56,7 +56,7 @@ def opened(lib: Library, data: bytes, options: Table) -> Any:
     reason = lib.last_error("it does not say why")
     text = "%s cannot open the engine: %s" % (lib.title, reason)
     if library.tells_scarce(lib.errors):
-        raise BoardError("memory", text, "close what else holds memory there, or measure fewer networks at once.")
+        raise BoardError("memory", text, library.SCARCE_HINT)
     raise BoardError("model", text, "build it again on this device with this version.")
 
 
@@ -122,7 +122,8 @@ class EngineModel(Timed):
         self.engine = opened(self.lib, data, self.options)
         self.context = self.engine.create_execution_context()
         if self.context is None:
-            raise BoardError("memory", "the engine '%s' does not fit: %s" % (path, self.lib.last_error("no context")))
+            text = "the engine '%s' does not fit: %s" % (path, self.lib.last_error("no context"))
+            raise BoardError("memory", text, library.SCARCE_HINT)
         self.ports = ports_of(self.lib, self.engine, self.context)
         self._allocate()
         self.fill(noise(self.ports, self.options["seed"]))

@@ -270,11 +270,10 @@ def budget_of(profile: Profile, pin: Pin, candidate: Pin) -> Budget | None:
 
 def _artifacts(target: Target, pins: tuple[Pin, Pin], paths: tuple[Path, Path], folder: Path) -> dict[str, Path]:
     """The three arms as the device runs them. The same network is built once, whatever its name."""
-    built: dict[str, Path] = {}
-    for pin, path in zip(pins, paths, strict=True):
-        if pin.sha256 not in built:
-            built[pin.sha256] = target.build(path, folder / f"{pin.sha256[:16]}.artifact")
-    one, two = (built[pin.sha256] for pin in pins)
+    places = {pin.sha256: folder / f"{pin.sha256[:16]}.artifact" for pin in pins}
+    files = {pin.sha256: path for pin, path in zip(pins, paths, strict=True)}
+    target.build_each({path: places[sha256] for sha256, path in files.items()})
+    one, two = (places[pin.sha256] for pin in pins)
     return {BASELINE: one, AGAIN: one, CANDIDATE: two}
 
 

@@ -94,6 +94,8 @@ def build(request: BuildRequest) -> BuildResult:
     if budget is None:
         raise DeployError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
     target = load_target(profile, request.root / ".deploy")
+    if not request.dry_run:
+        _require_outputs(target)
     model = project.model()
     samples = _samples(project, profile.prune)
     run = Run.resume(request.root, request.out, console=request.console) if request.resume else None
@@ -113,6 +115,13 @@ def build(request: BuildRequest) -> BuildResult:
         samples = samples.first(repair_limit(network))
         work = Work(run, profile, budget, target, project, network, samples, (*notes, *found.notes))
         return _dry(work) if request.dry_run else _release(work)
+
+
+def _require_outputs(target: Target) -> None:
+    """Raise DeployError where outputs cannot be read on the device: the accuracy could not be judged in the end."""
+    seen = target.outputs()
+    if not seen.ok:
+        raise DeployError(f"nothing can be built for '{target.profile.name}': its {seen.name} {seen.value}.", seen.mend)
 
 
 def _asked(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
@@ -310,7 +319,7 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
         return None
 
     def make(folder: Path) -> dict[str, Any]:
-        artifact = _built(work, model, folder / f"{name}.artifact")
+        artifact = _built(work, {name: model}, folder)[name]
         return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
 
     inputs = {"project": work.source, "model": model}
@@ -321,16 +330,19 @@ def _accuracy(work: Work, model: Path, name: str) -> float | None:
     return float(done["accuracy"])
 
 
-def _built(work: Work, model: Path, out: Path) -> Path:
-    """What the device's runtime makes of a model; engines take minutes, so a bar says how far they are.
+def _built(work: Work, models: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """What the device's runtime makes of models, by the names that errors tell them by.
 
-    out: errors tell the model by its name without the suffix.
+    Engines take minutes: a bar says how far they are.
     """
-    with named({out.stem: model}):
+    places = {model: folder / f"{name}.artifact" for name, model in models.items()}
+    with named(models):
         if work.profile.runtime == "ort":
-            return work.target.build(model, out)
-        with work.run.share("build") as progress:
-            return work.target.build(model, out, progress)
+            work.target.build_each(places)
+        else:
+            with work.run.share("build") as progress:
+                work.target.build_each(places, progress)
+    return {name: places[model] for name, model in models.items()}
 
 
 def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
@@ -340,10 +352,9 @@ def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
     samples = work.loss_samples
 
     def make(folder: Path) -> dict[str, Any]:
-        both = ((DENSE, dense), (PRUNED, final))
         before, after = (
             np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
-            for built in (_built(work, each.path("onnx"), folder / f"{name}.artifact") for name, each in both)
+            for built in _built(work, {DENSE: dense.path("onnx"), PRUNED: final.path("onnx")}, folder).values()
         )
         return asdict(outcome.agreement(before, after, work.loss_samples_are))
 
@@ -564,8 +575,7 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
     key = {"mode": mode, "spec": work.profile.measure, "models": hashes}
 
     def make() -> str:
-        folder = work.run.folder("work")
-        built = {label: _built(work, path, folder / f"{label}.artifact") for label, path in models.items()}
+        built = _built(work, models, work.run.folder("work"))
         with named(built):
             session = work.target.measure(built, work.profile.measure, mode)
         text = session.to_json()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +12,14 @@ import numpy as np
 
 from profiles.schema import MeasureSpec, Profile
 from targets.base import LayerTime, Progress, RowTimes, Target
-from targets.harness import bench, device
-from targets.harness.device import Fingerprint, Preflight
+from targets.harness import bench, building, device
+from targets.harness.device import Condition, Fingerprint, Preflight
 from targets.harness.measurement import Session
 from targets.runtimes.base import load_runtime
+from targets.runtimes.tensorrt import TensorRT
 
-ROWS_LIMIT_S = 600.0
+ROWS_LIMIT_S, ROW_BUILD_S = 600.0, 120.0
+"""For timing rows; beyond that for the engine of each."""
 LAYERS_LIMIT_S = 600.0
 Table = dict[str, Any]
 Verb = Literal["drive", "rows", "layers"]
@@ -42,7 +42,9 @@ class Answer:
 
 
 class AgentTarget(Target):
-    """A device that an agent measures. A subclass says how the agent is reached."""
+    """A device that an agent measures. A subclass says how it is reached, and in `_site` where engines are built."""
+
+    _site: building.Site
 
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
@@ -52,6 +54,10 @@ class AgentTarget(Target):
     @abstractmethod
     def _facts(self) -> Table:
         """What `agent.facts` reads on the device."""
+
+    def _plain_facts(self) -> Table:
+        """The same of the device as it is now, nothing changed on it."""
+        return self._facts()
 
     @abstractmethod
     def _state(self) -> Table:
@@ -73,16 +79,22 @@ class AgentTarget(Target):
         """The job with what its runtime has to know."""
         return {**job, "options": {**job["options"], **self.runtime.options()}}
 
-    @contextmanager
-    def _artifacts(self, models: Sequence[Path]) -> Iterator[list[Path]]:
-        """What the runtime makes of small ONNX models, there until the end."""
-        if self.runtime.suffix == ".onnx":
-            yield list(models)
-            return
-        self.state.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.state, prefix="rows-") as folder:
-            names = [Path(folder) / f"{number}{self.runtime.suffix}" for number in range(len(models))]
-            yield [self.build(model, name) for model, name in zip(models, names, strict=True)]
+    def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
+        """What the runtime makes of it: an engine, or the ONNX file itself, opened and run once."""
+        return self.build_each({onnx: out}, progress)[0]
+
+    def build_each(self, models: Mapping[Path, Path], progress: Progress | None = None) -> list[Path]:
+        """`build` of several; the engines that are not kept from before are built in one job."""
+        if isinstance(self.runtime, TensorRT):
+            self.runtime.built_each(models, progress, self._site, self._device)
+        else:
+            for onnx, out in models.items():
+                self._checked(onnx, out)
+        return list(models.values())
+
+    @abstractmethod
+    def _checked(self, onnx: Path, out: Path) -> None:
+        """Put a copy of an ONNX file at `out`, after it was opened and run once on the device."""
 
     def fingerprint(self) -> Fingerprint:
         """The device, its runtime and the profile's threading."""
@@ -90,6 +102,14 @@ class AgentTarget(Target):
 
     def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
         return device.fingerprint(self._facts(), self.runtime.manner(self.profile.providers), spec)
+
+    def outputs(self) -> Condition:
+        """Whether outputs can be read on the device."""
+        lacking = self._plain_facts().get("no_outputs") if isinstance(self.runtime, TensorRT) else None
+        if not lacking:
+            return super().outputs()
+        why = "deploy build judges networks by them; deploy measure does without"
+        return Condition("outputs", f"cannot be read: {lacking['why']}", False, why, lacking["mend"])
 
     def preflight(self) -> Preflight:
         """How busy, hot and full the device is."""
@@ -113,14 +133,19 @@ class AgentTarget(Target):
         setting = bench.Setting(fingerprint, preflight, spec, mode, done.owner, done.started)
         return bench.session_of(done.result, hashes, setting)
 
-    def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
-        """Time small models in turn with five sessions of the reference."""
+    def rows(self, models: Sequence[Path], reference: Path, rounds: int, progress: Progress | None = None) -> RowTimes:
+        """Time small models in turn with five sessions of the reference; engines are built of them in the same job."""
         bench.hash_artifacts({path.name: path for path in (*models, reference)})
-        with self._artifacts([*models, reference]) as built:
-            job = bench.rows_job(built[:-1], built[-1], rounds, self.profile.measure, self.profile.providers)
-            result = self._run("rows", self._in_runtime(job), ROWS_LIMIT_S).result
+        job = bench.rows_job(models, reference, rounds, self.profile.measure, self.profile.providers)
+        order = self.runtime.order(self._site, self._device)
+        limit_s = ROWS_LIMIT_S
+        if order is not None:
+            job["build"] = order
+            limit_s += ROW_BUILD_S * len({*models, reference})
+        result = self._run("rows", self._in_runtime(job), limit_s, progress).result
         ms = np.array(result["rows"], dtype=np.float64).reshape(len(models), rounds) * 1e-6
-        return RowTimes(ms, np.median(np.array(result["reference"], dtype=np.float64), axis=0) * 1e-6)
+        reference_ms = np.median(np.array(result["reference"], dtype=np.float64), axis=1) * 1e-6
+        return RowTimes(ms, reference_ms, np.array(result["group"], dtype=np.int64))
 
     def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:
         """What the runtime's profiler counts, several short sessions of every artifact in turn."""

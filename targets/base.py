@@ -28,13 +28,15 @@ Progress = Callable[[float], None]
 class RowTimes:
     """Times of small models measured together with their reference, in turn, in one process.
 
-    ms: milliseconds, shape (models, rounds): the median of one block of inferences. reference_ms: shape (rounds,):
-    the median over several sessions of the reference model in the same round, so that `ms / reference_ms` is a ratio
-    free of the drift between rounds.
+    ms: milliseconds, shape (models, rounds): the median of one block of inferences. reference_ms: shape (groups,
+    rounds): the median over several sessions of the reference model in the same round, so that
+    `ms / reference_ms[group]` is a ratio free of the drift between rounds. group: shape (models,): models that the
+    device cannot hold at once are measured in several groups, each beside the reference; equal paths share one.
     """
 
     ms: NDArray[np.float64]
     reference_ms: NDArray[np.float64]
+    group: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Target(ABC):
         An engine takes minutes to build: progress is told how far it is.
         """
 
+    def build_each(self, models: Mapping[Path, Path], progress: Progress | None = None) -> list[Path]:
+        """`build` of several ONNX files, each to its own place: in one go where the device has to be set up for it."""
+        return [self.build(onnx, out, progress) for onnx, out in models.items()]
+
     @abstractmethod
     def measure(
         self,
@@ -90,7 +96,7 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
+    def rows(self, models: Sequence[Path], reference: Path, rounds: int, progress: Progress | None = None) -> RowTimes:
         """Time many small ONNX models and the reference in turn in one process, for the latency table."""
 
     @abstractmethod
@@ -106,6 +112,10 @@ class Target(ABC):
 
         An artifact with a fixed batch is run over it and the last part is padded.
         """
+
+    def outputs(self) -> Condition:
+        """Whether outputs can be read on the device; where they cannot, networks are timed there and never judged."""
+        return Condition("outputs", "can be read", True)
 
     @abstractmethod
     def doctor(self) -> list[Condition]:

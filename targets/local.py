@@ -13,6 +13,7 @@ from targets.base import Array, Progress, Target
 from targets.harness import bench, building, device
 from targets.harness import lease as leases
 from targets.harness.agent.board import machine
+from targets.harness.agent.board.base import AgentError
 from targets.harness.device import Condition
 from targets.harness.lease import lease
 from targets.runtimes.base import Opened, infer
@@ -29,10 +30,13 @@ class Local(AgentTarget):
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
         self._opened: dict[tuple[str, int, int], Opened] = {}
-        self._here = building.Here(state)
+        self._site = building.Here(state)
 
     def _facts(self) -> Table:
-        return machine.asked_facts(self.runtime.name)
+        try:
+            return machine.asked_facts(self.runtime.name)
+        except AgentError as error:
+            raise building.refused(error.to_table(), self.runtime.name) from None
 
     def _state(self) -> Table:
         return machine.state(str(self.state))
@@ -48,12 +52,8 @@ class Local(AgentTarget):
             result = bench.run_agent(verb, job, self.state / "spool", limit_s, progress, held.note_agent)
         return Answer(result, facts, seen, held.owner, started)
 
-    def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
-        """What the runtime makes of it, the ONNX file itself for ONNX Runtime; opened once."""
-        if isinstance(self.runtime, TensorRT):
-            self.runtime.built(onnx, out, progress, self._here, self._device())
-            return out
-        return self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
+    def _checked(self, onnx: Path, out: Path) -> None:
+        self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
         """Outputs for a numpy batch of any size; the last few artifacts stay open."""
@@ -74,11 +74,16 @@ class Local(AgentTarget):
         """The lease, the preflight, the runtime with its providers, and the places that are written to."""
         found = [_lease_place(), device.lease_condition(leases.holder(self.device))]
         found += [*self.preflight().conditions, self._runtime()]
-        return [*found, self._providers()] if self.profile.runtime == "ort" else found
+        if not found[-1].ok:
+            return found
+        return [*found, self._providers() if self.profile.runtime == "ort" else self.outputs()]
 
     def _runtime(self) -> Condition:
         try:
-            return Condition("runtime", f"{self.runtime.name} {self.runtime.version()}", True)
+            if not isinstance(self.runtime, TensorRT):
+                return Condition("runtime", f"{self.runtime.name} {self.runtime.version()}", True)
+            facts = self._facts()
+            return Condition("runtime", f"{facts['runtime']} {facts['runtime_version']}", True)
         except DeployError as error:
             return Condition("runtime", "missing", False, "nothing can be measured without it", error.hint, fatal=True)
 

@@ -124,7 +124,7 @@ class Simulated(Local):
         bench.hash_artifacts(artifacts)
         return {name: roofline_layers(path, self.truth) for name, path in artifacts.items()}
 
-    def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
+    def rows(self, models: Sequence[Path], reference: Path, rounds: int, progress: Progress | None = None) -> RowTimes:
         """Draw one median a model and round, with the drift that all share in a round."""
         bench.hash_artifacts({path.name: path for path in (*models, reference)})
         truth_ms = np.array([self.true_ms(path) for path in (*models, reference)])
@@ -135,7 +135,7 @@ class Simulated(Local):
             rng.normal(0.0, scatter, (truth_ms.size, rounds)) + rng.normal(0.0, self.truth.layout, (truth_ms.size, 1))
         )
         ms = truth_ms[:, None] * noise * _drift(rng, rounds, self.truth)
-        return RowTimes(ms[:-1], ms[-1])
+        return RowTimes(ms[:-1], ms[-1:], np.zeros(len(models), np.int64))
 
 
 def _inference_ns(ms: float, period_ns: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,10 @@ from targets.harness import building, device, lease
 from targets.harness.agent.board.files import sha256
 from targets.harness.agent.board.inferring import pack_arrays, unpack_arrays
 from targets.harness.device import Condition
+from targets.harness.engines import model_digest
 from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refusal, refused
 from targets.runtimes.base import Opened, Port, infer
 from targets.runtimes.ort import unreadable
-from targets.runtimes.tensorrt import TensorRT
 
 FACTS_S, BUILD_LIMIT_S = 120.0, 3600.0
 """For a board to load a library of engines; for it to build one, which takes minutes."""
@@ -61,11 +60,7 @@ class Ssh(AgentTarget):
         facts, state = done.seen.get("facts", {}), done.seen.get("state", {})
         return Answer(done.result, facts, state, lease.owner(), done.started)
 
-    def build(self, onnx: Path, out: Path, progress: Progress | None = None) -> Path:
-        """The ONNX file itself, opened and run once on the board; or the engine that its runtime builds of it there."""
-        if isinstance(self.runtime, TensorRT):
-            self.runtime.built(onnx, out, progress, self._site, self._device())
-            return out
+    def _checked(self, onnx: Path, out: Path) -> None:
         opened = self._open(onnx)
         arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
         opened.run(arrays)
@@ -77,7 +72,6 @@ class Ssh(AgentTarget):
             raise DeployError(
                 f"cannot write '{out}': {error.strerror}.", "free space or choose another folder."
             ) from None
-        return out
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
         """Outputs for a numpy batch of any size, computed on the board."""
@@ -114,7 +108,8 @@ class Ssh(AgentTarget):
         if self.profile.runtime != "ort":
             gpu = str(facts["gpu"])
             why = "engines are built and run on it"
-            return [*found, Condition("gpu", gpu, gpu != "none", why, "look at its driver on the board.", fatal=True)]
+            found.append(Condition("gpu", gpu, gpu != "none", why, "look at its driver on the board.", fatal=True))
+            return [*found, self.outputs()]
         return [*found, device.providers_condition(self.profile.providers, there)]
 
 
@@ -131,22 +126,25 @@ class BoardSite:
             self._known[name] = self._board.ask({"do": "facts", "runtime": name}, patience_s=FACTS_S)[0]["engines"]
         return self._known[name]
 
-    def build(
-        self,
-        onnx: Path,
-        name: str,
-        options: Mapping[str, Any],
-        timing: str,
-        folder: Path,
-        progress: Progress | None,
-    ) -> Table:
-        """In a job that outlives the link; the engine is fetched."""
-        digest = sha256(str(onnx))
-        job = {"models": [digest], "library": name, "options": dict(options), "timing_cache": timing, "tied": True}
-        done = self._board.run("build", job, {digest: onnx}, {onnx.name: str(onnx)}, BUILD_LIMIT_S, progress)
-        self._board.get(done.result["sha256"], done.result["size"], folder / "engine.plan")
-        record: Table = done.result["record"]
-        return record
+    def timing(self, name: str) -> str:
+        """The board knows where its timing caches lie."""
+        return name
+
+    def build(self, models: Sequence[Path], order: Table, folder: Path, progress: Progress | None) -> list[Table]:
+        """In one job that outlives the link. Weights that lie beside an ONNX file go too; the engines are fetched."""
+        files: dict[str, Path] = {}
+        asked: list[str | Table] = []
+        for path in models:
+            digests = model_digest(path)
+            files |= {digest: path.parent / name if name else path for name, digest in digests.items()}
+            own = digests.pop("")
+            asked.append({"path": own, "name": path.name, "beside": digests} if digests else own)
+        names = {path.name: str(path) for path in models}
+        limit_s = BUILD_LIMIT_S * len(models)
+        done = self._board.run("build", {**order, "models": asked, "tied": True}, files, names, limit_s, progress)
+        for number, made in enumerate(done.result["built"]):
+            self._board.get(made["sha256"], made["size"], folder / f"engine-{number}.plan")
+        return [made["record"] for made in done.result["built"]]
 
 
 class RemoteSession(Opened):

@@ -71,7 +71,9 @@ def measure(
     device = load_target(profile, STATE)
     names = _names(models)
     with tempfile.TemporaryDirectory() as work, bar("measure", not as_json) as progress:
-        built = {name: device.build(model, Path(work) / f"{name}.artifact", progress) for name, model in names.items()}
+        places = {model: Path(work) / f"{name}.artifact" for name, model in names.items()}
+        device.build_each(places, progress)
+        built = {name: places[model] for name, model in names.items()}
         session = device.measure(built, profile.measure, "accept", progress)
     if not as_json:
         shown.show_session(session, terminal(stdout=True))

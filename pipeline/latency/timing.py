@@ -50,13 +50,17 @@ class Clock:
         self.tally.reused += len(known)
         self.tally.measured += len(missing)
         for start in range(0, len(missing), PROCESS_MODELS):
-            self._measure({name: models[name] for name in missing[start : start + PROCESS_MODELS]})
-            if self.progress:
-                self.progress(min(1.0, (start + PROCESS_MODELS) / len(missing)))
+            batch = {name: models[name] for name in missing[start : start + PROCESS_MODELS]}
+            self._measure(batch, self._part(start / len(missing), len(batch) / len(missing)))
         rows = self.store.rows(self.device, PROTOCOL, list(models))
         return {name: rows[name].ratio for name in models}
 
-    def _measure(self, models: Mapping[str, bytes]) -> None:
+    def _part(self, done: float, share: float) -> Progress | None:
+        """Tells of the progress of one batch as that of all."""
+        whole = self.progress
+        return (lambda part: whole(done + share * part)) if whole else None
+
+    def _measure(self, models: Mapping[str, bytes], progress: Progress | None) -> None:
         with tempfile.TemporaryDirectory(prefix="rows-", dir=self.target.state) as name:
             folder = Path(name)
             base = folder / "reference.onnx"
@@ -65,10 +69,13 @@ class Clock:
             for index, model in enumerate(models.values()):
                 paths.append(folder / f"row-{index}.onnx")
                 paths[-1].write_bytes(model)
-            times = self.target.rows(paths * SESSIONS, base, ROUNDS)
+            times = self.target.rows(paths * SESSIONS, base, ROUNDS, progress)
+        if progress:
+            progress(1.0)
         ms = times.ms.reshape(SESSIONS, len(models), ROUNDS)
-        taken = {name: ms[:, index] for index, name in enumerate(models)}
-        self.store.add_rows(self.device, PROTOCOL, times.reference_ms, taken)
+        for group, reference_ms in enumerate(times.reference_ms):
+            taken = {name: ms[:, index] for index, name in enumerate(models) if times.group[index] == group}
+            self.store.add_rows(self.device, PROTOCOL, reference_ms, taken)
 
     def reference_ms(self) -> float:
         """Milliseconds of the reference on this device: the scale of every ratio."""

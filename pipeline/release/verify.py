@@ -100,10 +100,9 @@ def measure_again(bundle: Path, target: Target, work: Path) -> tuple[Judgement, 
     work: folder for what the target builds. Raises what the target raises.
     """
     manifest = read_manifest(bundle)
-    built = {
-        name: target.build(bundle / file, work / f"{name}.artifact")
-        for name, file in ((manifest.latency.network, "model.onnx"), (manifest.latency.reference, "dense.onnx"))
-    }
+    files = {manifest.latency.network: bundle / "model.onnx", manifest.latency.reference: bundle / "dense.onnx"}
+    built = {name: work / f"{name}.artifact" for name in files}
+    target.build_each({path: built[name] for name, path in files.items()})
     session = target.measure(built, target.profile.measure, "accept")
     budget = Budget.parse(manifest.latency.budget)
     return judge(session, manifest.latency.network, manifest.latency.reference, budget), session

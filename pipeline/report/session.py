@@ -16,6 +16,9 @@ from pipeline.report.grid import Grid
 from targets.harness.device import Condition
 from targets.harness.measurement import STATISTICS, Measurement, Percentile, Session
 
+GPU = "GPU "
+"""Before the name of a statistic: of the time between CUDA events."""
+
 
 def show_session(session: Session, console: Console) -> None:
     """Print a line a network, every statistic with its bounds, what was not in order, and how it was measured."""
@@ -47,9 +50,11 @@ def overview(session: Session) -> Grid:
     first = next(iter(session.measurements))
     paced = any(m.deadline_misses is not None for m in session.measurements.values())
     heat = any(m.drift is not None for m in session.measurements.values())
+    gpu = any(m.on_gpu is not None for m in session.measurements.values())
     rows = []
     for name, measured in session.measurements.items():
         cells = [_value(measured.statistic(statistic)) for statistic in STATISTICS]
+        cells += [_value(measured.on_gpu.p50) if measured.on_gpu else "–"] if gpu else []
         cells.append(spread(measured))
         cells += [misses(measured)] if paced else []
         cells += [numbers.change(1.0, measured.drift)] if heat else []
@@ -57,17 +62,20 @@ def overview(session: Session) -> Grid:
         bounds = "" if name == first else numbers.bounds((ratio.low, ratio.high), "x")
         rows.append((name, *cells, numbers.ratio(ratio.center), bounds))
     more = [*(["missed"] if paced else []), *(["drift"] if heat else [])]
-    return Grid("Overview", ("model", *STATISTICS, "spread", *more, f"ratio to {first}", "99 % bounds"), tuple(rows))
+    head = ("model", *STATISTICS, *([GPU + "p50"] if gpu else []), "spread", *more, f"ratio to {first}", "99 % bounds")
+    return Grid("Overview", head, tuple(rows))
 
 
 def statistics(session: Session) -> Grid:
     """Cells of `statistics_table`."""
     rows = []
     for name, measured in session.measurements.items():
-        for index, statistic in enumerate(STATISTICS):
-            at = measured.statistic(statistic)
+        told: dict[str, Percentile] = {statistic: measured.statistic(statistic) for statistic in STATISTICS}
+        if measured.on_gpu:
+            told |= {GPU + statistic: measured.on_gpu.statistic(statistic) for statistic in STATISTICS}
+        for index, (label, at) in enumerate(told.items()):
             bounds = numbers.bounds((at.low_ms, at.high_ms))
-            rows.append(("" if index else name, statistic, _value(at), bounds, at.reason))
+            rows.append(("" if index else name, label, _value(at), bounds, at.reason))
     head = ("model", "statistic", "value", "99 % bounds", "why there is no value")
     return Grid("Statistics", head, tuple(rows), text=(0, 1, 4))
 
@@ -145,11 +153,9 @@ def _model(session: Session, name: str, first: str) -> dict[str, Any]:
     told["inferences"] = int(measured.pooled_ns.size)
     told["ratio"] = ratio.center
     told["ratio_bounds"] = [_bound(ratio.low), ratio.high]
-    for statistic in STATISTICS:
-        at = measured.statistic(statistic)
-        told[f"{statistic}_ms"] = at.value_ms
-        told[f"{statistic}_ms_bounds"] = [_bound(at.low_ms), at.high_ms]
-        told[f"{statistic}_reason"] = at.reason or None
+    told |= _statistics(measured)
+    if measured.on_gpu:
+        told["gpu"] = _statistics(measured.on_gpu)
     told["processes"] = len(measured.processes)
     told["process_p50_ms"] = [at.value_ms for at in measured.by_process("p50")]
     told["spread"] = measured.spread if len(measured.processes) > 1 else None
@@ -160,6 +166,16 @@ def _model(session: Session, name: str, first: str) -> dict[str, Any]:
     counted = measured.deadline_misses
     told["deadline_misses"] = None if counted is None else {"missed": counted[0], "inferences": counted[1]}
     told["deadline_miss_ratio"] = measured.miss_ratio
+    return told
+
+
+def _statistics(measured: Measurement) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for statistic in STATISTICS:
+        at = measured.statistic(statistic)
+        told[f"{statistic}_ms"] = at.value_ms
+        told[f"{statistic}_ms_bounds"] = [_bound(at.low_ms), at.high_ms]
+        told[f"{statistic}_reason"] = at.reason or None
     return told
 
 

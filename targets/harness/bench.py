@@ -218,6 +218,7 @@ def _block_table(repeat: Mapping[str, Any], name: str) -> Table:
         "misses": [block["missed"] for block in blocks],
         "started_ns": [block["started"] for block in blocks],
         "warmup": repeat["warmups"][name],
+        **({"gpu_ns": [block["gpu_ns"] for block in blocks]} if "gpu_ns" in blocks[0] else {}),
     }
 
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +48,11 @@ class Site(Protocol):
     def facts(self, name: str) -> Table:
         """The library of a runtime (`library`) and the GPU (`gpu`)."""
 
-    def build(
-        self, onnx: Path, name: str, options: Mapping[str, Any], timing: str, folder: Path, progress: Progress | None
-    ) -> Table:
-        """Build into engine.plan of a folder of this machine; the record of it. timing: name of the cache, or ""."""
+    def timing(self, name: str) -> str:
+        """How a builder there is told of the timing cache of this name."""
+
+    def build(self, models: Sequence[Path], order: Table, folder: Path, progress: Progress | None) -> list[Table]:
+        """Build into engine-0.plan, engine-1.plan, … of a folder of this machine; a record of each."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,18 @@ class Here:
             self.known[name] = facts(name)
         return self.known[name]
 
-    def build(
-        self, onnx: Path, name: str, options: Mapping[str, Any], timing: str, folder: Path, progress: Progress | None
-    ) -> Table:
+    def timing(self, name: str) -> str:
+        """Where it lies."""
+        return str((self.state / "timing" / name).resolve())
+
+    def build(self, models: Sequence[Path], order: Table, folder: Path, progress: Progress | None) -> list[Table]:
         """In a process of its own."""
-        return _build(onnx, name, options, folder, self.state / "timing" / timing if timing else None, progress)
+        plans = [folder.resolve() / f"engine-{number}.plan" for number in range(len(models))]
+        work = [{"onnx": str(onnx.resolve()), "out": str(plan)} for onnx, plan in zip(models, plans, strict=True)]
+        (folder / "job.json").write_text(json.dumps({**order, "models": work}), encoding="utf-8")
+        _work(["build", str(folder / "job.json"), str(folder / "out.json")], order["library"], progress)
+        records: list[Table] = json.loads((folder / "out.json").read_bytes())
+        return records
 
 
 def facts(name: str) -> Table:
@@ -87,35 +95,68 @@ def build(
     state: Path,
     timing_cache: bool = True,
     progress: Progress | None = None,
-    site: Site | None = None,
-    device: str | None = None,
 ) -> Built:
-    """The engine of an ONNX file at `out`: from the state folder where its key is known, else built and kept there.
+    """The engine of an ONNX file at `out`, as `build_each` builds it on this machine for its GPU.
 
-    name: of the runtime; options: of the builder; site: where it is built, this machine if left out; device: the digest
-    of a fingerprint, the site's GPU if left out. Raises DeployError in one sentence for what the library refuses.
+    name: of the runtime; options: of the builder.
     """
-    site = site or Here(state)
-    here = site.facts(name)
-    capability = options.get("compute_capability")
-    where = (device or here["gpu"]) if capability is None else {"capability": capability}
-    key, engines = engine_key(onnx, options, here["library"], where), Engines(state)
-    found, reused = engines.find(key), True
-    if found is None:
-        timing = timing_name(here["library"], where) if timing_cache else ""
+    site = Here(state)
+    asked = order(name, options, timing_cache, site, None)
+    return build_each({onnx: out}, asked, state, site, None, progress)[0]
+
+
+def order(name: str, options: Mapping[str, Any], timing_cache: bool, site: Site, device: str | None) -> Table:
+    """What a builder is asked for, whatever the models. name: of the runtime; device: as of `build_each`."""
+    cache = ""
+    if timing_cache:
+        here = site.facts(name)
+        cache = site.timing(timing_name(here["library"], _where(here, options, device)))
+    return {"library": name, "options": dict(options), "timing_cache": cache}
+
+
+def build_each(
+    models: Mapping[Path, Path],
+    order: Table,
+    state: Path,
+    site: Site,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> list[Built]:
+    """The engine of each ONNX file at its place: from the state folder where its key is known, else built and kept.
+
+    Those that have to be built are so in one go. site: where; device: the digest of a fingerprint, the site's GPU if
+    left out. Raises DeployError in one sentence for what the library refuses.
+    """
+    here, options, engines = site.facts(order["library"]), order["options"], Engines(state)
+    keys = {onnx: engine_key(onnx, options, here["library"], _where(here, options, device)) for onnx in models}
+    missing = {key: onnx for onnx, key in keys.items() if engines.find(key) is None}
+    if missing:
         with _building(state) as folder:
-            record = site.build(onnx, name, options, timing, folder, progress)
-            engines.keep(key, folder / "engine.plan", {**record, **here, "options": dict(options)})
-        found, reused = engines.find(key), False
+            records = site.build(list(missing.values()), order, folder, progress)
+            for number, (key, record) in enumerate(zip(missing, records, strict=True)):
+                engines.keep(key, folder / f"engine-{number}.plan", {**record, **here, "options": options})
+    made = []
+    for onnx, out in models.items():
+        found = engines.find(keys[onnx])
         assert found is not None
-    built = Built(found[0], key, found[1], reused)
+        _copy(found[0], out)
+        made.append(Built(found[0], keys[onnx], found[1], keys[onnx] not in missing))
+    return made
+
+
+def _where(here: Table, options: Mapping[str, Any], device: str | None) -> Mapping[str, Any] | str:
+    """What an engine is built for."""
+    capability = options.get("compute_capability")
+    return {"capability": capability} if capability is not None else device or here["gpu"]
+
+
+def _copy(plan: Path, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(built.plan, out)
+        shutil.copyfile(plan, out)
     except OSError as error:
         hint = "free space or choose another folder."
         raise DeployError(f"cannot write '{out}': {error.strerror}.", hint) from None
-    return built
 
 
 @contextmanager
@@ -138,18 +179,6 @@ def _sweep(state: Path) -> None:
         pid = left.name.split("-")[1]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _build(
-    onnx: Path, name: str, options: Mapping[str, Any], folder: Path, timing: Path | None, progress: Progress | None
-) -> Table:
-    """Build into engine.plan of a folder; the record of it."""
-    job = {"onnx": str(onnx.resolve()), "out": str((folder / "engine.plan").resolve()), "library": name}
-    job["timing_cache"] = str(timing.resolve()) if timing is not None else ""
-    (folder / "job.json").write_text(json.dumps({**job, "options": dict(options)}), encoding="utf-8")
-    _work(["build", str(folder / "job.json"), str(folder / "out.json")], name, progress)
-    record: Table = json.loads((folder / "out.json").read_bytes())
-    return record
 
 
 def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:

@@ -102,6 +102,7 @@ class Blocks:
     quota_stops: how often a control group's processor quota stopped the process, shape (rounds,). misses: inferences
     that were not done before the next tick of the control period, int64, shape (rounds,); zeros when back to back.
     started_ns: when the block began, ns since its session's start, int64, shape (rounds,); zeros where not recorded.
+    gpu_ns: nanoseconds between the CUDA events around the engine in the same inferences, the shape of `ns`; or None.
     """
 
     ns: Nanoseconds
@@ -111,6 +112,7 @@ class Blocks:
     warmup: Warmup
     misses: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     started_ns: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    gpu_ns: Nanoseconds | None = None
 
     def __post_init__(self) -> None:
         for name in ("misses", "started_ns"):
@@ -234,6 +236,15 @@ class Measurement:
         """Process-to-process spread: standard deviation of the log medians of the processes; 0 for one process."""
         medians = np.log([float(np.median(block.kept)) for block in self.processes])
         return float(np.std(medians, ddof=1)) if medians.size > 1 else 0.0
+
+    @cached_property
+    def on_gpu(self) -> Measurement | None:
+        """The same inferences by the CUDA events around the engine: copies, enqueueing and waiting are no part of it.
+
+        None where no events were taken. It says where the time goes; what is compared and promised is the measurement.
+        """
+        parts = [replace(block, ns=block.gpu_ns) for block in self.processes if block.gpu_ns is not None]
+        return replace(self, processes=tuple(parts)) if len(parts) == len(self.processes) else None
 
     @property
     def flagged_share(self) -> float:
@@ -646,6 +657,7 @@ def _block_table(block: Blocks) -> dict[str, Any]:
         "quota_stops": block.quota_stops.tolist(),
         "misses": block.misses.tolist(),
         "started_ns": block.started_ns.tolist(),
+        **({"gpu_ns": block.gpu_ns.tolist()} if block.gpu_ns is not None else {}),
         "warmup": {
             "inferences": block.warmup.inferences,
             "seconds": block.warmup.seconds,
@@ -658,7 +670,7 @@ def _block_table(block: Blocks) -> dict[str, Any]:
 def block_from_table(table: Mapping[str, Any]) -> Blocks:
     """A process's blocks from their plain table; without `misses` and `started_ns` (version 1) these are zeros.
 
-    Raises ValueError where the shapes do not agree.
+    Without `gpu_ns` there were no CUDA events. Raises ValueError where the shapes do not agree.
     """
     ns = np.array(table["ns"], dtype=np.int64)
     flagged = np.array(table["flagged"], dtype=bool)
@@ -675,11 +687,14 @@ def block_from_table(table: Mapping[str, Any]) -> Blocks:
     started = np.array(table.get("started_ns", nothing), dtype=np.int64)
     if not (misses.shape == started.shape == ns.shape[:1]):
         raise ValueError(f"{ns.shape[0]} rounds, but {misses.size} counts of misses and {started.size} start times")
-    for array in (ns, flagged, switches, stops, misses, started):
+    gpu = np.array(table["gpu_ns"], dtype=np.int64) if "gpu_ns" in table else None
+    if gpu is not None and (gpu.shape != ns.shape or bool((gpu < 0).any())):
+        raise ValueError(f"times on the GPU of shape {gpu.shape}, or negative ones, beside samples of shape {ns.shape}")
+    for array in (ns, flagged, switches, stops, misses, started, *([] if gpu is None else [gpu])):
         array.setflags(write=False)
     warmup = dict(table["warmup"])
     warmup["windows_ns"] = tuple(warmup["windows_ns"])
-    return Blocks(ns, flagged, switches, stops, Warmup(**warmup), misses, started)
+    return Blocks(ns, flagged, switches, stops, Warmup(**warmup), misses, started, gpu)
 
 
 def _session_table(session: Session) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A runtime is a file of this folder with `runtime() -> Runtime`; what it imports 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from profiles import plugins
 from profiles.errors import DeployError
 from profiles.schema import Profile
+from targets.harness.building import Site
 
 Array = NDArray[Any]
 CHUNK = 64
@@ -65,6 +66,13 @@ class Runtime(ABC):
     def manner(self, providers: Sequence[str]) -> tuple[str, ...]:
         """What a fingerprint says of how artifacts are built and run: the profile's providers for ONNX Runtime."""
         return tuple(providers)
+
+    def order(self, site: Site, device: Callable[[], str]) -> dict[str, Any] | None:
+        """What an agent has to be asked for so that it can time ONNX files: nothing for ONNX Runtime.
+
+        site: where it is; device: gives the digest of its fingerprint.
+        """
+        return None
 
     @abstractmethod
     def version(self) -> str:

@@ -7,7 +7,7 @@ no spinning.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 
 from profiles.errors import DeployError
+from profiles.schema import Profile
+from targets.harness.agent.board import providers
+from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.model import NUMPY_TYPES, error_text, runtime_errors
 from targets.runtimes.base import Array, Opened, Port, Runtime
 
@@ -23,6 +26,17 @@ class OnnxRuntime(Runtime):
     """ONNX Runtime on the processor."""
 
     name = "onnxruntime"
+
+    def __init__(self, state: Path | None = None) -> None:
+        self.state = state
+
+    def fitted(self, profile: Profile, state: Path) -> Runtime:
+        """The same with a state folder."""
+        return OnnxRuntime(state)
+
+    def options(self) -> dict[str, Any]:
+        """Where the TensorRT provider may keep engines; a board has a folder of its own for them."""
+        return {"engine_cache": str((self.state / "engines").resolve())} if self.state is not None else {}
 
     def version(self) -> str:
         """Version of the installed wheel."""
@@ -58,15 +72,17 @@ class OnnxRuntime(Runtime):
         if not artifact.is_file():
             raise DeployError(f"there is no file '{artifact}'.")
         try:
-            return OrtSession(artifact, providers, threads)
+            return OrtSession(artifact, {"providers": list(providers), **self.options()}, threads)
+        except AgentError as error:
+            raise unreadable(str(artifact), self.version(), error.message) from None
         except runtime_errors() as error:
             raise unreadable(str(artifact), self.version(), error_text(error)) from None
 
 
 class OrtSession(Opened):
-    """An ONNX file opened by ONNX Runtime."""
+    """An ONNX file opened by ONNX Runtime. options: providers and engine_cache."""
 
-    def __init__(self, path: Path, providers: Sequence[str], threads: int) -> None:
+    def __init__(self, path: Path, options: Mapping[str, Any], threads: int) -> None:
         import onnxruntime as ort
 
         settings = ort.SessionOptions()
@@ -74,7 +90,8 @@ class OrtSession(Opened):
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session: Any = ort.InferenceSession(str(path), settings, providers=list(providers))
+        asked = providers.asked(str(path), dict(options))
+        self._session: Any = ort.InferenceSession(str(path), settings, providers=asked)
         self.inputs = tuple(_port(value) for value in self._session.get_inputs())
         self.outputs = tuple(_port(value) for value in self._session.get_outputs())
 

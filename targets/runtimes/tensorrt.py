@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,26 +62,34 @@ class TensorRT(Runtime):
         self.built(onnx, out)
         return out
 
-    def built(
+    def order(self, site: building.Site, device: Callable[[], str]) -> dict[str, Any]:
+        """What a builder there is asked for."""
+        return building.order(self.name, builder_options(self.spec), self.spec.timing_cache, site, device())
+
+    def built(self, onnx: Path, out: Path, progress: building.Progress | None = None) -> building.Built:
+        """As `build`, with a progress bar and the record of what was done."""
+        return self.built_each({onnx: out}, progress)[0]
+
+    def built_each(
         self,
-        onnx: Path,
-        out: Path,
+        models: Mapping[Path, Path],
         progress: building.Progress | None = None,
         site: building.Site | None = None,
-        device: str | None = None,
-    ) -> building.Built:
-        """As `build`, with a progress bar and the record of what was done.
+        device: Callable[[], str] | None = None,
+    ) -> list[building.Built]:
+        """The engines of ONNX files, each at its own place; those not kept from before are built in one go.
 
-        site: where, this machine if left out; device: the digest of a fingerprint, the GPU alone if left out.
+        site: where, this machine if left out; device: gives the digest of a fingerprint, the GPU alone if left out.
         """
-        if not onnx.is_file():
-            raise DeployError(f"there is no file '{onnx}'.")
-        options = builder_options(self.spec)
-        if self.state is not None:
-            timing = self.spec.timing_cache
-            return building.build(onnx, out, self.name, options, self.state, timing, progress, site, device)
-        with tempfile.TemporaryDirectory() as folder:
-            return building.build(onnx, out, self.name, options, Path(folder), False, progress, site, device)
+        for onnx in models:
+            if not onnx.is_file():
+                raise DeployError(f"there is no file '{onnx}'.")
+        with contextlib.ExitStack() as stack:
+            state = self.state or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            site, where = site or building.Here(state), device() if device else None
+            timing = self.spec.timing_cache and self.state is not None
+            asked = building.order(self.name, builder_options(self.spec), timing, site, where)
+            return building.build_each(models, asked, state, site, where, progress)
 
     def open(self, artifact: Path, providers: Sequence[str], threads: int) -> Opened:
         """Open an engine on this machine's GPU."""

@@ -64,6 +64,19 @@ def test_json_is_strict_and_names_the_reason_of_a_null():
     assert several["conditions"][0]["name"] == "load" and len(several["models"]["slim"]["process_p50_ms"]) == 3
 
 
+def test_times_on_the_gpu_are_told_where_there_are_some():
+    parts = tuple(replace(b, gpu_ns=b.ns // 2) for b in BRIEF.measurement("dense").processes)
+    both = replace(BRIEF, measurements={"dense": replace(BRIEF.measurement("dense"), processes=parts)})
+    half = f"{BRIEF.measurement('dense').p50_ms / 2:.3f} ms"
+    lines = shown(both)
+    assert "GPU p50" in lines[0] and half in lines[1] and any(line.startswith(f"GPU p50 {half}") for line in lines)
+    machine = told.session_json(both)["models"]["dense"]
+    assert machine["gpu"]["p50_ms"] == pytest.approx(machine["p50_ms"] / 2, rel=1e-4)
+    assert machine["gpu"]["p99_ms"] is None and "p99 needs 4096" in machine["gpu"]["p99_reason"]
+    assert "between CUDA events" in measure_page(both) and "CUDA" not in measure_page(BRIEF)
+    assert "gpu" not in told.session_json(BRIEF)["models"]["dense"] and "GPU" not in shown(BRIEF)[0]
+
+
 def test_what_heat_did_is_told_of_a_session_that_lasted():
     blocks = PACED.measurement("dense").processes[0]
     hot = np.where(np.arange(40)[:, None] < 20, 800_000, 880_000) * np.ones_like(blocks.ns)

@@ -11,6 +11,7 @@ typedef struct { graph *captured; } stream;
 typedef struct { long long ns; } event;
 
 static int status, live, device_flags, integrated, copies, launches, graph_launches, fails_capture;
+static int streams, stream_mib;
 static long long kernel_ns;
 
 static long long now(void) {
@@ -39,6 +40,7 @@ void fake_reset(int s, long long ns, int shared, int capture) {
     status = s; kernel_ns = ns; integrated = shared; fails_capture = capture;
     copies = launches = graph_launches = device_flags = 0;
 }
+void fake_memory(int mib_of_a_stream) { stream_mib = mib_of_a_stream; }
 int fake_seen(int what) { int all[] = {live, copies, launches, graph_launches, device_flags}; return all[what]; }
 int fake_launch(void *s, void *dst, void *src, size_t n) { return give(s, (op){0, dst, src, n, NULL}); }
 
@@ -47,7 +49,7 @@ int cudaSetDeviceFlags(unsigned f) { device_flags = (int)f; return status; }
 int cudaSetDevice(int d) { return status ? status : d != 0; }
 int cudaDeviceGetAttribute(int *v, int which, int d) { (void)d; *v = which == 75 ? 8 : which == 76 ? 7 : which == 16 ? 14 : integrated; return status; }
 int cudaGetDeviceProperties(void *p, int d) { (void)d; memset(p, 0, 700); strcpy(p, "Orin"); return status; }
-int cudaMemGetInfo(size_t *free, size_t *total) { *free = (size_t)3000 << 20; *total = (size_t)8000 << 20; return status; }
+int cudaMemGetInfo(size_t *free, size_t *total) { *free = (size_t)(3000 - streams * stream_mib) << 20; *total = (size_t)8000 << 20; return status; }
 int cudaRuntimeGetVersion(int *v) { *v = 12060; return 0; }
 int cudaDriverGetVersion(int *v) { *v = status ? 0 : 12080; return 0; }
 int cudaMalloc(void **p, size_t n) { if (n > (size_t)1 << 32) return 2; *p = calloc(1, n); live++; return 0; }
@@ -55,8 +57,8 @@ int cudaFree(void *p) { free(p); live--; return 0; }
 int cudaMallocHost(void **p, size_t n) { *p = calloc(1, n); live++; return 0; }
 int cudaFreeHost(void *p) { free(p); live--; return 0; }
 int cudaMemcpyAsync(void *dst, const void *src, size_t n, int way, void *s) { return give(s, (op){way, dst, src, n, NULL}); }
-int cudaStreamCreateWithFlags(void **s, unsigned f) { (void)f; *s = calloc(1, sizeof(stream)); live++; return 0; }
-int cudaStreamDestroy(void *s) { free(s); live--; return 0; }
+int cudaStreamCreateWithFlags(void **s, unsigned f) { (void)f; if ((streams + 1) * stream_mib > 3000) return 2; *s = calloc(1, sizeof(stream)); live++; streams++; return 0; }
+int cudaStreamDestroy(void *s) { free(s); live--; streams--; return 0; }
 int cudaStreamSynchronize(void *s) { return ((stream *)s)->captured ? 900 : 0; }
 int cudaEventCreateWithFlags(void **e, unsigned f) { (void)f; *e = calloc(1, sizeof(event)); live++; return 0; }
 int cudaEventDestroy(void *e) { free(e); live--; return 0; }

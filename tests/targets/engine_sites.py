@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from boards import TestBoard
+from onnx import TensorProto, helper, numpy_helper
 
 HERE = Path(__file__).parent
 MODULE = '''
@@ -23,23 +28,51 @@ _cuda = ctypes.CDLL(glob.glob(os.path.join(os.path.dirname(__file__), "nvidia", 
 _cuda.fake_reset.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
 _cuda.fake_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _cuda.fake_reset(0, 200_000, 0, 0)
+_cuda.fake_memory(ENGINE_MIB)
 _fake = Fake("10.3")
+_fake.refuses = lambda built: os.kill(os.getpid(), 9) if os.environ.get("FAKE_CRASH") else ""
 _fake.launch = lambda stream, out, into, count: _cuda.fake_launch(stream, out, into, count) == 0
 globals().update(vars(_fake.api))
 '''
 
 
-def make_site(folder: Path) -> Path:
-    """Such a folder; skips the test where there is no C compiler."""
+def make_site(folder: Path, engine_mib: int = 0) -> Path:
+    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler."""
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler for the test's CUDA runtime")
     place = folder / "nvidia" / "cuda_runtime" / "lib"
     place.mkdir(parents=True)
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", place / "libcudart.so", HERE / "cudart.c"], check=True)
-    (folder / "tensorrt.py").write_text(MODULE)
+    (folder / "tensorrt.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
     shutil.copy(HERE / "fake_tensorrt.py", folder)
     shutil.copytree(HERE / "recordings" / "tensorrt", folder / "recordings" / "tensorrt")
     return folder
+
+
+@contextmanager
+def installed(board: TestBoard, made: Path) -> Iterator[None]:
+    """A board that has what such a folder holds."""
+    version = Path(sysconfig.get_path("purelib")).parent.name
+    place = board.folder / "home" / "env" / "lib" / version / "site-packages"
+    before = set(place.iterdir())
+    for path in made.iterdir():
+        shutil.move(path, place / path.name)
+    try:
+        yield
+    finally:
+        for path in set(place.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_scaled(path: Path, factor: float) -> Path:
+    """A network that multiplies an input of shape (1, 3, 4, 4); the factor lies beside it, in a folder `weights`."""
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, 4, 4]) for n in ("input", "output")]
+    weight = numpy_helper.from_array(np.full((1, 3, 1, 1), factor, np.float32), "factor")
+    node = helper.make_node("Mul", ["input", "factor"], ["output"], name="scale")
+    model = helper.make_model(helper.make_graph([node], "scale", ports[:1], ports[1:], [weight]), ir_version=9)
+    (path.parent / "weights").mkdir(parents=True)
+    onnx.save(model, path, save_as_external_data=True, location="weights/factor.bin", size_threshold=0)
+    return path
 
 
 def write_relu(path: Path, name: str = "net") -> Path:

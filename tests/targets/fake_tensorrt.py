@@ -10,6 +10,7 @@ without a GPU; TensorRT for RTX is the real library in test_tensorrt.py.
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -286,7 +287,7 @@ class OnnxParser:
             for v in (*ports, *graph.output)
         }
         network._x_inputs = [tensor(v.name, shapes[v.name]) for v in ports]
-        network._x_model = loaded.SerializeToString().hex()[:64]
+        network._x_model = hashlib.sha256(loaded.SerializeToString()).hexdigest()
         network._x_ports = [
             {"name": v.name, "shape": shapes[v.name], "kind": KINDS[kinds[v.name]], "fed": v in ports}
             for v in (*ports, *graph.output)

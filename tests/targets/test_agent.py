@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import simulated_nights as nights
 
 from profiles.schema import CheckSpec, MeasureSpec
 from targets.harness import bench, pack
-from targets.harness.agent.board import driver, layers, machine, plan, timing
+from targets.harness.agent.board import driver, layers, machine, placing, plan, server, timing
 from targets.harness.agent.board import model as model_part
 from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.files import sha256, write_result
@@ -261,6 +263,13 @@ def test_cores_that_are_locked_at_different_clocks_are_each_held_to_their_own():
     assert flags([*little_and_big, slowed]) == [False] * 5 + [True]
     assert usual_clocks([[1, 5], [2, 6], [9]]) == [2, 5]
     assert usual_clocks([]) == []
+
+
+def test_a_locked_gpu_that_leaves_its_clock_flags_its_block_whatever_the_cores_do():
+    usual = [dict(block(khz=(1_500_000,)), gpu_khz=[[918_000], [918_000]]) for _ in range(4)]
+    slowed = dict(block(khz=(1_500_000,)), gpu_khz=[[918_000], [624_750]])
+    off = dict(block(khz=(1_500_000,)), gpu_khz=[[918_000], []])
+    assert flags([*usual, slowed, off]) == [False] * 4 + [True, False]
 
 
 class Slow(Model):
@@ -580,3 +589,33 @@ def test_a_full_disk_is_named(tmp_path):
         write_result(str(tmp_path / "out.json"), {"a": list(range(1000))})
     assert error.value.message.endswith("No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_timing_caches_are_swept_by_their_age_and_the_oldest_where_they_grow_too_large(tmp_path, monkeypatch):
+    (tmp_path / "timing").mkdir()
+    for age, name in enumerate(("newest", "second", "third", "old")):
+        path = tmp_path / "timing" / name
+        path.write_bytes(bytes(400))
+        os.utime(path, (1e9 - 1000 * age, 1e9 - 1000 * age))
+    end = server.Server(str(tmp_path), None)
+    end.sweep_timing(1e9 - 2500)
+    assert sorted(path.name for path in tmp_path.glob("timing/*")) == ["newest", "second", "third"]
+    monkeypatch.setattr(server, "TIMING_BYTES", 900)
+    end.sweep_timing(0.0)
+    assert sorted(path.name for path in tmp_path.glob("timing/*")) == ["newest", "second"]
+
+
+def test_a_models_weights_are_put_beside_it_and_nowhere_else(tmp_path):
+    (tmp_path / "objects").mkdir()
+    held = {text: hashlib.sha256(text.encode()).hexdigest() for text in ("graph", "weights")}
+    for text, digest in held.items():
+        (tmp_path / "objects" / digest).write_text(text)
+    model = {"path": held["graph"], "name": "net.onnx", "beside": {"w/one.bin": held["weights"]}}
+    (path,) = placing.placed({"models": [model]}, str(tmp_path), str(tmp_path / "job"))["models"]
+    assert Path(path).name == "net.onnx" and Path(path).read_text() == "graph"
+    assert (Path(path).parent / "w" / "one.bin").read_text() == "weights"
+    for name in ("../../escaped", "/escaped", ".."):
+        astray = {"models": [{**model, "beside": {name: held["weights"]}}]}
+        with pytest.raises(AgentError, match="lies outside the model's folder"):
+            placing.placed(astray, str(tmp_path), str(tmp_path / "job"))
+    assert not list(tmp_path.rglob("escaped"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -22,12 +23,14 @@ from profiles.schema import Budget, MeasureSpec, load_profile, profile_names
 from targets.base import load_target
 from targets.harness.agent.board import jetson
 from targets.harness.agent.board.base import read_number, read_text
+from targets.harness.agent.board.worker import Watch
 from targets.harness.measurement import Session, judge
 from targets.jetson import Jetson
 
 RECORDINGS = Path(__file__).parent / "recordings"
 BOARDS = sorted(path.parent.parent.name for path in RECORDINGS.glob("jetpack-*/etc/nv_tegra_release"))
 LINES = sorted(str(path.relative_to(RECORDINGS)) for path in RECORDINGS.glob("jetpack-*/tegrastats*.txt"))
+GPUS = sorted(str(path.parent.relative_to(RECORDINGS)) for path in RECORDINGS.glob("**/devfreq/*/cur_freq"))
 SHORT = MeasureSpec(
     rank_processes=1, rank_rounds=8, block_min_ms=1.0, warmup_s=0.1, warmup_inferences=10, warmup_max_s=0.5
 )
@@ -115,6 +118,27 @@ def test_every_recorded_line_of_tegrastats_gives_memory_temperatures_and_its_rai
 
 OWN_RAILS = {"CPU", "GPU", "SOC", "CV", "VDDRQ", "SYS5V"}
 """Rails of an AGX Xavier, whose names do not begin like the others'."""
+
+
+@pytest.mark.parametrize("path", GPUS)
+def test_the_clock_of_a_recorded_gpu_is_watched_where_it_is_held(path, recorded, tmp_path, monkeypatch):
+    recorded(path.split("/")[0])
+    place = shutil.copytree(RECORDINGS / path, tmp_path / Path(path).name)
+    monkeypatch.setattr(jetson, "DEVFREQ", str(tmp_path))
+    now = int((place / "cur_freq").read_text()) // 1000
+    assert jetson.gpu_clocks()["cur"] == now > 10_000
+    assert Watch().read()["gpu_khz"] == [], "a floating clock moves by itself"
+    (place / "min_freq").write_text((place / "max_freq").read_text())
+    watch = Watch()
+    assert watch.read()["gpu_khz"] == [now]
+    (place / "cur_freq").unlink()
+    assert watch.read()["gpu_khz"] == []
+
+
+def test_a_board_without_a_gpu_to_watch_is_no_error(recorded, tmp_path, monkeypatch):
+    recorded("jetpack-6.2-orin-nano")
+    monkeypatch.setattr(jetson, "DEVFREQ", str(tmp_path))
+    assert Watch().read()["gpu_khz"] == []
 
 
 def test_each_profile_takes_its_own_boards_and_no_others():
@@ -299,6 +323,20 @@ def test_clocks_that_were_held_by_hand_are_held_again_after_another_mode(make, o
     make(power_mode="25W", telemetry_ms=0).measure({"a": conv("net")}, SHORT, "rank")
     assert orin.mode == "0" and orin.clocks == ("624750000", "624750000")
     (orin.gpu / "min_freq").write_text("306000000\n")
+
+
+def test_a_gpu_that_leaves_its_held_clock_contaminates_a_session(make, orin, conv):
+    target = make(clocks="locked", telemetry_ms=0)
+    moved: list[float] = []
+
+    def slow_down(done: float) -> None:
+        if done > 0.6 and not moved:
+            moved.append(done)
+            (orin.gpu / "cur_freq").write_text("510000000\n")
+
+    session = target.measure({"a": conv("net"), "b": conv("net")}, LONG, "rank", slow_down)
+    assert moved and all(0.05 < m.flagged_share < 0.95 for m in session.measurements.values())
+    assert session.contamination == "more than 20 % of the blocks of a network were disturbed"
 
 
 def test_over_current_voids_a_session(make, orin, conv):

@@ -384,6 +384,22 @@ def test_start_times_that_do_not_fit_the_rounds_are_refused():
         Session.from_json(json.dumps(table))
 
 
+def test_times_on_the_gpu_are_kept_beside_wall_times_and_judged_by_nobody():
+    ns = np.array([[50, 60], [70, 80], [90, 900]])
+    part = replace(blocks(ns, flagged=[False, False, True]), gpu_ns=ns - 40)
+    first = session(a=[part], b=[blocks(ns)])
+    again = Session.from_json(first.to_json())
+    gpu = again.measurement("a").on_gpu
+    assert gpu is not None and gpu.pooled_ns.tolist() == [10, 20, 30, 40] and gpu.p50_ms == pytest.approx(25e-6)
+    assert again.measurement("b").on_gpu is None and '"gpu_ns"' not in session(b=[blocks(ns)]).to_json()
+    assert again.ratio("a", "b").center == 1.0
+    assert first.joined(again).measurement("a").on_gpu.pooled_ns.size == 8
+    table = json.loads(first.to_json())
+    table["measurements"][0]["processes"][0]["gpu_ns"] = [[1, 2]]
+    with pytest.raises(DeployError, match=r"times on the GPU of shape \(1, 2\).* beside samples of shape \(3, 2\)"):
+        Session.from_json(json.dumps(table))
+
+
 def test_samples_that_do_not_fit_their_flags_are_refused():
     table = json.loads(session(a=[blocks(np.full((3, 2), 5))]).to_json())
     table["measurements"][0]["processes"][0]["flagged"] = [0]

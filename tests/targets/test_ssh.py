@@ -355,17 +355,18 @@ def test_a_disk_with_no_room_for_the_agent_is_told(make, board):
 def test_old_files_agents_and_results_are_swept_and_new_ones_are_kept(make, board):
     make().board.send({})
     old = [board.cache / "objects" / ("0" * 64), board.cache / "agent" / ("0" * 16), board.cache / "jobs" / "00000000"]
+    old.append(board.cache / "engines" / ("0" * 64))
     new = board.cache / "objects" / ("1" * 64)
     for path in (old[0], new):
         path.write_bytes(b"")
     for path in old[1:]:
-        path.mkdir()
+        path.mkdir(parents=True)
     for path in old:
         os.utime(path, (0, 0))
-    for path in (*old, new):
+    for path in (*old, new, board.cache / "engines"):
         os.chown(path, 2301, 2301)
     make().board.send({})
-    assert [path.exists() for path in old] == [False] * 3 and new.exists()
+    assert [path.exists() for path in old] == [False] * 4 and new.exists()
     new.unlink()
 
 

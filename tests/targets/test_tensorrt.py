@@ -88,7 +88,7 @@ def test_an_engine_is_built_for_a_card_that_is_not_here(name, exported, rtx, tmp
 
 def test_a_known_engine_is_not_built_again(exported, rtx, tmp_path, monkeypatch):
     first = rtx.built(exported["resnet20"], tmp_path / "a.plan")
-    monkeypatch.setattr(building, "_build", None)
+    monkeypatch.setattr(building.Here, "build", None)
     again = rtx.built(exported["resnet20"], tmp_path / "b.plan")
     assert again.reused and again.key == first.key and again.record == first.record
     assert again.record["sha256"] == hashlib.sha256((tmp_path / "b.plan").read_bytes()).hexdigest()

@@ -101,6 +101,16 @@ def test_what_a_binary_lacks_is_refused_with_the_key(option, value, flag, lackin
     assert error.value.kind == "option" and error.value.hint == f"leave out tensorrt.{option}."
 
 
+def test_tf32_that_cannot_be_turned_off_is_refused(tmp_path):
+    path = write_conv(tmp_path / "c.onnx")
+    assert "--noTF32" in build("11", path, tf32=False) and "--noTF32" not in build("11", path)
+    old = Trtexec("trtexec", recorded("help-11.txt").replace("--noTF32", "--other"))
+    model, options = onnxfile.read(str(path)), {**engine.OPTIONS, "tf32": False}
+    with pytest.raises(BoardError, match=r"has no --noTF32, which tf32 needs"):
+        old.build_command(model, "e.plan", options, "")
+    assert old.build_command(model, "e.plan", engine.OPTIONS, "")
+
+
 def test_a_dla_is_asked_for_with_the_gpu_for_the_rest(tmp_path):
     command = build("8.5", write_conv(tmp_path / "c.onnx"), dla_core=1)
     assert {"--useDLACore=1", "--allowGPUFallback"} <= set(command)
@@ -216,6 +226,7 @@ STAND_IN = """\
 echo run >>"{folder}/runs"
 for word in "$@"; do case "$word" in
     --help) cat "{recorded}/help-10.txt"; exit 0;;
+    --timingCacheFile=*) echo timed >>"${{word#*=}}";;
     --saveEngine=*) echo plan >"${{word#*=}}";;
     --exportTimes=*) cp "{folder}/times.json" "${{word#*=}}";;
     --exportProfile=*) cp "{recorded}/profile-8.6.json" "${{word#*=}}";;
@@ -246,7 +257,8 @@ def test_an_engine_is_built_timed_and_profiled_through_it(stand_in, tmp_path, mo
     monkeypatch.setattr(library, "free_mib", lambda: (3000, {"system": 3000}))
     found = stand_in()
     out = tmp_path / "e.plan"
-    record = trtexec.build(found, {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(out), "options": {}})
+    job = {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(out), "options": {}}
+    record = trtexec.build(found, job, [].append)
     assert record["bytes"] == out.stat().st_size and record["workspace_mib"] == 1024
     model = trtexec.TrtexecModel(str(out), {**RUN, "copies": False}, found)
     assert model.block(2, 10) == [2_200_000] * 10 == model.events
@@ -259,10 +271,36 @@ def test_an_engine_is_built_timed_and_profiled_through_it(stand_in, tmp_path, mo
         model.block(0, 20)
 
 
+def test_a_timing_cache_is_reused_told_and_never_left_damaged(stand_in, tmp_path):
+    found, cache = stand_in(), tmp_path / "timing" / "a.cache"
+    job = {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(tmp_path / "e.plan"), "options": {}}
+    job["timing_cache"] = str(cache)
+
+    def built(binary=found):
+        record = trtexec.build(binary, job, [].append)
+        return record["timing_cache"], record["notes"]
+
+    assert built() == ("new", []) and engine.read_timing(str(cache)) == (True, b"timed\n")
+    assert built() == ("reused", []) and engine.read_timing(str(cache)) == (True, b"timed\ntimed\n")
+    kept = cache.read_bytes()
+    with pytest.raises(BoardError):
+        built(stand_in(last="exit 1"))
+    assert cache.read_bytes() == kept, "what ended in the middle has changed a copy"
+    cache.write_bytes(kept[:-3])
+    stand_in()
+    assert built() == ("discarded", [engine.BEGUN_ANEW]) and engine.read_timing(str(cache)) == (True, b"timed\n")
+    none, notes = built(Trtexec(found.path, recorded("help-10.txt").replace("--timingCacheFile", "--other")))
+    assert none == "none" and notes == ["trtexec of TensorRT 10.3.0 has written no timing cache, so nothing that it "
+                                        "timed is reused"]  # fmt: skip
+    assert trtexec.build(found, {**job, "timing_cache": ""}, [].append)["notes"] == []
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["timing"]
+
+
 def test_a_binary_that_fails_is_told_in_its_own_words(stand_in, tmp_path):
     found = stand_in(last="echo '[x] [E] Error[1]: no such tactic'; exit 1")
     with pytest.raises(BoardError, match=r"failed on '.*c\.onnx': Error\[1\]: no such tactic"):
-        trtexec.build(found, {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(tmp_path / "e"), "options": {}})
+        job = {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(tmp_path / "e"), "options": {}}
+        trtexec.build(found, job, [].append)
 
 
 def test_it_is_found_where_it_is_put(stand_in, tmp_path, monkeypatch):

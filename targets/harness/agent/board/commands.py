@@ -7,7 +7,7 @@
     agent drive JOB.json OUT.json    spawns workers and measures several models in turn (measurement.md, section 3)
     agent rows JOB.json OUT.json     many small models in turn in one process, for the latency table
     agent layers JOB.json OUT.json   several models in turn under the runtime's profiler: what each layer takes
-    agent build JOB.json OUT.json    an engine of a model
+    agent build JOB.json OUT.json    engines of models
     agent serve FOLDER               the far end of a link: requests on stdin, answers on stdout, files in FOLDER
     agent job FOLDER                 one job that outlives its link: takes the lease, runs drive, rows or layers, and
                                         spools the result into its FOLDER until it is fetched
@@ -59,8 +59,10 @@ def run_job(verb: str, job_path: str, out_path: str) -> int:
             table = layers(job, os.path.dirname(os.path.abspath(out_path)))
         elif verb == "build":
             table = build(job, os.path.dirname(os.path.abspath(out_path)))
+        elif verb == "rows":
+            table = rows(job, os.path.dirname(os.path.abspath(out_path)))
         else:
-            table = drive(job) if verb == "drive" else rows(job)
+            table = drive(job)
         digest = write_result(out_path, table)
     except AgentError as error:
         tell(error.to_table())
@@ -73,12 +75,14 @@ def run_job(verb: str, job_path: str, out_path: str) -> int:
 
 
 def build(job: Table, folder: str) -> Table:
-    """Build an engine into the job's folder; what was done, with its SHA-256 and size."""
+    """Build engine-0.plan and so on of the job's models in its folder; what was done, SHA-256 and size of each."""
     from .tensorrt import job as engines
 
-    plan = os.path.join(folder, "engine.plan")
-    record = engines.build(dict(job, onnx=job["models"][0], out=plan), tell)
-    return {"record": record, "sha256": sha256(plan), "size": os.path.getsize(plan)}
+    plans = [os.path.join(folder, "engine-%d.plan" % number) for number in range(len(job["models"]))]
+    models = [{"onnx": onnx, "out": plan} for onnx, plan in zip(job["models"], plans)]
+    records = engines.build(dict(job, models=models), tell)
+    made = [{"record": record, "sha256": sha256(p), "size": os.path.getsize(p)} for record, p in zip(records, plans)]
+    return {"built": made}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ from .base import Table, median
 
 FLAG_SWITCHES = 5
 CLOCK_CHANGE = 0.01
+CLOCKS = ("khz", "gpu_khz")
 
 
 def flag(repeats: List[Table], names: Sequence[str]) -> None:
@@ -13,16 +14,17 @@ def flag(repeats: List[Table], names: Sequence[str]) -> None:
 
     A block is flagged when its involuntary switches exceed the model's median by more than 5 (by more than four times
     the square root of the median where that is larger: the natural scatter of the count in long blocks), when a
-    hardware throttle counter moved, or when a locked clock differs by more than 1 % from the session's median of the
-    same core: cores of one processor may be locked at different clocks.
+    hardware throttle counter moved, or when a locked clock, of a core or of a Jetson's GPU, differs by more than 1 %
+    from the session's median of the same one: cores of one processor may be locked at different clocks.
     """
-    usual = usual_clocks([side for r in repeats for n in names for block in r["blocks"][n] for side in block["khz"]])
+    blocks = [block for r in repeats for n in names for block in r["blocks"][n]]
+    usual = {kind: usual_clocks([side for block in blocks for side in block.get(kind, ())]) for kind in CLOCKS}
     for name in names:
         middle = median([block["switches"] for repeat in repeats for block in repeat["blocks"][name]])
         limit = middle + max(FLAG_SWITCHES, 4.0 * middle**0.5)
         for repeat in repeats:
             for block in repeat["blocks"][name]:
-                pairs = [pair for side in block["khz"] for pair in zip(side, usual)]
+                pairs = [p for kind in CLOCKS for side in block.get(kind, ()) for p in zip(side, usual[kind])]
                 off = any(abs(khz - own) > CLOCK_CHANGE * own for khz, own in pairs)
                 block["flagged"] = bool(block["switches"] > limit or block["throttle"] != 0 or off)
 

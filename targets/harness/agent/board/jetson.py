@@ -23,6 +23,7 @@ TREES = ("/proc/device-tree", "/sys/firmware/devicetree/base")
 RELEASE = "/etc/nv_tegra_release"
 MODES = "/etc/nvpmodel.conf"
 STATUS = "/var/lib/nvpmodel/status"
+DEVFREQ = "/sys/class/devfreq"
 GPU_NAMES = ("gpu-gpc-0", "*.gpu", "*.gpusysfs", "*.gp10b", "*.gv11b", "*.ga10b")
 """devfreq's names of a Jetson's GPU: Thor's, Orin's and Nano's, then the chips' by name on older kernels."""
 PLACES = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
@@ -172,7 +173,7 @@ def power_mode() -> Tuple[str, Optional[int]]:
 def gpu_folder() -> str:
     """Folder of the GPU's frequency control, or ""."""
     for pattern in GPU_NAMES:
-        for path in sorted(glob.glob(os.path.join("/sys/class/devfreq", pattern))):
+        for path in sorted(glob.glob(os.path.join(DEVFREQ, pattern))):
             if read_number(path + "/max_freq") is not None:
                 return path
     return ""

@@ -1,6 +1,7 @@
 """A job that outlives its link."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -83,8 +84,8 @@ def leased(job: Table, folder: str, note: Callable[[Table], None]) -> Table:
                 return spool(folder, os.path.join(folder, "out.json"))
             outcome = attend(job, folder, note, absence)
             if job["verb"] == "build" and outcome["event"] == "done":
-                plan = os.path.join(folder, "engine.plan")
-                os.replace(plan, os.path.join(home, "objects", sha256(plan)))
+                for plan in glob.glob(os.path.join(folder, "engine-*.plan")):
+                    os.replace(plan, os.path.join(home, "objects", sha256(plan)))
             return outcome
         finally:
             arrangement.end()

@@ -140,14 +140,17 @@ def require_runtime(name: str, arrays: bool = False) -> None:
 
 
 def runtime_facts(name: str) -> Table:
-    """Name, version and hash of a runtime; of one of engines the GPU too, and in `engines` what their key holds."""
+    """Name, version and hash of a runtime; of one of engines the GPU too.
+
+    engines: what their key holds; no_outputs: why none can be read here, and what would mend it, or {}.
+    """
     if name == "onnxruntime":
         version, build = runtime_build(name)
         return {"runtime": name, "runtime_version": version, "runtime_build": build}
     from .tensorrt import job, opening
 
     found = job.facts(name)
-    return dict(opening.device(found), engines=found)
+    return dict(opening.device(found), engines=found, no_outputs=opening.no_outputs(found))
 
 
 def facts(runtime: str) -> Table:

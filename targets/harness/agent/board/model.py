@@ -3,6 +3,7 @@
 import time
 from typing import Any, List, Sequence, Tuple, Type
 
+from . import providers
 from .base import CLOCK, AgentError, Table
 from .machine import usable_cores
 from .timing import SPIN_NS, Timed
@@ -51,7 +52,8 @@ def open_model(path: str, options: Table) -> Any:
 def open_session(path: str, options: Table) -> Any:
     """A network that infers on arrays: a session of ONNX Runtime, or an engine that looks like one.
 
-    options: threads (0: all cores), spin, providers, profile; of an engine those of its own runtime.
+    options: threads (0: all cores), spin, providers, engine_cache (see `providers.asked`), profile; of an engine those
+    of its own runtime.
     """
     if options.get("library"):
         from .tensorrt import opening
@@ -59,8 +61,7 @@ def open_session(path: str, options: Table) -> Any:
         return opening.session(path, options)
     import onnxruntime as ort
 
-    asked = list(options["providers"])
-    lacking = [name for name in asked if name not in ort.get_available_providers()]
+    lacking = [name for name in options["providers"] if name not in ort.get_available_providers()]
     if lacking:
         raise ValueError("no provider %s, there are %s" % (lacking[0], ", ".join(ort.get_available_providers())))
     settings = ort.SessionOptions()
@@ -73,7 +74,7 @@ def open_session(path: str, options: Table) -> Any:
     if options.get("profile"):
         settings.enable_profiling = True
         settings.profile_file_prefix = options["profile"]
-    return ort.InferenceSession(path, settings, providers=asked)
+    return ort.InferenceSession(path, settings, providers=providers.asked(path, options))
 
 
 class Model(Timed):

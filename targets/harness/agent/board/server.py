@@ -21,12 +21,15 @@ from .job import locked
 from .lease import Lease, holder_of, lock
 from .machine import asked_facts, require_runtime, state
 from .peer import ALIVE_S, MARK, Lost, Peer
+from .placing import caching, object_path, placed
 
 IDLE_S, FOLLOWED_S, LOOK_S = 120.0, 45.0, 0.25
 """A link's end without a request for so long closes itself, sooner while it follows a job; how often it looks at a
 job."""
 KEEP_S = 14 * 86400
 """Files and results that nobody asked for in this time are removed."""
+TIMING_BYTES = 256 << 20
+"""Timing caches that are kept, all together."""
 SPARE_BYTES, RESERVE_BYTES = 8 << 20, 1 << 16
 """Free bytes on the disk that files sent there leave; what a job keeps for telling that the disk is full."""
 
@@ -121,15 +124,25 @@ class Server(object):
         oldest = os.stat(swept).st_mtime - KEEP_S
         own = os.path.dirname(program())
         os.utime(own)
-        for path in glob.glob(os.path.join(self.folder, "agent", "*")):
+        for path in glob.glob(os.path.join(self.folder, "agent", "*")) + glob.glob(self.folder + "/engines/*"):
             if os.stat(path).st_mtime < oldest and path != own:
                 shutil.rmtree(path, ignore_errors=True)
         for path in glob.glob(os.path.join(self.objects, "*")):
             if os.stat(path).st_mtime < oldest:
                 os.remove(path)
+        self.sweep_timing(oldest)
         for path in glob.glob(os.path.join(self.jobs, "*")):
             if os.stat(path).st_mtime < oldest and not locked(os.path.join(path, "lock")):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def sweep_timing(self, oldest: float) -> None:
+        """Remove timing caches that no build has written to since then, and the oldest of more than TIMING_BYTES."""
+        total = 0
+        paths = glob.glob(os.path.join(self.folder, "timing", "*"))
+        for path in sorted(paths, key=lambda path: -os.stat(path).st_mtime):
+            total += os.path.getsize(path)
+            if os.stat(path).st_mtime < oldest or total > TIMING_BYTES:
+                os.remove(path)
 
     def rest(self) -> None:
         """End the process that infers, so that nothing runs beside a measurement."""
@@ -144,12 +157,6 @@ class Server(object):
         disk = os.statvfs(self.folder)
         return int(disk.f_bavail * disk.f_frsize)
 
-    def object_path(self, digest: str) -> str:
-        """Where a file stands."""
-        if not re.match("^[0-9a-f]{64}$", digest):
-            raise AgentError("job", "'%s' is no SHA-256" % digest)
-        return os.path.join(self.objects, digest)
-
     def have(self, request: Table) -> Table:
         """Of each file, how many bytes are there already, or None where it is whole; refuses where the rest cannot fit.
 
@@ -158,7 +165,7 @@ class Server(object):
         offsets: List[Optional[int]] = []
         needed = 0
         for digest, size in request["files"]:
-            path = self.object_path(digest)
+            path = object_path(self.folder, digest)
             if os.path.isfile(path):
                 if sha256(path) == digest:
                     os.utime(path)
@@ -178,7 +185,7 @@ class Server(object):
         """Take files from an offset on. What is written is fixed by the hash, so two links may write the same file."""
         failure: Optional[AgentError] = None
         for digest, size, offset in request["files"]:
-            path = self.object_path(digest)
+            path = object_path(self.folder, digest)
             file = os.open(path + ".part", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 for chunk in self.peer.chunks(size - offset):
@@ -223,7 +230,8 @@ class Server(object):
             if lock(file) and not os.path.exists(os.path.join(folder, "job.json")):
                 settings = {key: value for key, value in request.items() if key not in ("do", "work")}
                 write_file(os.path.join(folder, "reserve"), bytes(RESERVE_BYTES))
-                write_file(os.path.join(folder, "work.json"), json.dumps(self.work(request["work"])).encode())
+                work = placed(request["work"], self.folder, folder)
+                write_file(os.path.join(folder, "work.json"), json.dumps(work).encode())
                 write_file(os.path.join(folder, "job.json"), json.dumps(settings).encode())
                 command = [sys.executable, program(), "job", folder]
                 with open(os.path.join(folder, "trace"), "wb") as trace, open(os.devnull, "r+b") as nothing:
@@ -235,22 +243,6 @@ class Server(object):
         finally:
             os.close(file)
         return {"event": "started", "boot": boot_id()}
-
-    def work(self, job: Table) -> Table:
-        """The job with the paths of its files."""
-
-        def path(model: Any) -> Any:
-            if isinstance(model, dict):
-                return dict(model, path=self.object_path(model["path"]))
-            return self.object_path(model)
-
-        placed = dict(job, models=[path(model) for model in job["models"]])
-        if "reference" in job:
-            placed["reference"] = path(job["reference"])
-        if job.get("timing_cache"):
-            os.makedirs(os.path.join(self.folder, "timing"), mode=0o700, exist_ok=True)
-            placed["timing_cache"] = os.path.join(self.folder, "timing", os.path.basename(job["timing_cache"]))
-        return placed
 
     def follow(self, request: Table) -> Table:
         """Tell a job's events from an offset on until it ends; the last one is its outcome, or that it is gone.
@@ -311,7 +303,7 @@ class Server(object):
 
     def get(self, request: Table) -> Tuple[Table, bytes]:
         """A part of a file that lies here, as of an engine that was built here."""
-        with open(self.object_path(request["sha256"]), "rb") as file:
+        with open(object_path(self.folder, request["sha256"]), "rb") as file:
             file.seek(request["offset"])
             data = file.read(1 << 18)
         return {"event": "part", "bytes": len(data)}, data
@@ -332,7 +324,8 @@ class Server(object):
     def infer(self, request: Table) -> Tuple[Table, bytes]:
         """Outputs of a file for arrays, computed in a process of its own while the device is held."""
         data = b"".join(self.peer.chunks(request["bytes"]))
-        request["path"] = self.object_path(request["sha256"])
+        request["path"] = object_path(self.folder, request["sha256"])
+        request["options"] = caching(request["options"], self.folder)
         if not os.path.isfile(request["path"]):
             raise AgentError("missing", "the file is not there", request["sha256"])
         require_runtime(str(request["options"].get("library") or "onnxruntime"), arrays=True)

@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import Any, Dict, List
 
+from . import jetson
 from .base import AgentError, Table, die_with_parent, read_number, read_text
 from .machine import clock_folders, clocks, group_folders, quota_stops, throttle_paths
 from .model import open_model
@@ -18,6 +19,7 @@ class Watch(object):
     def __init__(self) -> None:
         self.paths = throttle_paths()
         self.clocks = [f + "/scaling_cur_freq" for f in clock_folders()] if clocks() == "locked" else []
+        self.gpu = jetson.gpu_folder() if jetson.there() and jetson.gpu_locked() else ""
         self.membership = ""
         self.groups: List[str] = []
 
@@ -33,6 +35,7 @@ class Watch(object):
             "throttle": sum(read_number(path) or 0 for path in self.paths),
             "stops": quota_stops(self.groups),
             "khz": [read_number(path) or 0 for path in self.clocks],
+            "gpu_khz": [hertz // 1000 for hertz in (read_number(self.gpu + "/cur_freq"),) if hertz] if self.gpu else [],
         }
 
 
@@ -84,5 +87,8 @@ def answer_request(request: Table, models: Dict[str, Any], watch: Watch) -> Tabl
             ns = models[name].block(dropped, timed)
         after = watch.read()
         moved = {key: after[key] - before[key] for key in ("switches", "throttle", "stops")}
-        return dict(moved, ns=ns, missed=missed, khz=[before["khz"], after["khz"]])
+        rates = {key: [before[key], after[key]] for key in ("khz", "gpu_khz")}
+        found = dict(moved, ns=ns, missed=missed, **rates)
+        events = getattr(models[name], "events", None)
+        return dict(found, gpu_ns=events) if events else found
     raise AgentError("job", "unknown request '%s'" % verb)

@@ -12,7 +12,7 @@ from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from .errors import BoardError
-from .library import NO_DRIVER_HINT
+from .library import NO_DRIVER_HINT, SCARCE_HINT
 
 SPIN, BLOCK = 1, 4
 """cudaDeviceScheduleSpin and cudaDeviceScheduleBlockingSync."""
@@ -103,7 +103,8 @@ class Cuda(object):
             text = "no engine can run here, since there is no GPU (%s)" % code
             return BoardError("device", text, NO_DRIVER_HINT, status=status)
         if status in NO_MEMORY:
-            return BoardError("memory", "the GPU has no memory left for %s (%s)" % (name, code), status=status)
+            text = "the GPU has no memory left for %s (%s)" % (name, code)
+            return BoardError("memory", text, SCARCE_HINT, status=status)
         return BoardError("model", "%s failed (%s)" % (name, code), status=status)
 
     def number(self, name: str, *arguments: Any) -> int:

@@ -29,6 +29,7 @@ OPTIONS: Table = {
     "tf32": True,  # float32 products may round their operands to 10 bits
 }
 """What a builder may be asked for, with its default. All of it is part of an engine's key."""
+BEGUN_ANEW = "the timing cache was damaged or of another device or version, and was begun anew"
 TIMING = b"edge-deploy timing 1 "
 """Begins a file of a timing cache, before the SHA-256 of the rest."""
 CONSTRAINTS = ("OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS", "STRICT_TYPES")
@@ -39,7 +40,6 @@ HELD = (
     "ACTIVATION", "ELEMENTWISE", "UNARY", "LRN", "NORMALIZATION", "PARAMETRIC_RELU", "EINSUM", "RESIZE",
 )  # fmt: skip
 """Layers that compute, whose type is held where typing is weak; the others hand on what they are given."""
-SCARCE = ("out of memory", "outofmemory", "insufficient memory", "failed to allocate", "unable to allocate")
 SCARCE_HINT = "lower tensorrt.workspace_mib, close what else holds memory there, or add swap while building."
 OUTSIDE_HINT = "take another tensorrt.%s, or leave it out."
 
@@ -100,7 +100,7 @@ class Attempt(object):
             reason = self.lib.last_error("it does not say why")
             if self.lib.errors and library.lacks_driver(self.lib.errors[0]):
                 raise library.no_driver(self.lib.title, self.lib.errors[0])
-            if any(word in " ".join(self.lib.errors).lower().replace("_", "") for word in SCARCE):
+            if library.tells_scarce(self.lib.errors):
                 raise self.scarce()
             if index + 1 < len(tried):
                 self.notes.append("with %s it did not build (%s)" % (way, reason))
@@ -169,6 +169,8 @@ class Attempt(object):
                 self.flag(config, "TF32")
             else:
                 config.clear_flag(self.api.BuilderFlag.TF32)
+        else:
+            self.need(options["tf32"], "tf32", "switch that turns TF32 off")
         if options["version_compatible"]:
             self.need(
                 self.lib.has("BuilderFlag", "VERSION_COMPATIBLE"), "version_compatible", "engines for later versions"
@@ -247,7 +249,7 @@ class Attempt(object):
             self.table["timing_cache"] = "reused"
             return cache
         if there:
-            self.notes.append("the timing cache was damaged or of another device or version, and was begun anew")
+            self.notes.append(BEGUN_ANEW)
         self.table["timing_cache"] = "discarded" if there else "new"
         cache = config.create_timing_cache(b"")
         if cache is None or not config.set_timing_cache(cache, False):
@@ -259,9 +261,7 @@ class Attempt(object):
         """Write the timing cache after a build."""
         if cache is None:
             return
-        data = bytes(memoryview(config.get_timing_cache().serialize()))
-        os.makedirs(os.path.dirname(os.path.abspath(self.cache)), exist_ok=True)
-        write(self.cache, TIMING + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+        write_timing(self.cache, bytes(memoryview(config.get_timing_cache().serialize())))
 
     # --- afterwards
 
@@ -364,6 +364,12 @@ def read_timing(path: str) -> Tuple[bool, bytes]:
         return os.path.exists(path), b""
     sound = head == TIMING + hashlib.sha256(data).hexdigest().encode()
     return True, data if sound else b""
+
+
+def write_timing(path: str, data: bytes) -> None:
+    """Keep a timing cache, sealed with its SHA-256. Raises BoardError where it cannot be written."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    write(path, TIMING + hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
 
 
 def write(path: str, data: bytes) -> None:

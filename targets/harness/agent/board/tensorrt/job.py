@@ -1,6 +1,6 @@
-"""One job in a process of its own, told in JSON lines: build an engine, or say which library is here.
+"""One job in a process of its own, told in JSON lines: build engines, or say which library is here.
 
-    agent engine build JOB.json OUT.json    an engine; progress, errors and the end go to stdout, what was done to
+    agent engine build JOB.json OUT.json    engines; progress, errors and the end go to stdout, what was done to
                                             OUT.json
     agent engine facts NAME                 the library of a runtime and the GPU, as JSON
 
@@ -10,13 +10,13 @@ A builder takes gigabytes and crashes where it runs out of them: a process of it
 import json
 import os
 import sys
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, List, Sequence
 
 from ..base import die_with_parent
 from . import cuda, engine, library, trtexec
 from .errors import BoardError, Table
 from .opening import has_trtexec
-from .progress import Beat
+from .progress import Tell
 
 
 def gpu_facts() -> Table:
@@ -40,16 +40,34 @@ def facts(name: str) -> Table:
     return {"library": here, "gpu": gpu_facts()}
 
 
-def build(job: Table, tell: Callable[[Table], None]) -> Table:
-    """Build through the library, or through trtexec where only that is there. Raises the library's error otherwise."""
+def build(job: Table, tell: Tell) -> List[Table]:
+    """Build every model of a job, one after the other, and say what was done for each.
+
+    models: each with `onnx` and `out`; the rest of the job is the same for all of them, and so is the library, which
+    is loaded once. It is trtexec where only that is there. Raises the library's error otherwise.
+    """
+    make = builder(job["library"])
+    made: List[Table] = []
+    for model in job["models"]:
+        made.append(make(dict(job, **model), partly(tell, len(made), len(job["models"]))))
+    return made
+
+
+def builder(name: str) -> Callable[[Table, Tell], Table]:
+    """What builds one engine here."""
     try:
-        loaded = library.load(job["library"])
+        loaded = library.load(name)
     except BoardError:
-        if job["library"] != "tensorrt" or not has_trtexec():
+        if name != "tensorrt" or not has_trtexec():
             raise
-        with Beat(tell, None):
-            return trtexec.build(trtexec.Trtexec(trtexec.find()), job)
-    return engine.build(job, tell, loaded)
+        binary = trtexec.Trtexec(trtexec.find())
+        return lambda job, tell: trtexec.build(binary, job, tell)
+    return lambda job, tell: engine.build(job, tell, loaded)
+
+
+def partly(tell: Tell, done: int, total: int) -> Tell:
+    """Tells of the progress of one of several, of which so many are done, as that of all."""
+    return lambda event: tell(dict(event, done=(done + event["done"]) / total))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ of versions: the same code meets 8.2 on a Nano and 11 on a Thor, and whatever co
 import ctypes
 import importlib
 import re
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..files import sha256
 from .errors import BoardError, Table
@@ -20,6 +20,9 @@ MODULES = {
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 FILES = {"tensorrt": "libnvinfer.so", "tensorrt-rtx": "libtensorrt_rtx.so"}
 NO_DRIVER_HINT = "run it on a machine with an NVIDIA GPU and its driver; what was built here stays as it is."
+SCARCE = ("out of memory", "outofmemory", "insufficient memory", "failed to allocate", "unable to allocate")
+"""In a line that says that there was too little memory."""
+SCARCE_HINT = "close what else holds memory there, or measure fewer networks at once."
 LINES = 200
 """Warnings and errors of the library that are kept, the first ones."""
 Importer = Callable[[str], Any]
@@ -123,6 +126,12 @@ def lacks_driver(text: str) -> bool:
     return bool(
         re.search(r"driver version is insufficient|no CUDA-capable device|(?:cudaError|error:) (?:35|100)\b", text)
     )
+
+
+def tells_scarce(lines: Sequence[str]) -> bool:
+    """Whether lines of the library say that there was too little memory."""
+    said = " ".join(lines).lower().replace("_", "")
+    return any(word in said for word in SCARCE)
 
 
 def no_driver(title: str, line: str) -> BoardError:

@@ -10,6 +10,7 @@ import mmap
 import os
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
+from ..files import sha256
 from .errors import BoardError
 
 ELEMENTS = {
@@ -66,6 +67,22 @@ def read(path: str) -> OnnxFile:
         raise BoardError(
             "model", "'%s' is no ONNX file" % path, "export the network again, or check the file."
         ) from None
+
+
+def digests(path: str) -> Dict[str, str]:
+    """SHA-256 of an ONNX file, under "", and of every file with weights of it, by what the file calls them.
+
+    Raises BoardError where it is none or keeps weights outside its folder, OSError where one cannot be read.
+    """
+    external, own = read(path).external, os.path.realpath(os.path.dirname(path))
+    found = {"": sha256(path)}
+    for name in external:
+        place = os.path.realpath(os.path.join(own, name))
+        if not place.startswith(own + os.sep):
+            text = "'%s' keeps weights outside its folder, in '%s'" % (path, name)
+            raise BoardError("model", text, "export it again.")
+        found[name] = sha256(place)
+    return found
 
 
 # --- protobuf ----------------------------------------------------------------------------------------------------

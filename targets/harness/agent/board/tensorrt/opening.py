@@ -1,9 +1,12 @@
 """Opens an engine through the library, or through trtexec where only that is there."""
 
+from importlib import util
 from typing import Any, Dict
 
 from . import library, running, trtexec
 from .errors import BoardError, Table
+
+INSTALL = "install TensorRT's Python module there: apt-get install python3-libnvinfer."
 
 
 def has_trtexec() -> bool:
@@ -35,11 +38,22 @@ def session(path: str, options: Table) -> Any:
         loaded = library.load(options["library"])
     except BoardError as error:
         if options["library"] == "tensorrt" and has_trtexec():
-            text = "trtexec tells no outputs, and %s" % error.message
-            hint = "install TensorRT's Python module: apt-get install python3-libnvinfer."
-            raise BoardError("library", text, hint) from None
+            raise BoardError("library", "trtexec gives no outputs, and %s" % error.message, INSTALL) from None
         raise
     return running.EngineSession(running.EngineModel(path, options, loaded))
+
+
+def no_outputs(facts: Table) -> Table:
+    """Why nothing can infer on arrays here (`why`), and what would `mend` it; {} where it can. facts: of the library.
+
+    trtexec writes outputs as decimal text with six digits, of one inference a process: a metric over thousands of
+    samples would take hours, so it is not asked.
+    """
+    if facts["library"]["name"] == "trtexec":
+        return {"why": "trtexec gives none", "mend": INSTALL}
+    if util.find_spec("numpy") is None:
+        return {"why": "numpy is not installed there", "mend": "apt-get install python3-numpy."}
+    return {}
 
 
 def device(facts: Table) -> Dict[str, Any]:

@@ -54,8 +54,10 @@ def opened(lib: Library, data: bytes, options: Table) -> Any:
     if lib.errors and library.lacks_driver(lib.errors[0]):
         raise library.no_driver(lib.title, lib.errors[0])
     reason = lib.last_error("it does not say why")
-    hint = "build it again on this device with this version."
-    raise BoardError("model", "%s cannot open the engine: %s" % (lib.title, reason), hint)
+    text = "%s cannot open the engine: %s" % (lib.title, reason)
+    if library.tells_scarce(lib.errors):
+        raise BoardError("memory", text, library.SCARCE_HINT)
+    raise BoardError("model", text, "build it again on this device with this version.")
 
 
 def ports_of(lib: Library, engine: Any, context: Any) -> List[Port]:
@@ -120,7 +122,8 @@ class EngineModel(Timed):
         self.engine = opened(self.lib, data, self.options)
         self.context = self.engine.create_execution_context()
         if self.context is None:
-            raise BoardError("memory", "the engine '%s' does not fit: %s" % (path, self.lib.last_error("no context")))
+            text = "the engine '%s' does not fit: %s" % (path, self.lib.last_error("no context"))
+            raise BoardError("memory", text, library.SCARCE_HINT)
         self.ports = ports_of(self.lib, self.engine, self.context)
         self._allocate()
         self.fill(noise(self.ports, self.options["seed"]))

@@ -23,6 +23,7 @@ from ..files import sha256
 from ..timing import Timed
 from . import layers, onnxfile, parsing
 from .errors import BoardError, Table
+from .progress import Beat, Tell
 
 PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec", "/usr/local/tensorrt/bin/trtexec")
 PATIENCE_S = 3600.0
@@ -71,8 +72,8 @@ class Trtexec(object):
             pool = "--memPoolSize=workspace:%d" if self.has("--memPoolSize") else "--workspace=%d"
             command.append(pool % options["workspace_mib"])
         command += self._precision(model)
-        command += ["--noTF32"] if not options["tf32"] and self.has("--noTF32") else []
-        command += ["--timingCacheFile=" + cache] if cache and self.has("--timingCacheFile") else []
+        command += [] if options["tf32"] else [self._need("--noTF32", "tf32")]
+        command += ["--timingCacheFile=" + cache] if cache else []
         if options["version_compatible"]:
             command += [self._need("--versionCompatible", "version_compatible")]
         if options["hardware_compatible"] != "none":
@@ -280,7 +281,7 @@ def run(command: Sequence[str], patience_s: float) -> Tuple[int, str]:
 # --- building and timing -----------------------------------------------------------------------------------------
 
 
-def build(binary: Trtexec, job: Table) -> Table:
+def build(binary: Trtexec, job: Table, tell: Tell) -> Table:
     """Build an engine; the job is that of `engine.build`, and so is the result, as far as trtexec tells."""
     from . import engine
 
@@ -288,17 +289,58 @@ def build(binary: Trtexec, job: Table) -> Table:
     options["workspace_mib"], free = engine.workspace(options)
     model = onnxfile.read(job["onnx"])
     notes = []
-    command = binary.build_command(model, job["out"], options, job.get("timing_cache", ""))
-    if "--fp16" in command:
-        notes.append("trtexec permits float16 everywhere: layers that the file keeps in float32 may run in it too")
-    status, log = run(command, PATIENCE_S)
-    if status or not os.path.isfile(job["out"]):
-        raise failure(binary, log, job["onnx"], model)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(job["out"]))) as folder:
+        asked = job.get("timing_cache", "")
+        cache = TimingCache(asked if binary.has("--timingCacheFile") else "", os.path.join(folder, "timing"))
+        command = binary.build_command(model, job["out"], options, cache.begin())
+        if "--fp16" in command:
+            notes.append("trtexec permits float16 everywhere: layers that the file keeps in float32 may run in it too")
+        with Beat(tell, None):
+            status, log = run(command, PATIENCE_S)
+            if status or not os.path.isfile(job["out"]):
+                raise failure(binary, log, job["onnx"], model)
+        used = cache.end()
+    if used == "discarded":
+        notes.append(engine.BEGUN_ANEW)
+    if asked and used == "none":
+        notes.append("%s has written no timing cache, so nothing that it timed is reused" % binary.title)
     return {
         "title": binary.title, "notes": notes,
         "flags": command[3:], "workspace_mib": options["workspace_mib"], "free_mib": free, "way": "trtexec",
-        "bytes": os.path.getsize(job["out"]), "timing_cache": "none", "layers": [], "ports": [],
+        "bytes": os.path.getsize(job["out"]), "timing_cache": used, "layers": [], "ports": [],
     }  # fmt: skip
+
+
+class TimingCache(object):
+    """A timing cache that trtexec is given a copy of, so that one that ends in the middle leaves none that is damaged.
+
+    kept: where it lies between builds, or "" for none; copy: what trtexec reads and writes. It lies under the same seal
+    as that of the library: one that is not what was written is begun anew.
+    """
+
+    def __init__(self, kept: str, copy: str) -> None:
+        self.kept, self.copy, self.state = kept, copy, "none"
+
+    def begin(self) -> str:
+        """Path that trtexec is given, or ""."""
+        from . import engine
+
+        there, known = engine.read_timing(self.kept) if self.kept else (False, b"")
+        if known:
+            with open(self.copy, "wb") as file:
+                file.write(known)
+        self.state = "reused" if known else "discarded" if there else "new"
+        return self.copy if self.kept else ""
+
+    def end(self) -> str:
+        """Keep what trtexec has written; what became of the cache, in the words of `engine.build`."""
+        from . import engine
+
+        if not os.path.isfile(self.copy):
+            return "none"
+        with open(self.copy, "rb") as file:
+            engine.write_timing(self.kept, file.read())
+        return self.state
 
 
 class TrtexecModel(Timed):

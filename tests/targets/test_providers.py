@@ -1,0 +1,105 @@
+"""ONNX Runtime's GPU providers: what they are asked for, and that no two networks share an engine. None is run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+from conftest import write_conv
+from engine_sites import write_scaled
+from onnxruntime.capi.onnxruntime_inference_collection import check_and_normalize_provider_args
+from test_engine import half, quantized
+
+from profiles.schema import load_profile
+from targets.harness.agent.board import machine, placing, providers
+from targets.harness.agent.board.base import AgentError
+from targets.harness.agent.board.model import open_session
+from targets.runtimes.base import load_runtime
+
+KNOWN = json.loads((Path(__file__).parent / "recordings" / "onnxruntime" / "options.json").read_text())
+GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+
+
+def settings(path: Path, cache: str = "") -> dict[str, str]:
+    """What the TensorRT provider is asked for."""
+    return providers.asked(str(path), {"providers": GPU[:1], "engine_cache": cache})[0][1]
+
+
+def test_every_option_is_one_that_every_version_parses_and_that_the_installed_one_takes_as_it_is(tmp_path):
+    asked = providers.asked(
+        str(write_conv(tmp_path / "a.onnx")),
+        {"providers": [*GPU, "CPUExecutionProvider"], "engine_cache": str(tmp_path)},
+    )
+    names, options = check_and_normalize_provider_args(asked, None, onnxruntime.get_all_providers())
+    assert names == [*GPU, "CPUExecutionProvider"]
+    assert options == [asked[0][1], asked[1][1], {}], "all of it is text already"
+    for name, given in zip(GPU, options, strict=False):
+        assert given and all(set(given) <= set(parsed) for parsed in KNOWN[name].values())
+
+
+def test_the_types_that_the_provider_may_use_are_those_of_the_file(tmp_path):
+    flags = [
+        (found["trt_fp16_enable"], found["trt_int8_enable"])
+        for found in (settings(make(tmp_path / "m.onnx")) for make in (write_conv, half, quantized))
+    ]
+    assert flags == [("0", "0"), ("1", "0"), ("0", "1")]
+
+
+def test_without_a_folder_nothing_is_kept_and_with_one_it_is_the_networks_own(tmp_path):
+    path = write_conv(tmp_path / "a.onnx")
+    assert "trt_engine_cache_enable" not in settings(path)
+    found = settings(path, str(tmp_path / "engines"))
+    folder = Path(found["trt_engine_cache_path"])
+    assert found["trt_engine_cache_enable"] == "1" and folder.is_dir() and folder.parent == tmp_path / "engines"
+    os.utime(folder, (0, 0))
+    assert settings(path, str(tmp_path / "engines")) == found and folder.stat().st_mtime > 0
+
+
+def test_no_two_networks_share_a_folder_whatever_they_are_called(tmp_path, monkeypatch):
+    def place(path):
+        return Path(settings(path, str(tmp_path / "engines"))["trt_engine_cache_path"]).name
+
+    first = write_conv(tmp_path / "a.onnx")
+    same = tmp_path / "elsewhere.onnx"
+    same.write_bytes(first.read_bytes())
+    other = onnx.load(first)
+    raw = bytearray(other.graph.initializer[0].raw_data)
+    raw[0] ^= 1
+    other.graph.initializer[0].raw_data = bytes(raw)
+    onnx.save(other, tmp_path / "other.onnx")
+    beside = [write_scaled(tmp_path / str(factor) / "net.onnx", factor) for factor in (2.0, 3.0)]
+    assert beside[0].read_bytes() == beside[1].read_bytes()
+    sizes = write_conv(tmp_path / "size.onnx", size=8)
+    found = [place(path) for path in (first, tmp_path / "other.onnx", sizes, *beside)]
+    assert place(same) == found[0] and len(set(found)) == len(found) and all(len(name) == 64 for name in found)
+    monkeypatch.setattr(machine, "runtime_build", lambda name: ("9.9.9", "another build"))
+    assert place(first) not in found
+
+
+def test_what_is_no_network_is_refused_before_the_runtime_sees_it(tmp_path):
+    (tmp_path / "no.onnx").write_bytes(b"no")
+    with pytest.raises(AgentError, match="is no ONNX file"):
+        settings(tmp_path / "no.onnx")
+
+
+def test_on_a_board_engines_are_kept_in_the_agents_folder_and_here_in_the_state_folder(tmp_path):
+    runtime = load_runtime("ort").fitted(load_profile("local"), tmp_path / ".deploy")
+    assert runtime.options() == {"engine_cache": str(tmp_path / ".deploy" / "engines")}
+    job = {"models": [], "options": {**runtime.options(), "threads": 1}}
+    placed = placing.placed(job, str(tmp_path / "agent"), str(tmp_path / "job"))
+    assert placed["options"] == {"engine_cache": str(tmp_path / "agent" / "engines"), "threads": 1}
+
+
+def test_a_provider_that_is_not_there_is_named_before_anything_is_made(tmp_path):
+    options = {"providers": GPU[:1], "engine_cache": str(tmp_path / "engines"), "threads": 1, "spin": False}
+    if GPU[0] in onnxruntime.get_available_providers():
+        pytest.skip("this machine has it")
+    with pytest.raises(ValueError, match="no provider TensorrtExecutionProvider, there are"):
+        open_session(str(write_conv(tmp_path / "a.onnx")), options)
+    assert not (tmp_path / "engines").exists()
+    options["providers"] = ["CPUExecutionProvider"]
+    assert open_session(str(tmp_path / "a.onnx"), options).get_providers() == ["CPUExecutionProvider"]

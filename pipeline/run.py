@@ -117,7 +117,7 @@ class Run:
     ) -> Run:
         """Start a run in a new folder, `runs/<date>-<profile>` unless `out` names one.
 
-        Raises UsageError when `out` exists and is not empty.
+        Raises UsageError when `out` exists and is not empty, DeployError when `.deploy` cannot be used; no run is left.
         """
         path = _new_folder(root / "runs" / f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{profile.name}", out)
         state: dict[str, Json] = {
@@ -133,8 +133,13 @@ class Run:
         hold = _take(path)
         write_atomic(path / "profile.json", canonical(profile) + b"\n")
         run = cls(path, root, state, _console(request), hold)
-        run._save()
-        run.cache.remember_run(path)
+        try:
+            run._save()
+            run.cache.remember_run(path)
+        except BaseException:
+            hold.close()
+            run._remove()
+            raise
         return run
 
     @classmethod

@@ -40,7 +40,7 @@ from pipeline.search import EVALUATIONS
 from pipeline.stage import tool_versions
 from profiles.errors import MissedError
 from profiles.schema import GraphSpec, InputSpec, PruneSpec, load_profile
-from targets.base import RowTimes, Target, load_target
+from targets.base import Progress, RowTimes, Target, load_target
 from targets.simulated import Truth, roofline_ms
 
 Made = tuple[nn.Module, tuple[Tensor, ...]]
@@ -113,20 +113,24 @@ class Sampled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.target, name)
 
-    def rows(self, models: Sequence[Path], reference: Path, rounds: int) -> RowTimes:
+    def rows(self, models: Sequence[Path], reference: Path, rounds: int, progress: Progress | None = None) -> RowTimes:
         """As the target's, shape (models, rounds)."""
         each = list(dict.fromkeys(models))
         chosen = [each[i] for i in np.linspace(0, len(each) - 1, min(self.most, len(each))).astype(int)]
         self.asked, self.measured = self.asked + len(each), self.measured + len(chosen)
         repeats = len(models) // len(each)
-        taken = self.target.rows(chosen * repeats, reference, rounds)
+        taken = self.target.rows(chosen * repeats, reference, rounds, progress)
         if len(chosen) == len(each):
             return taken
-        known = dict(zip(chosen, taken.ms.reshape(repeats, len(chosen), rounds).swapaxes(0, 1), strict=True))
+        first = taken.reference_ms[:1]
+        ms = taken.ms / taken.reference_ms[taken.group] * first  # as if all were measured in one group
+        known = dict(zip(chosen, ms.reshape(repeats, len(chosen), rounds).swapaxes(0, 1), strict=True))
         believed = {path: roofline_ms(path, Truth()) for path in each}
         scale = float(np.median([np.median(ms) / believed[path] for path, ms in known.items()]))
         filled = [known.get(path, np.full((repeats, rounds), believed[path] * scale)) for path in each]
-        return RowTimes(np.stack(filled, axis=1).reshape(len(models), rounds), taken.reference_ms)
+        return RowTimes(
+            np.stack(filled, axis=1).reshape(len(models), rounds), first, np.zeros(len(models), dtype=np.int64)
+        )
 
 
 def judged(made: Made, target: Target, most: int, plans: int, folder: Path) -> dict[str, Any]:

@@ -56,10 +56,12 @@ def test_rows_that_are_not_measured_take_a_rooflines_times_scaled_to_the_sample(
     monkeypatch.setattr(steps, "roofline_ms", lambda path, _: 1.0 + int(path.stem))
     asked = []
 
-    def rows(models, reference, rounds):
+    def rows(models, reference, rounds, progress=None):
+        """In two groups; the device was half as fast while it measured the second one."""
         asked.append(list(models))
-        each = [2.0 * (1 + int(path.stem)) for path in models]
-        return RowTimes(np.tile(np.array(each)[:, None], (1, rounds)), np.ones(rounds))
+        each, group = [2.0 * (1 + int(path.stem)) for path in models], np.array([int(p.stem) % 2 for p in models])
+        ms = np.tile((np.array(each) * (1 + group))[:, None], (1, rounds))
+        return RowTimes(ms, np.stack([np.ones(rounds), 2 * np.ones(rounds)]), group)
 
     sampled = steps.Sampled(SimpleNamespace(rows=rows, name="a device"), 3)
     times = sampled.rows(paths * 2, tmp_path / "reference", 4)

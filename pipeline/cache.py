@@ -132,7 +132,7 @@ def named(files: Mapping[str, Path]) -> Iterator[None]:
         yield
     except DeployError as error:
         for name, path in files.items():
-            for place in (str(path.resolve()), str(path)):
+            for place in sorted((str(path.resolve()), str(path)), key=len, reverse=True):
                 error.message = error.message.replace(place, name)
         error.args = (error.message,)
         raise

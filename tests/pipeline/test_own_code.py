@@ -22,7 +22,7 @@ from targets.base import load_target
 
 pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 DOCS = (Path(__file__).parents[2] / "docs" / "operators.md").read_text(encoding="utf-8")
-SHORT = {"prune": {"rounds": 1, "value_widths": 1}}
+SHORT = {"prune": {"value_widths": 1}}
 
 
 def example(folder: Path) -> Path:

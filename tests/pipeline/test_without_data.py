@@ -30,7 +30,7 @@ from targets.base import load_target
 
 pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 NO_DATA = "the project has no [data]"
-SHORT = {"prune": {"rounds": 1, "value_widths": 1}}
+SHORT = {"prune": {"value_widths": 1}}
 
 
 def bare(folder: Path, data: str = "") -> Path:

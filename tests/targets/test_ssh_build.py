@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -34,6 +35,15 @@ def ended(process: subprocess.Popen[str]) -> dict[str, object]:
     return told
 
 
+def lenient(folder: Path) -> Path:
+    """The project, content with an accuracy that no recovery follows: what is shown here is the way there."""
+    shutil.copytree(PROJECT, folder)
+    toml = folder / "deploy.toml"
+    text = toml.read_text().replace("max_drop = 0.01", "max_drop = 0.2")
+    toml.write_text(text.replace('"../.."', json.dumps(str(ROOT / "benchmarks"))))
+    return folder
+
+
 def rows(root: Path) -> set[str]:
     """Hashes of the table's rows that are stored."""
     file = root / ".deploy" / "latency.sqlite"
@@ -58,8 +68,9 @@ def test_a_trained_network_is_built_on_a_board_though_the_link_fails_and_the_cli
 ):
     """The link is down for three seconds while the table is measured, then the client dies; --resume ends it."""
     profile, run = board.file("robot-7", *SHORT), tmp_path / "run"
-    words = ("--target", str(profile), "--project", str(PROJECT), "--budget", "0.5x", "--out", str(run))
-    first = deploy("build", *words, "--set", "recover.epochs=0", cwd=tmp_path)
+    words = ("--target", str(profile), "--project", str(lenient(tmp_path / "net")), "--budget", "0.5x", "--out", str(run))
+    quick = ("--rounds", "2", "--set", "prune.calibration=128", "--set", "recover.epochs=0")
+    first = deploy("build", *words, *quick, cwd=tmp_path)
     wait(first, lambda: board.running("job"), "the table was not begun")
     board.do("link", "down")
     time.sleep(3.0)

@@ -92,9 +92,7 @@ class RepairProbe:
     def loss(self, plan: PruningPlan) -> float:
         """Mean divergence of a plan after repair; infinite if not finite."""
         pruned = carry_out(self.network.graph, resolve(self.network.topology, plan))
-        fixed = repair(
-            pruned, self.network, plan, self.fitted, self.mode, rankings=self.rankings, moments=self.moments
-        )
+        fixed = repair(pruned, self.network, plan, self.fitted, self.mode, rankings=self.rankings, moments=self.moments)
         loss = float(divergence(first(fixed(*self.inputs)), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
 

@@ -233,9 +233,7 @@ def _norm_node(graph: fx.GraphModule, target: str) -> str:
 
 
 class _Sampling(fx.Interpreter):
-    def __init__(
-        self, graph: fx.GraphModule, wanted: dict[str, bool], rows: Callable[[Tensor, bool], Tensor]
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, wanted: dict[str, bool], rows: Callable[[Tensor, bool], Tensor]) -> None:
         super().__init__(graph)
         self.wanted, self.rows = wanted, rows
         self.taken: dict[str, Tensor] = {}

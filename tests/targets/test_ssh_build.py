@@ -67,8 +67,8 @@ def test_a_trained_network_is_built_on_a_board_though_the_link_fails_and_the_cli
     board: TestBoard, tmp_path: Path
 ):
     """The link is down for three seconds while the table is measured, then the client dies; --resume ends it."""
-    profile, run = board.file("robot-7", *SHORT), tmp_path / "run"
-    words = ("--target", str(profile), "--project", str(lenient(tmp_path / "net")), "--budget", "0.5x", "--out", str(run))
+    profile, project, run = board.file("robot-7", *SHORT), lenient(tmp_path / "net"), tmp_path / "run"
+    words = ("--target", str(profile), "--project", str(project), "--budget", "0.5x", "--out", str(run))
     quick = ("--rounds", "2", "--set", "prune.calibration=128", "--set", "recover.epochs=0")
     first = deploy("build", *words, *quick, cwd=tmp_path)
     wait(first, lambda: board.running("job"), "the table was not begun")

@@ -1,7 +1,7 @@
 """Remove nodes that hand on their input: f(x) = x, and activations applied twice: f(f(x)) = f(x).
 
-    Identity;  Cast to the type it has;  Transpose in order;  Slice of everything;  Pad by nothing;  Concat of one;
-    Reshape, Flatten, Expand to the shape it has;  Relu of Relu, Clip of the same Clip (left where a block was removed)
+Identity;  Cast to the type it has;  Transpose in order;  Slice of everything;  Pad by nothing;  Concat of one;
+Reshape, Flatten, Expand to the shape it has;  Relu of Relu, Clip of the same Clip (left where a block was removed)
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def run(words: Sequence[str], as_root: bool = False) -> Tuple[int, str]:
         asked = [sudo, "-n"] + asked
     with tempfile.TemporaryFile() as said:
         try:
-            with (answers() if as_root else open(os.devnull, "rb")) as fed:
+            with answers() if as_root else open(os.devnull, "rb") as fed:
                 process = subprocess.Popen(asked, stdin=fed, stdout=said, stderr=subprocess.STDOUT)
         except OSError as error:
             return 126, "%s: %s" % (words[0], error.strerror)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from profiles.errors import UsageError, near_miss
 
 Precision = Literal["fp32", "fp16"]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+SEED = Field(default=0, description="of what is drawn at random")
 PERCENTILES = ("p50", "mean", "p90", "p99")
 _BUDGET = re.compile(
     r"^\s*(?P<value>[0-9]*\.?[0-9]+(?:[eE][-+]?\d+)?)\s*(?P<unit>ms|us|s|x)\s*(?:@\s*(?P<at>\w+))?\s*$"
@@ -73,42 +75,44 @@ class InputSpec(Spec):
 class PruneSpec(Spec):
     """What may be pruned, how units are ranked and how widths are chosen."""
 
-    criterion: str = "fisher"
-    solver: str = "exact"
+    criterion: str = Field(default="fisher", description="what ranks the channels: deploy list criteria")
+    solver: str = Field(default="exact", description="what chooses the widths: deploy list solvers")
     normalise: Literal["none", "macs", "memory", "ms"] = Field(
         default="none", description="what a unit's score is divided by, for solvers that compare scores of groups"
     )
-    repair: Literal["none", "bn", "merge", "layerwise", "least-squares"] = "least-squares"
-    rounds: int = Field(default=4, ge=1, le=32)
-    min_width: int = Field(default=8, ge=1)
-    drop_blocks: bool = True
+    repair: Literal["none", "bn", "merge", "layerwise", "least-squares"] = Field(
+        default="least-squares", description="how the layers behind removed channels make up for them"
+    )
+    rounds: int = Field(default=4, ge=1, le=32, description="at most so often plans are measured and the table mended")
+    min_width: int = Field(default=8, ge=1, description="channels that every group keeps")
+    drop_blocks: bool = Field(default=True, description="whole residual blocks may go")
     slack: float = Field(default=0.03, gt=0, lt=1, description="largest part of the budget that may stay unused")
     calibration: int = Field(default=1024, ge=1, description="samples that repair uses; rankings and values use fewer")
     value_widths: int = Field(default=3, ge=1, description="widths per group whose loss is measured")
     grid: int | None = Field(default=None, ge=1, description="width step; measured on the device if left out")
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = Field(default=(), description="layers that stay as they are, by how their names begin")
     attention: Literal["channels", "heads"] = Field(
         default="channels", description="what goes from an attention: channels inside its heads, or whole heads"
     )
-    solver_seconds: float = Field(default=15.0, gt=0)
-    seed: Seed = 0
+    solver_seconds: float = Field(default=15.0, gt=0, description="after so long the best plan found so far is taken")
+    seed: Seed = SEED
 
 
 class MeasureSpec(Spec):
     """How latency is measured: the protocol of docs/measuring.md. Blocks are interleaved over a session's models."""
 
-    threads: int = Field(default=1, ge=1)
-    spin: bool = False
-    rank_processes: int = Field(default=3, ge=1)
-    rank_rounds: int = Field(default=30, ge=3)
-    accept_processes: int = Field(default=8, ge=2)
-    accept_rounds: int = Field(default=60, ge=3)
-    block_dropped: int = Field(default=4, ge=0)
-    block_timed: int = Field(default=10, ge=1)
-    block_min_ms: float = Field(default=5.0, ge=0)
-    warmup_s: float = Field(default=1.0, ge=0)
-    warmup_inferences: int = Field(default=50, ge=1)
-    warmup_max_s: float = Field(default=10.0, gt=0)
+    threads: int = Field(default=1, ge=1, description="of the runtime, inside one operator")
+    spin: bool = Field(default=False, description="ONNX Runtime's threads spin while they wait")
+    rank_processes: int = Field(default=3, ge=1, description="processes of a session that compares plans in a search")
+    rank_rounds: int = Field(default=30, ge=3, description="rounds of each; in a round every model has one block")
+    accept_processes: int = Field(default=8, ge=2, description="processes of a session that decides")
+    accept_rounds: int = Field(default=60, ge=3, description="rounds of each")
+    block_dropped: int = Field(default=4, ge=0, description="inferences at the head of a block that do not count")
+    block_timed: int = Field(default=10, ge=1, description="inferences of a block that count, at least")
+    block_min_ms: float = Field(default=5.0, ge=0, description="they last so long together, at least")
+    warmup_s: float = Field(default=1.0, ge=0, description="shortest warm-up of a process")
+    warmup_inferences: int = Field(default=50, ge=1, description="inferences of it, at least")
+    warmup_max_s: float = Field(default=10.0, gt=0, description="after so long an unsteady process begins all the same")
     steady: float = Field(default=0.02, gt=0, description="largest difference of two successive half-second medians")
     max_seconds: float = Field(
         default=300.0, gt=0, description="cap of one session; fewer inferences per block to keep it"
@@ -122,7 +126,7 @@ class MeasureSpec(Spec):
     sustained_s: float = Field(
         default=0.0, ge=0, description="accepting goes on so long in each network's first process, to show heat; 0: off"
     )
-    seed: Seed = 0
+    seed: Seed = SEED
 
 
 class CheckSpec(Spec):
@@ -136,9 +140,9 @@ class CheckSpec(Spec):
     tail_mean: float = Field(default=0.05, gt=0, description="a mean slower by more fails, when both stages show it")
     tail_p99: float = Field(default=0.25, gt=0, description="a p99 slower by more fails, when both stages show it")
     miss_points: float = Field(default=0.001, gt=0, description="a deadline-miss ratio that rises by more fails")
-    screen_processes: int = Field(default=8, ge=3)
-    confirm_processes: int = Field(default=16, ge=3)
-    rounds: int = Field(default=60, ge=3)
+    screen_processes: int = Field(default=8, ge=3, description="processes of stage 1")
+    confirm_processes: int = Field(default=16, ge=3, description="processes of stage 2, which a suspicion asks for")
+    rounds: int = Field(default=60, ge=3, description="rounds of each")
     warmup_s: float = Field(default=0.2, ge=0, description="shortest warm-up of a process; two equal halves end it")
     max_seconds: float = Field(
         default=150.0, gt=0, description="cap of screen_processes, more for more; fewer inferences a block to keep it"
@@ -172,16 +176,16 @@ class CheckSpec(Spec):
 class RecoverSpec(Spec):
     """Distillation from the dense network after repair."""
 
-    epochs: int = Field(default=1, ge=0)
-    max_minutes: float = Field(default=60.0, ge=0)
-    learning_rate: float = Field(default=0.05, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=5e-4, ge=0)
-    temperature: float = Field(default=4.0, gt=0)
+    epochs: int = Field(default=1, ge=0, description="0: nothing is trained")
+    max_minutes: float = Field(default=60.0, ge=0, description="the learning rate comes to its end within this time")
+    learning_rate: float = Field(default=0.05, gt=0, description="its highest value")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(default=5e-4, ge=0, description="of SGD")
+    temperature: float = Field(default=4.0, gt=0, description="of the distillation term")
     alpha: float = Field(default=0.9, ge=0, le=1, description="share of the distillation term")
     patience: int = Field(default=3, ge=1, description="epochs without a better validate before stopping")
-    hooks: tuple[str, ...] = ()
-    seed: Seed = 0
+    hooks: tuple[str, ...] = Field(default=(), description="what else the training does: deploy list hooks")
+    seed: Seed = SEED
 
 
 class PrepareSpec(RecoverSpec):
@@ -192,7 +196,7 @@ class PrepareSpec(RecoverSpec):
     """
 
     epochs: int = Field(default=0, ge=0, description="0: the user's network is pruned as it is")
-    learning_rate: float = Field(default=0.02, gt=0)
+    learning_rate: float = Field(default=0.02, gt=0, description="its highest value")
     alpha: float = Field(default=0.5, ge=0, le=1, description="share of distillation from the user's own network")
     patience: int = Field(default=1000, ge=1, description="epochs without a better validate before stopping")
     grow: bool = Field(default=False, description="grow first, by what the device measures to fit")
@@ -226,7 +230,7 @@ class GraphSpec(Spec):
 class SshSpec(Spec):
     """How a board is reached by OpenSSH, which reads ~/.ssh/config as always: docs/boards.md. Its name is `host`.
 
-    options: of ssh_config, as { Port = 2222, ProxyJump = "gate" }. Unknown host keys are refused and nothing is asked.
+    Unknown host keys are refused and nothing is asked.
     """
 
     python: str = Field(
@@ -234,7 +238,9 @@ class SshSpec(Spec):
     )
     folder: str = Field(default="~/.cache/edge-deploy", min_length=1, description="where files and results lie there")
     config: str | None = Field(default=None, description="a file to read instead of ~/.ssh/config")
-    options: dict[str, str | int] = {}
+    options: dict[str, str | int] = Field(
+        default={}, description="of ssh_config, as { Port = 2222, ProxyJump = 'gate' }"
+    )
 
     @model_validator(mode="after")
     def _strict(self) -> SshSpec:
@@ -276,7 +282,7 @@ class TensorRTSpec(Spec):
     compute_capability: str | None = Field(
         default=None, pattern=r"^\d+\.\d$", description="as 8.6: of another GPU than this one's; built, not measured"
     )
-    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    optimization_level: int | None = Field(default=None, ge=0, le=5, description="of the builder; left out, its own")
     tf32: bool = Field(default=True, description="float32 products may round their operands to 10 bits, as is usual")
     timing_cache: bool = Field(default=True, description="reuse what was timed on this device by earlier builds")
     cuda_graph: bool = Field(default=False, description="launch the engine as a CUDA graph")
@@ -287,15 +293,15 @@ class TensorRTSpec(Spec):
 class Profile(Spec):
     """A device and what is asked of it."""
 
-    name: str
+    name: str = Field(description="left out, the name of the file")
     target: str = Field(description="a file of targets/: local, ssh, jetson, …")
     runtime: str = Field(default="ort", description="a file of targets/runtimes/")
-    host: str | None = None
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    host: str | None = Field(default=None, description="the board behind SSH, as user@robot-7 or a Host of ssh_config")
+    providers: tuple[str, ...] = Field(default=("CPUExecutionProvider",), description="of ONNX Runtime, in order")
     precision: Precision = Field(
         default="fp32", description="of what runs on the device: a rewrite of the graph, never a flag of a builder"
     )
-    budget: Budget | None = None
+    budget: Budget | None = Field(default=None, description="as '8ms' or '0.5x@p90', for builds without --budget")
     prune: PruneSpec = PruneSpec()
     measure: MeasureSpec = MeasureSpec()
     check: CheckSpec = CheckSpec()
@@ -307,14 +313,50 @@ class Profile(Spec):
     tensorrt: TensorRTSpec = TensorRTSpec()
 
 
+def keys(model: type[BaseModel], under: str = "") -> Iterator[tuple[str, str]]:
+    """All keys of the tables below a type, as `prune.rounds`, with their defaults as TOML and what they mean."""
+    for name, field in model.model_fields.items():
+        key = f"{under}{field.alias or name}"
+        if isinstance(field.default, Spec):
+            yield from keys(type(field.default), f"{key}.")
+            continue
+        default = "" if field.is_required() or field.default is None else f"{_toml(field.default)}  "
+        yield key, f"{default}{field.description or ''}".strip()
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return "{{ {} }}".format(", ".join(f"{k} = {_toml(v)}" for k, v in value.items())) if value else "{}"
+    return f'"{value}"' if isinstance(value, str) else f"{value}"
+
+
 def _keys(model: type[BaseModel]) -> dict[str, Any]:
     return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
 
 
+def _complaint(error: ValidationError) -> Any:
+    complaints = error.errors()
+    return next((each for each in complaints if each["type"] == "extra_forbidden"), complaints[0])
+
+
+def _holds(table: Any, path: Sequence[str | int]) -> bool:
+    """Whether nested tables have a value at this place, or a wrong one on the way to it."""
+    for part in path:
+        if not isinstance(table, dict):
+            return True
+        if part not in table:
+            return False
+        table = table[part]
+    return True
+
+
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> UsageError:
     """Turn pydantic's first complaint (a misspelt key before others) into a sentence with key, value and near miss."""
-    complaints = error.errors()
-    first = next((each for each in complaints if each["type"] == "extra_forbidden"), complaints[0])
+    first = _complaint(error)
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
@@ -358,13 +400,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolve(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    """The tables of a profile with those that it extends below them. seen: the profiles that led here."""
+    asked = f"{seen[-1]} extends '{name}', and " if seen else ""
     if name in seen:
         raise UsageError(f"profiles extend each other in a circle: {' -> '.join((*seen, name))}.")
     path = Path(name) if name.endswith(".toml") else Path(__file__).parent / f"{name}.toml"
     if not path.is_file():
         if name.endswith(".toml"):
-            raise UsageError(f"there is no profile file '{name}'.", "deploy list profiles")
-        raise UsageError(f"no target named '{name}'. {near_miss(name, profile_names())}", "deploy list profiles")
+            raise UsageError(f"{asked}there is no profile file '{name}'.", "deploy list profiles")
+        known = near_miss(name, profile_names())
+        raise UsageError(
+            f"{asked}{'there is ' if asked else ''}no target named '{name}'. {known}", "deploy list profiles"
+        )
     table = read_toml(path)
     table.setdefault("name", path.stem)
     parent = table.pop("extends", None)
@@ -384,4 +431,6 @@ def load_profile(name: str, overrides: dict[str, Any] | None = None) -> Profile:
         return Profile.model_validate(table)
     except ValidationError as error:
         where = name if name.endswith(".toml") else f"profiles/{name}.toml"
+        if overrides and _holds(overrides, _complaint(error)["loc"]):
+            where = "the command line"
         raise explain(error, Profile, where) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 
@@ -62,12 +63,14 @@ def show(run: Path, as_json: bool) -> int:
 def list_(kind: str, as_json: bool) -> int:
     """List what there is of a kind.
 
-    Kinds: targets, profiles, criteria, solvers, passes, candidates, runtimes, hooks, encoders, rules.
+    Kinds: targets, profiles, criteria, solvers, passes, candidates, runtimes, hooks, encoders, rules; keys: what a
+    profile or --set may say, with its defaults.
     """
-    kinds = sorted([*PLUGINS, "profiles"])
+    listings = {"profiles": _profiles, "keys": _keys}
+    kinds = sorted([*PLUGINS, *listings])
     if kind not in kinds:
         raise UsageError(f"no kind named '{kind}'. {near_miss(kind, kinds)}", f"deploy list {'|'.join(kinds)}")
-    rows = _profiles() if kind == "profiles" else _plugins(PLUGINS[kind])
+    rows = listings[kind]() if kind in listings else _plugins(PLUGINS[kind])
     if as_json:
         print_json({kind: dict(rows)})
         return 0
@@ -91,6 +94,12 @@ def _profiles() -> list[tuple[str, str]]:
         first = (folder / f"{name}.toml").read_text(encoding="utf-8").split("\n", 1)[0]
         rows.append((name, first.removeprefix("#").strip() if first.startswith("#") else ""))
     return rows
+
+
+def _keys() -> list[tuple[str, str]]:
+    from profiles.schema import Profile, keys
+
+    return list(keys(Profile))
 
 
 @app.command()
@@ -120,6 +129,8 @@ def gc(keep_days: float, as_json: bool) -> int:
     """Remove cached results that are old and that no run refers to."""
     from pipeline.cache import Cache
 
+    if math.isnan(keep_days):
+        raise UsageError("--keep-days nan is no number of days.", "deploy gc --keep-days 30")
     swept = Cache(STATE).gc(keep_days)
     if as_json:
         print_json({"objects": swept.objects, "keys": swept.keys, "bytes": swept.bytes})

@@ -104,7 +104,7 @@ MISTAKES = [
     (f"{LOCAL} --budget 1x --project gone", "there is no project file 'gone/deploy.toml'.",
      "deploy build --project DIR"),
     (f"{LOCAL} --set prune.min_widht=4",
-     "profiles/local.toml: no key named 'prune.min_widht'. Did you mean 'min_width'?", ""),
+     "the command line: no key named 'prune.min_widht'. Did you mean 'min_width'?", ""),
     (f"{LOCAL} --set min_width", "--set min_width is not KEY=VALUE.", "--set prune.min_width=4"),
     ("build --resume", "there is no unfinished run in 'runs'.", "deploy build --target local --project DIR"),
     ("build --resume --budget 0.4x", "--resume goes on with what was asked before, and takes no --budget.",
@@ -113,7 +113,7 @@ MISTAKES = [
     ("show runs/gone", "there is no run in 'runs/gone'.", "deploy show RUN, with a folder of runs/."),
     ("verify gone", "there is no bundle in 'gone'.", "deploy verify BUNDLE, with the bundle/ of a run."),
     ("list solver", "no kind named 'solver'. Did you mean 'solvers'?",
-     "deploy list candidates|criteria|encoders|hooks|passes|profiles|rules|runtimes|solvers|targets"),
+     "deploy list candidates|criteria|encoders|hooks|keys|passes|profiles|rules|runtimes|solvers|targets"),
 ]  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def test_control_c_outside_a_run_is_quiet(
 # --- looking ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted([*cli.PLUGINS, "profiles"]))
+@pytest.mark.parametrize("kind", sorted([*cli.PLUGINS, "keys", "profiles"]))
 def test_every_kind_is_listed_with_a_line_about_each(capsys: pytest.CaptureFixture[str], kind: str):
     code, out, _ = deploy(capsys, "list", kind, "--json")
     rows = json.loads(out)[kind]
@@ -312,6 +312,8 @@ def test_gc_says_what_it_removed(capsys: pytest.CaptureFixture[str], here: Path)
     Cache(here / ".deploy").put_bytes(b"x" * 2048)
     assert deploy(capsys, "gc", "--json")[1] == '{"objects": 1, "keys": 0, "bytes": 2048}\n'
     assert deploy(capsys, "gc")[1] == "0 objects and 0 stage records removed, 0.0 MiB freed.\n"
+    code, _, err = deploy(capsys, "gc", "--keep-days", "nan")
+    assert code == 2 and "--keep-days nan is no number of days" in err
 
 
 def test_doctor_looks_at_the_device(capsys: pytest.CaptureFixture[str]):

@@ -201,6 +201,4 @@ def test_an_unknown_precision_is_refused_with_those_there_are(tmp_path: Path):
     project = write_project(tmp_path / "tiny")
     with pytest.raises(UsageError) as caught:
         build(request(project, tmp_path / "root", overrides={"precision": "fp8"}))
-    assert caught.value.message == (
-        "profiles/simulated.toml: precision is 'fp8', a string; input should be 'fp32' or 'fp16'."
-    )
+    assert caught.value.message == ("the command line: precision is 'fp8', a string; input should be 'fp32' or 'fp16'.")

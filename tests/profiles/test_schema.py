@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from profiles.errors import UsageError
-from profiles.schema import Budget, MeasureSpec, Profile, load_profile, profile_names, read_toml
+from profiles.schema import Budget, MeasureSpec, Profile, keys, load_profile, profile_names, read_toml
 
 
 def write(folder: Path, text: str, name: str = "mine.toml") -> str:
@@ -157,7 +157,7 @@ def test_a_precision_is_one_of_those_there_are_and_float32_unless_asked(tmp_path
     path = write(tmp_path, 'extends = "local"\nprecision = "fp16"\n')
     assert (load_profile("local").precision, load_profile(path).precision) == ("fp32", "fp16")
     assert refusal("local", {"precision": "half"}) == (
-        "profiles/local.toml: precision is 'half', a string; input should be 'fp32' or 'fp16'."
+        "the command line: precision is 'half', a string; input should be 'fp32' or 'fp16'."
     )
 
 
@@ -166,10 +166,30 @@ def test_a_text_where_a_number_belongs_is_called_a_string(tmp_path):
     assert refusal(path).startswith(f"{path}: measure.threads is 'many', a string; input should be a valid integer")
 
 
-def test_overrides_are_checked_like_the_file():
+def test_overrides_are_checked_like_the_file_and_blamed_where_they_are_wrong(tmp_path):
     assert refusal("local", {"prune": {"criterium": "x"}}) == (
-        "profiles/local.toml: no key named 'prune.criterium'. Did you mean 'criterion'?"
+        "the command line: no key named 'prune.criterium'. Did you mean 'criterion'?"
     )
+    path = write(tmp_path, 'extends = "local"\n[prune]\nrounds = 0\n')
+    assert refusal(path, {"prune": {"seed": 1}}).startswith(f"{path}: prune.rounds is 0")
+    assert refusal(path, {"prune": 3}).startswith("the command line: prune is 3")
+
+
+def test_what_a_profile_extends_in_vain_is_told_with_the_file(tmp_path):
+    path = write(tmp_path, 'extends = "jetson-orin-nan"\n')
+    found = "there is no target named 'jetson-orin-nan'. Did you mean 'jetson-orin-nano'?"
+    assert refusal(path) == f"{path} extends 'jetson-orin-nan', and {found}\ndeploy list profiles"
+
+
+def test_every_key_is_listed_with_its_default_and_what_it_means():
+    found = dict(keys(Profile))
+    assert found["prune.slack"] == "0.03  largest part of the budget that may stay unused"
+    assert found["measure.paced_ms"].startswith("control period")
+    assert found["graph.passes"].startswith('["fold-constants", ')
+    assert found["measure.spin"].startswith("false  ") and found["ssh.options"].startswith("{}  ")
+    assert all(about.strip("0123456789. []{}") for about in found.values())
+    tables = {key.split(".")[0] for key in found if "." in key}
+    assert tables == {n for n, f in Profile.model_fields.items() if isinstance(f.default, BaseModel)}
 
 
 def test_a_file_that_is_no_toml_says_where(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from targets.harness.device import Condition
 from targets.harness.engines import model_digest
 from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refusal, refused
 from targets.runtimes.base import Opened, Port, infer
-from targets.runtimes.ort import unreadable
+from targets.runtimes.ort import copy_whole, unreadable
 
 FACTS_S, BUILD_LIMIT_S = 120.0, 3600.0
 """For a board to load a library of engines; for it to build one, which takes minutes."""
@@ -61,30 +60,28 @@ class Ssh(AgentTarget):
         return Answer(done.result, facts, state, lease.owner(), done.started)
 
     def _checked(self, onnx: Path, out: Path) -> None:
-        opened = self._open(onnx)
-        arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
-        opened.run(arrays)
+        copy_whole(onnx, out)
         try:
-            if onnx.resolve() != out.resolve():
-                out.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(onnx, out)
-        except OSError as error:
-            raise DeployError(
-                f"cannot write '{out}': {error.strerror}.", "free space or choose another folder."
-            ) from None
+            opened = self._open(out, str(onnx))
+            shapes = [[1 if size is None else size for size in port.shape] for port in opened.inputs]
+            opened.run([np.zeros(shape, port.dtype) for shape, port in zip(shapes, opened.inputs, strict=True)])
+        except DeployError:
+            if out.resolve() != onnx.resolve():
+                out.unlink(missing_ok=True)
+            raise
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
         """Outputs for a numpy batch of any size, computed on the board."""
         return infer(self._open(artifact), batch, artifact.name)
 
-    def _open(self, artifact: Path) -> RemoteSession:
+    def _open(self, artifact: Path, name: str = "") -> RemoteSession:
         if not artifact.is_file():
             raise DeployError(f"there is no file '{artifact}'.")
         stat = artifact.stat()
         key = (str(artifact.resolve()), stat.st_mtime_ns, stat.st_size)
         if key not in self._opened:
             options = {"threads": 0, "spin": False, "providers": list(self.profile.providers), "seed": 0}
-            self._opened[key] = RemoteSession(self.board, artifact, {**options, **self.runtime.options()})
+            self._opened[key] = RemoteSession(self.board, artifact, {**options, **self.runtime.options()}, name)
         return self._opened[key]
 
     def doctor(self) -> list[Condition]:
@@ -148,10 +145,14 @@ class BoardSite:
 
 
 class RemoteSession(Opened):
-    """An ONNX file that a board runs. The batch is free here: the board runs a fixed one over what it is given."""
+    """An ONNX file that a board runs. The batch is free here: the board runs a fixed one over what it is given.
 
-    def __init__(self, board: Board, artifact: Path, options: Table) -> None:
+    name: what errors call it; left out, its path.
+    """
+
+    def __init__(self, board: Board, artifact: Path, options: Table, name: str = "") -> None:
         self._board, self._artifact, self._digest = board, artifact, sha256(str(artifact))
+        self._name = name or str(artifact)
         self._options = options
         found = self._ask(None, b"")[0]
         self.inputs = tuple(_port(table) for table in found["inputs"])
@@ -187,12 +188,12 @@ class RemoteSession(Opened):
         if event["kind"] == "model":
             version = str(self._board.ask({"do": "facts", "runtime": self._board.runtime})[0]["runtime_version"])
             if event["step"] == "open":
-                return unreadable(str(self._artifact), version, message)
-            return DeployError(f"'{self._artifact}' opens in ONNX Runtime {version} but does not run: {message}.")
+                return unreadable(self._name, version, message)
+            return DeployError(f"'{self._name}' opens in ONNX Runtime {version} but does not run: {message}.")
         if event["kind"] in ("killed", "lost", "memory"):
             hint = "free memory on the board, or export the network again."
-            return DeployError(f"the inferring process of '{self._artifact}' on '{place.host}' {message}.", hint)
-        return refused(place, event, {self._digest: str(self._artifact)})
+            return DeployError(f"the inferring process of '{self._name}' on '{place.host}' {message}.", hint)
+        return refused(place, event, {self._digest: self._name})
 
 
 def _port(table: Mapping[str, object]) -> Port:

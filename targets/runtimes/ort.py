@@ -1,4 +1,4 @@
-"""ONNX Runtime: the artifact is the ONNX file itself, checked to open and run.
+"""ONNX Runtime: the artifact is the ONNX file itself, with weights that lie beside it, checked to open and run.
 
 Session settings are those of the measuring agent: sequential execution, one inter-op thread, all graph optimisations,
 no spinning.
@@ -19,7 +19,48 @@ from profiles.schema import Profile
 from targets.harness.agent.board import providers
 from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.model import NUMPY_TYPES, error_text, runtime_errors
+from targets.harness.agent.board.tensorrt import onnxfile
+from targets.harness.agent.board.tensorrt.errors import BoardError
+from targets.harness.engines import model_digest
 from targets.runtimes.base import Array, Opened, Port, Runtime
+
+LARGEST = (1 << 31) - (1 << 20)
+"""Bytes of the largest file: protobuf ends at 2 GiB."""
+
+
+def copy_whole(onnx: Path, out: Path) -> Path:
+    """Copy an ONNX file to `out`; weights that it keeps in files beside it, as torch's exporter does, go inside.
+
+    So the artifact is one file that its hash names. Raises DeployError where weights are missing or outside the folder
+    of the file, where they are too many for one file, or where `out` cannot be written.
+    """
+    if onnx.resolve() == out.resolve():
+        return out
+    beside = _weights_beside(onnx)
+    size = sum(path.stat().st_size for path in (onnx, *beside))
+    if beside and size > LARGEST:
+        message = f"'{onnx}' has {size / (1 << 30):.2f} GiB with its weights, and one ONNX file holds less than 2 GiB."
+        raise DeployError(message, "export a smaller network, or in half precision.")
+    from onnx import load
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if beside:
+            out.write_bytes(load(str(onnx)).SerializeToString())
+        else:
+            shutil.copyfile(onnx, out)
+    except OSError as error:
+        raise DeployError(f"cannot write '{out}': {error.strerror}.", "free space or choose another folder.") from None
+    return out
+
+
+def _weights_beside(onnx: Path) -> list[Path]:
+    try:
+        if not onnxfile.read(str(onnx)).external:
+            return []
+    except BoardError:
+        return []  # what is no ONNX file, the runtime says when it opens the copy
+    return [onnx.parent / name for name in model_digest(onnx) if name]
 
 
 class OnnxRuntime(Runtime):
@@ -48,7 +89,7 @@ class OnnxRuntime(Runtime):
         raise DeployError("onnxruntime is not installed.", "pip install onnxruntime")
 
     def build(self, onnx: Path, out: Path, providers: Sequence[str], threads: int) -> Path:
-        """Copy the ONNX file to `out` after opening it and running it once on zeros."""
+        """Copy the ONNX file to `out`, all weights inside, after opening it and running it once on zeros."""
         opened = self.open(onnx, providers, threads)
         arrays = [np.zeros([1 if size is None else size for size in port.shape], port.dtype) for port in opened.inputs]
         try:
@@ -57,15 +98,7 @@ class OnnxRuntime(Runtime):
             raise DeployError(
                 f"'{onnx}' opens in ONNX Runtime {self.version()} but does not run: {error_text(error)}."
             ) from None
-        try:
-            if onnx.resolve() != out.resolve():
-                out.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(onnx, out)
-        except OSError as error:
-            raise DeployError(
-                f"cannot write '{out}': {error.strerror}.", "free space or choose another folder."
-            ) from None
-        return out
+        return copy_whole(onnx, out)
 
     def open(self, artifact: Path, providers: Sequence[str], threads: int) -> Opened:
         """Open an ONNX file."""

@@ -149,6 +149,7 @@ def test_a_file_that_is_no_onnx_is_named_by_every_verb(target, conv, tmp_path):
         with pytest.raises(DeployError) as error:
             verb()
         assert str(error.value).startswith(f"ONNX Runtime {version} cannot open '{path}': ")
+    assert not (tmp_path / "o.onnx").exists()
 
 
 def test_the_doctor_finds_the_connection_the_agent_and_the_runtime(target):

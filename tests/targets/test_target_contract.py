@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 
 import numpy as np
+import onnx
 import pytest
 
 from profiles import plugins
@@ -54,6 +56,18 @@ def test_every_target_times_rows_and_infers(target, conv):
     assert times.ms.shape == (2, 4) and (times.ms > 0).all() and (times.reference_ms > 0).all()
     (out,) = target.infer(conv("net", size=8), [np.zeros((3, 3, 8, 8), np.float32)])
     assert out.shape == (3, 16)
+
+
+@pytest.mark.parametrize("target", TARGETS, indirect=True)
+def test_every_target_builds_one_file_of_a_network_that_keeps_its_weights_beside_it(target, conv, tmp_path):
+    whole, parted = conv("whole", size=8), tmp_path / "parted" / "net.onnx"
+    parted.parent.mkdir()
+    onnx.save(onnx.load(whole), parted, save_as_external_data=True, location="net.onnx.data", size_threshold=0)
+    built = target.build(parted, tmp_path / "built" / "net.artifact")
+    shutil.rmtree(parted.parent)
+    batch = [np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)]
+    for found, wanted in zip(target.infer(built, batch), target.infer(whole, batch), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("target", TARGETS, indirect=True)

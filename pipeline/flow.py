@@ -61,7 +61,7 @@ from pipeline.stage import Outcome, Stage, run_or_reuse
 from pipeline.work import AGAIN, DENSE, PRUNED, PRUNED_AGAIN, BuildResult, Work, captured, merged
 from profiles import plugins
 from profiles.errors import DeployError, UsageError
-from profiles.schema import Budget, Profile, PruneSpec, load_profile
+from profiles.schema import Budget, Profile, PruneSpec, RecoverSpec, load_profile
 from targets.base import Target, load_target
 from targets.harness.measurement import Judgement, Session, judge
 
@@ -240,12 +240,14 @@ def _finish(work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_d
     """
     assert found.chosen is not None
     plan = found.chosen.plan
-    recovered = _recover(work, plan, _repair(work, plan))
+    recovered, notes = _recover(work, plan, _repair(work, plan))
     final = precision.lowered(work, _candidates(work, _export(work, plan, recovered)), "pruned")
     accuracy = _accuracy(work, final.path("onnx"), "pruned")
     agreement = _agreement(work, exact, final)
     session, judged = _accept(work, dense, final)
-    return outcome.Ending(dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy, agreement)
+    return outcome.Ending(
+        dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy, agreement, notes
+    )
 
 
 def _dry(work: Work) -> BuildResult:
@@ -630,11 +632,11 @@ def _divergence(work: Work, model: fx.GraphModule, samples: Samples) -> float:
     return total / samples.count
 
 
-def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> fx.GraphModule:
-    """Distillation from the user's network; without training data the repaired network is the result."""
+def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Distillation from the user's network, with notes on it; without training data the repaired network it is."""
     spec = work.profile.recover
     if work.project.train is None or spec.epochs == 0:
-        return repaired
+        return repaired, ()
 
     def make(folder: Path) -> dict[str, Any]:
         data, checkpoint = prepare.lessons(work.project), work.scratch("recover.checkpoint")
@@ -652,7 +654,23 @@ def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> fx.Grap
         Stage("recover"), spec, inputs, make, tools=TOOLS,
         detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
     )  # fmt: skip
-    return restore(prune(work.network, plan), load_file(done.path("weights")), "the recovered network")
+    notes = _not_recovered(done, spec)
+    for note in notes:
+        _say(work.run, f"note: {note}")
+    return restore(prune(work.network, plan), load_file(done.path("weights")), "the recovered network"), notes
+
+
+def _not_recovered(done: Outcome, spec: RecoverSpec) -> tuple[str, ...]:
+    if done["stopped"] == "diverged":
+        rates = f"{spec.learning_rate:g} and {spec.learning_rate / 2:g}"
+        mend = f"--set recover.learning_rate={spec.learning_rate / 10:g} may hold"
+        return (
+            f"the recovery diverged at the learning rates {rates}, so the best weights before that are kept: {mend}.",
+        )
+    if done["stopped"] == "time" and not done["history"]:
+        asked = f"recover.max_minutes is {spec.max_minutes:g}"
+        return (f"{asked}, too short for a step of recovery and its score: nothing was trained after the repair.",)
+    return ()
 
 
 def _export(work: Work, plan: PruningPlan, model: fx.GraphModule) -> Outcome:

@@ -61,7 +61,10 @@ EXIT = {"met": 0, "missed": 3, "accuracy missed": 3, "undecided": 4}
 
 @dataclass(frozen=True)
 class Ending:
-    """Everything that the last steps left. accuracies: None without a metric; then `agreement` stands in for them."""
+    """Everything that the last steps left. accuracies: None without a metric; then `agreement` stands in for them.
+
+    notes: what should be known of the recovery, a sentence each.
+    """
 
     dense: Outcome
     final: Outcome
@@ -73,6 +76,7 @@ class Ending:
     accuracy_dense: float | None
     accuracy: float | None
     agreement: Agreement | None
+    notes: tuple[str, ...] = ()
 
 
 def agreement(dense: NDArray[Any], pruned: NDArray[Any], on: str) -> Agreement:
@@ -287,7 +291,12 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         | {"dense against itself": f"{control.center:.4f}x ({control.low:.4f} to {control.high:.4f})"},
         versions=work.run.versions,
         settings=_settings(work),
-        notes=(*_said(work), *_hashed(ending.final["passes"]), *((SIMULATED,) if session.simulated else ())),
+        notes=(
+            *_said(work),
+            *ending.notes,
+            *_hashed(ending.final["passes"]),
+            *((SIMULATED,) if session.simulated else ()),
+        ),
     )
 
 

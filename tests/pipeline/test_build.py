@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny_project import GRID, problems, replace, request, run_of, write_project
 
@@ -117,6 +119,20 @@ def test_plan_and_weights_reload_to_the_network_that_ships(met: tuple[Path, Buil
     with torch.inference_mode():
         np.testing.assert_allclose(again(torch.from_numpy(images)).numpy(), shipped, atol=1e-4)
         assert not np.allclose(network.graph(torch.from_numpy(images)).numpy(), shipped, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"learning_rate": 1e30}, "the recovery diverged at the learning rates 1e+30 and 5e+29, so "),
+        ({"max_minutes": 1e-6}, "recover.max_minutes is 1e-06, too short for a step of recovery"),
+    ],
+)
+def test_a_recovery_that_came_to_nothing_is_told(project: Path, tmp_path: Path, asked: dict[str, float], said: str):
+    console = Console(file=io.StringIO(), width=200)
+    result = build(request(project, tmp_path / "root", overrides={"recover": asked}, console=console))
+    assert result.report is not None and any(note.startswith(said) for note in result.report.notes)
+    assert f"note: {said}" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_without_training_data_the_repaired_network_ships(project: Path, tmp_path: Path):

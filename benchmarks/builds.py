@@ -31,6 +31,7 @@ TOOLS = ("torch", "onnx", "onnxruntime", "scipy")
 CELLS = (
     ("resnet20_gtsrb", "0.5x"),
     ("resnet20_gtsrb", "0.35x"),
+    ("resnet20_gtsrb", "0.2x"),
     ("resnet56_cifar10_jpeg", "0.5x"),
     ("mobilenetv1_vww", "0.7x"),
     ("dscnn_kws", "0.7x"),

@@ -34,6 +34,7 @@ from pipeline.graph.optimize import PassLog, optimize
 from pipeline.graph.rewriting import Timing, choose
 from pipeline.graph.rows import Rows
 from pipeline.graph.verify import check_model, compare_outputs, seeded_inputs
+from pipeline.latency.feedback import Seen, recalibrate, recall, remember
 from pipeline.latency.solvers.base import Solver
 from pipeline.latency.store import Store
 from pipeline.latency.tabulate import tabulate
@@ -257,6 +258,7 @@ def _dry(work: Work) -> BuildResult:
     table = _table(work, dense)
     values = _values(work, _probe(work), table)
     ratio = _relative_budget(work, dense)
+    table = recalibrate(table, _known(work, dense), ratio)
     budget_ms, spec = ratio * table.dense_ms, work.profile.prune
     solution = _solver(work).solve(list(work.rankings.values()), values, table, work.topology, budget_ms, spec, None)
     return outcome.dry(work, table, solution, ratio)
@@ -407,7 +409,7 @@ def _table(work: Work, dense: Outcome) -> LatencyTable:
             data: bytes = narrow(model, resolve(work.topology, plan)).SerializeToString()
             return data
 
-        with Store(work.run.cache.root / "latency.sqlite") as store:
+        with _store(work) as store:
             table = tabulate(
                 work.target, rows, work.topology, dense.path("onnx"), work.profile.prune, store,
                 tally=tally, narrowed=narrowed, precision=work.profile.precision,
@@ -542,9 +544,32 @@ def _search(
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
         effort=EFFORT_MACS / max(1, work.macs * _probed(work)),
     )
-    found = Search(loop, table, values, ratio).run()
+    search = Search(loop, table, values, ratio, _known(work, dense))
+    found = search.run()
+    with _store(work) as store:
+        remember(store, *_where(work, dense), search.seen)
     work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")
     return found
+
+
+def _known(work: Work, dense: Outcome) -> list[Seen]:
+    """Candidates of this network that earlier builds measured on this device; a resumed run knows no more of them."""
+
+    def find() -> list[Seen]:
+        with _store(work) as store:
+            return recall(store, *_where(work, dense))
+
+    return [(widths, tuple(dropped), ratio) for widths, dropped, ratio in work.run.journalled("known", {}, find)]
+
+
+def _where(work: Work, dense: Outcome) -> tuple[str, str, str]:
+    """Device, protocol and network that a candidate's latency relative to the dense network belongs to."""
+    how = work.profile.measure.model_dump_json(include={"threads", "spin", "paced_ms"})
+    return work.target.fingerprint().digest(), f"{work.budget.percentile} {how}", str(dense.files["onnx"])
+
+
+def _store(work: Work) -> Store:
+    return Store(work.run.cache.root / "latency.sqlite")
 
 
 def _measure_plans(work: Work, dense: Outcome, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
@@ -581,7 +606,7 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
         with named(built):
             session = work.target.measure(built, work.profile.measure, mode)
         text = session.to_json()
-        with Store(work.run.cache.root / "latency.sqlite") as store:
+        with _store(work) as store:
             store.add_measurement(work.run.path.name, session.fingerprint.digest(), text)
         return text
 

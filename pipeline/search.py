@@ -3,8 +3,8 @@
 Two beliefs are corrected. Losses: values of single cuts do not add up, so around each chosen plan the value of every
 edit is measured again while the others stay as they are, and the programme is solved with these; the plan of lowest
 measured loss is kept. Latency: the best plans are narrowed from the dense ONNX and measured interleaved with the dense
-network, and the table is recalibrated with their ratios. Every plan starts from the dense network: a round is a
-function of it.
+network, and the table is recalibrated with their ratios. A later round begins around the best candidate measured so
+far, and measures only what loses less than that. Every plan starts from the dense network: a round is a function of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.latency.feedback import recalibrate
+from pipeline.latency.feedback import Seen, recalibrate
 from pipeline.latency.solvers.base import Solver
 from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Solution, Topology
 from pipeline.prune.sensitivity import around
@@ -135,11 +135,15 @@ class Trials:
 class Search:
     """Rounds of choosing and measuring until the budget holds and little of it is left unused.
 
-    ratio: the budget relative to the dense network. table and values are what is believed, and are corrected.
+    ratio: the budget relative to the dense network. table and values are what is believed, and are corrected. known:
+    candidates that were measured before this search.
     """
 
-    def __init__(self, loop: Loop, table: LatencyTable, values: Sensitivity, ratio: float) -> None:
-        self.loop, self.table, self.values, self.ratio = loop, table, values, ratio
+    def __init__(
+        self, loop: Loop, table: LatencyTable, values: Sensitivity, ratio: float, known: Sequence[Seen] = ()
+    ) -> None:
+        self.loop, self.values, self.ratio, self.known = loop, values, ratio, known
+        self.table = recalibrate(table, known, ratio)
         self.tried: dict[str, Candidate] = {}
         self.confirmed: set[str] = set()
         self.rounds: list[Round] = []
@@ -152,8 +156,7 @@ class Search:
             self._explore(number, round(most * min(1.0, max(0.25, self.loop.effort))))
             now = self._measure(number)
             before = self.table
-            pairs = [(c.widths, c.dropped, c.measured.ratio * before.dense_ms) for c in now if c.measured]
-            self.table = recalibrate(before, pairs)
+            self.table = recalibrate(before, [*self.known, *self.seen], self.ratio)
             said, done = self._verdict(now)
             self.rounds.append(Round(number, tuple(now), before.correction, before.spread, said))
             self.loop.progress(f"round {number}: {said}")
@@ -163,16 +166,28 @@ class Search:
         return Found(self.best, tuple(self.rounds), tuple(self.tried.values()), self.table)
 
     @property
+    def seen(self) -> list[Seen]:
+        """What was measured in this search."""
+        return [(c.widths, c.dropped, c.measured.ratio) for c in self.tried.values() if c.measured]
+
+    @property
     def best(self) -> Candidate | None:
         """Of the candidates that were measured to keep the budget the one of lowest loss."""
         good = [c for c in self.tried.values() if c.measured is not None and c.measured.ratio <= self.ratio * KEEPS]
         return min(good, key=lambda c: c.loss, default=None)
 
     def _explore(self, number: int, evaluations: int) -> None:
-        """Solve, and solve again with values measured around what was chosen, at least once."""
-        loop, seen = self.loop, set()
+        """Solve, and solve again with values measured around what was chosen, at least once.
+
+        The values that a later round begins with are those around the best candidate so far, so that it first spends
+        what that leaves of the budget.
+        """
+        loop, seen, best = self.loop, set(), self.best
         turns = 0 if loop.solver.TRIES else max(1, evaluations // self._edits())
         trials = Trials(self, number) if loop.solver.TRIES else None
+        if best is not None and turns:
+            self._look_around(number, best.widths, best.dropped)
+            turns -= 1
         for turn in range(turns + 1):
             budget_ms = self.ratio * self.aim * self.table.dense_ms
             choice = loop.solver.solve(
@@ -183,10 +198,14 @@ class Search:
             if key in seen or turn == turns:
                 break
             seen.add(key)
-            self.values = around(
-                lambda widths, dropped: self._loss(number, widths, dropped),
-                loop.topology, self.table.choices, choice.widths, choice.dropped, self.values,
-            )  # fmt: skip
+            self._look_around(number, choice.widths, choice.dropped)
+
+    def _look_around(self, number: int, widths: Mapping[str, int], dropped: frozenset[str]) -> None:
+        """Measure the value of every edit while the others stay as they are in this choice."""
+        self.values = around(
+            lambda near, without: self._loss(number, near, without),
+            self.loop.topology, self.table.choices, widths, dropped, self.values,
+        )  # fmt: skip
 
     def latencies(self, name: str, choices: Sequence[Solution]) -> list[float]:
         """Measured latencies of choices in the table's milliseconds; they become candidates that were measured."""
@@ -227,11 +246,15 @@ class Search:
         return self.table.predict(widths, dropped).ms / self.table.dense_ms
 
     def _measure(self, number: int) -> list[Candidate]:
-        """Measure the candidates of lowest loss that are predicted to fit and have not been measured."""
-        near = []
+        """Measure the candidates of lowest loss that are predicted to fit and have not been measured.
+
+        Where one is known to keep the budget, only such as lose less.
+        """
+        near, best = [], self.best
         for c in self.tried.values():
             share = self._share(c.widths, c.dropped)
-            if c.measured is None and share <= self.ratio * self.aim * NEAR:
+            worth = c.measured is None and (best is None or c.loss < best.loss)
+            if worth and share <= self.ratio * self.aim * NEAR:
                 near.append(replace(c, predicted_ratio=share, round=number))
         chosen = sorted(near, key=lambda c: c.loss)[:MEASURED]
         results = self.loop.measure(f"round {number}", [c.plan for c in chosen]) if chosen else ()
@@ -254,7 +277,7 @@ class Search:
 
     def _verdict(self, now: Sequence[Candidate]) -> tuple[str, bool]:
         if not now:
-            return "no other plan fits; the search has settled", True
+            return "no plan that is predicted to fit loses less; the search has settled", True
         told = ", ".join(f"{c.measured.ratio:.3f}x" for c in now if c.measured)
         best = self.best
         if best is None or best.measured is None:

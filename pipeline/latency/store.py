@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,17 @@ class Store(Database):
 
         self.write(write)
         return self.fact(device, protocol, name)
+
+    def relearn(self, device: str, protocol: str, name: str, change: Callable[[Any | None], Any]) -> None:
+        """Replace a fact (plain JSON) by what `change` makes of the one that holds, or of None."""
+
+        def write(base: sqlite3.Connection) -> None:
+            query = "SELECT value FROM fact WHERE device=? AND protocol=? AND name=?"
+            found = base.execute(query, (device, protocol, name)).fetchone()
+            text = json.dumps(change(json.loads(found[0]) if found else None), sort_keys=True)
+            base.execute("INSERT OR REPLACE INTO fact VALUES (?,?,?,?)", (device, protocol, name, text))
+
+        self.write(write)
 
     # --- sessions -------------------------------------------------------------------------------------------------
 

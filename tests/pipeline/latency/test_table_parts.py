@@ -12,7 +12,7 @@ from latency_problems import group, topology
 from pipeline.latency import fit
 from pipeline.latency.calibrate import adjust, draw, how_many
 from pipeline.latency.choices import Rule, find_choices
-from pipeline.latency.feedback import recalibrate
+from pipeline.latency.feedback import KEPT, recalibrate, recall, remember
 from pipeline.latency.grid import WIDTHS, find_grid, judge
 from pipeline.latency.reference import chain
 from pipeline.latency.store import Store
@@ -272,14 +272,26 @@ def flat_table() -> LatencyTable:
     return LatencyTable((site,), {"g": tuple(range(16, 161, 16))}, 16, 10.0)
 
 
-def test_recalibration_takes_the_measured_variants_nearest_in_latency():
+def test_recalibration_takes_the_measured_candidates_nearest_to_the_budget():
     table = flat_table()
-    measured = [({"g": 160}, (), 20.0), ({"g": 48}, (), 3.3), ({"g": 32}, (), 2.2), ({"g": 16}, (), 1.1)]
-    assert recalibrate(table, measured).predict({"g": 32}).ms == pytest.approx(2.2)
+    near = [({"g": 16 * k}, (), 0.11 * k) for k in range(1, 7)]
+    assert recalibrate(table, [*near, ({"g": 160}, (), 2.0)], 0.2).predict({"g": 32}).ms == pytest.approx(2.2)
+    assert recalibrate(table, [({"g": 160}, (), 2.0)], 0.2).correction == pytest.approx(2.0)
 
 
-def test_recalibrating_twice_is_recalibrating_once():
-    measured = [({"g": 32}, (), 2.6), ({"g": 48}, (), 3.6)]
-    once = recalibrate(flat_table(), measured)
-    assert recalibrate(once, measured) == once
-    assert recalibrate(once, []) == once
+def test_recalibrating_twice_is_recalibrating_once_and_candidates_off_the_grid_tell_nothing():
+    measured = [({"g": 32}, (), 0.26), ({"g": 48}, (), 0.36)]
+    once = recalibrate(flat_table(), measured, 0.3)
+    assert recalibrate(once, measured, 0.3) == once == recalibrate(once, [*measured, ({"g": 17}, (), 5.0)], 0.3)
+    assert recalibrate(once, [], 0.3) == once
+
+
+def test_candidates_are_remembered_once_by_device_protocol_and_network_and_the_latest_are_kept(tmp_path):
+    seen = [({"g": 32}, frozenset({"b", "a"}), 0.25)]
+    with Store(tmp_path / "latency.sqlite") as store:
+        for _ in range(2):
+            remember(store, "device", "p50", "dense", seen)
+        assert recall(store, "device", "p50", "dense") == [({"g": 32}, ("a", "b"), 0.25)]
+        assert recall(store, "device", "p99", "dense") == recall(store, "other", "p50", "dense") == []
+        remember(store, "device", "p50", "dense", [({"g": k}, (), 0.5) for k in range(KEPT)])
+        assert recall(store, "device", "p50", "dense") == [({"g": k}, (), 0.5) for k in range(KEPT)]

@@ -75,7 +75,7 @@ class InputSpec(Spec):
 class PruneSpec(Spec):
     """What may be pruned, how units are ranked and how widths are chosen."""
 
-    criterion: str = Field(default="fisher", description="what ranks the channels: deploy list criteria")
+    criterion: str = Field(default="obs", description="what ranks the channels: deploy list criteria")
     solver: str = Field(default="exact", description="what chooses the widths: deploy list solvers")
     normalise: Literal["none", "macs", "memory", "ms"] = Field(
         default="none", description="what a unit's score is divided by, for solvers that compare scores of groups"

@@ -59,7 +59,7 @@ ARMS: Mapping[str, Arm] = {
     "repair-none": Arm("repairing", "", ("--repair", "none")),
     "repair-bn": Arm("least squares instead of batch-norm statistics", "", ("--repair", "bn")),
     "repair-merge": Arm(
-        "Fisher and least squares instead of twins that stand in", "", ("--repair", "merge", "--criterion", "qsfm-psnr")
+        "least squares instead of twins that stand in", "", ("--repair", "merge", "--criterion", "qsfm-psnr")
     ),
     "repair-layerwise": Arm(
         "least squares through the network instead of layer by layer", "", ("--repair", "layerwise")

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.lines import Row, append, read
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from profiles import plugins
+from profiles.schema import PruneSpec
 
 SOLVERS = "pipeline.latency.solvers"
 NETS = ("resnet20_gtsrb", "mobilenetv2_gtsrb", "resnet56_cifar10_jpeg", "inception_gtsrb")
@@ -71,7 +72,7 @@ class Unit:
 
 def contestants() -> tuple[str, ...]:
     """Everyone, ours first."""
-    default = {"exact", "fisher"}
+    default = {PruneSpec().solver, PruneSpec().criterion}
     solvers = (f"ours-solver-{name}" for name in plugins.names(SOLVERS) if name not in default)
     criteria = (f"ours-criterion-{name}" for name in plugins.names(CRITERIA) if name not in default)
     peers = (f"torch-pruning-{method}-{to}" for to in ROUND_TO for method in METHODS)

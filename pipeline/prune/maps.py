@@ -18,6 +18,8 @@ from pipeline.prune.taps import is_layer, patches
 
 MAPS_MIB = 512
 GRAM_ROWS = 16384
+GRAM_COLUMNS = 6144
+"""Columns of the widest layer that has a Gram matrix: one in float64 takes 288 MiB, and its inverse as much again."""
 
 Maps = dict[str, tuple[Tensor, ...]]
 """Group id -> one tensor (samples, units, height, width) for each reader that sees the whole group, in order."""
@@ -94,6 +96,7 @@ class Gram:
 def grams(network: Network, inputs: tuple[Tensor, ...]) -> dict[str, Gram]:
     """Layer name -> its Gram matrix, for every convolution and linear layer that mixes channels of some unit.
 
+    None for layers that read more than GRAM_COLUMNS, as the first linear layer behind large maps does.
     A layer that is used several times has one, over all its uses.
     """
     found: dict[str, Gram] = {}
@@ -104,6 +107,8 @@ def grams(network: Network, inputs: tuple[Tensor, ...]) -> dict[str, Gram]:
         if is_layer(network.graph, node):
             name = str(node.target)
             layer = network.graph.get_submodule(name)
+            if layer.weight[0].numel() > GRAM_COLUMNS:  # type: ignore[index]
+                return x
             seen = patches(layer, x, GRAM_ROWS)
             mean = seen.mean(0)
             centred = (seen - mean).transpose(0, 1)

@@ -88,7 +88,7 @@ def test_the_core_comes_first_and_dense_networks_before_their_contestants():
 def test_every_solver_and_criterion_but_the_default_is_a_contestant_of_its_own():
     names = cells.contestants()
     assert {"ours", "ours-solver-greedy", "ours-criterion-qsfm-ssim", "torch-pruning-group-norm-16"} <= set(names)
-    assert not {"ours-solver-exact", "ours-criterion-fisher"} & set(names)
+    assert not {"ours-solver-exact", "ours-criterion-obs"} & set(names)
     assert ours.method("ours-criterion-qsfm-ssim") == ("--criterion", "qsfm-ssim")
     assert ours.method("ours") == ()
 

@@ -217,7 +217,7 @@ def test_the_table_learns_the_bias_of_the_device(bias: float):
 
 def test_predictions_of_later_rounds_use_what_was_learnt():
     device = Device(1.12)
-    found = device.search(0.5)
+    found = device.search(0.7)
     second = next(r for r in found.rounds if r.number == 2)
     assert second.candidates
     for c in second.candidates:
@@ -270,6 +270,15 @@ def test_values_around_a_choice_are_differences_while_all_else_stays():
     assert values.groups["stem"][48] == 0.0
     gone = true_loss(HERE, frozenset({"branch"})) - true_loss(HERE, frozenset())
     assert values.blocks == {"branch": pytest.approx(gone)}
+
+
+def test_a_block_is_valued_with_what_is_cut_inside_it():
+    cut = {**HERE, "inside": 16}
+    values = around(true_loss, TOPOLOGY, CHOICES, cut, frozenset(), single_cuts())
+    kept, gone = values.groups["inside"][16], values.blocks["branch"]
+    assert kept > 0 and gone - kept == pytest.approx(
+        true_loss(cut, frozenset({"branch"})) - true_loss(cut, frozenset())
+    )
 
 
 def test_each_group_is_tried_whole_as_chosen_and_at_as_many_other_widths_as_asked():

@@ -172,7 +172,7 @@ def test_with_calibration_alone_everything_works_but_the_judgement(tmp_path: Pat
     result = build(request(project, tmp_path / "root", overrides=SHORT))
     assert result.exit_code == 0 and result.bundle is not None and problems(result.bundle) == []
     assert result.report is not None and result.report.loss_name == "calibration loss"
-    assert result.report.settings["criterion"] == "fisher" and result.report.settings["repair"] == "least-squares"
+    assert result.report.settings["criterion"] == "obs" and result.report.settings["repair"] == "least-squares"
     assert result.report.unjudged == "the project has no data.evaluate"
     assert result.report.notes[:2] == (
         "the project has no data.train: nothing is trained after the repair.",
@@ -193,15 +193,15 @@ def test_with_a_metric_alone_what_needs_no_data_is_judged_by_it(tmp_path: Path):
 
 
 def test_labels_that_a_criterion_needs_are_missed_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from pipeline.prune.criteria import fisher
+    from pipeline.prune.criteria import obs
 
-    monkeypatch.setattr(fisher, "NEEDS", ("inputs", "targets"))
+    monkeypatch.setattr(obs, "NEEDS", ("inputs", "targets"))
     project = write_project(tmp_path / "tiny")
     replace(project / "tinydata.py", "        yield images[start : start + 32], labels[start : start + 32]",
             "        yield images[start : start + 32]")  # fmt: skip
     with pytest.raises(UsageError) as caught:
         build(request(project, tmp_path / "root"))
-    assert caught.value.message == "the criterion 'fisher' needs labels, and data.calibration gives none."
+    assert caught.value.message == "the criterion 'obs' needs labels, and data.calibration gives none."
     assert not (tmp_path / "root" / "runs").exists()
 
 

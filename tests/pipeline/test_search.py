@@ -155,7 +155,7 @@ def test_a_network_that_is_worth_less_effort_is_tried_in_fewer_plans(monkeypatch
     monkeypatch.setattr(Search, "_explore", lambda self, number, evaluations: asked.append(evaluations))
     for effort in (2.0, 0.5, 0.0):
         Device().search(0.5, effort=effort)
-    assert asked == [240, 120, 60]
+    assert asked == [140, 70, 35]
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])

@@ -34,7 +34,7 @@ from pipeline.graph.optimize import PassLog, optimize
 from pipeline.graph.rewriting import Timing, choose
 from pipeline.graph.rows import Rows
 from pipeline.graph.verify import check_model, compare_outputs, seeded_inputs
-from pipeline.latency.feedback import Seen, recalibrate, recall, remember
+from pipeline.latency.feedback import Seen, recalibrate, recall, remember, residuals
 from pipeline.latency.solvers.base import Solver
 from pipeline.latency.store import Store
 from pipeline.latency.tabulate import tabulate
@@ -258,7 +258,7 @@ def _dry(work: Work) -> BuildResult:
     table = _table(work, dense)
     values = _values(work, _probe(work), table)
     ratio = _relative_budget(work, dense)
-    table = recalibrate(table, _known(work, dense), ratio)
+    table = recalibrate(table, residuals(table, _known(work, dense)), ratio)
     budget_ms, spec = ratio * table.dense_ms, work.profile.prune
     solution = _solver(work).solve(list(work.rankings.values()), values, table, work.topology, budget_ms, spec, None)
     return outcome.dry(work, table, solution, ratio)

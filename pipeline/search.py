@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.latency.feedback import Seen, recalibrate
+from pipeline.latency.feedback import Seen, near, recalibrate, residuals
 from pipeline.latency.solvers.base import Solver
 from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Solution, Topology
 from pipeline.prune.sensitivity import around, dear
@@ -170,7 +170,8 @@ class Search:
         self, loop: Loop, table: LatencyTable, values: Sensitivity, ratio: float, known: Sequence[Seen] = ()
     ) -> None:
         self.loop, self.values, self.ratio, self.known = loop, values, ratio, known
-        self.table = recalibrate(table, known, ratio)
+        self.residuals = residuals(table, known)
+        self.table = recalibrate(table, self.residuals, ratio)
         self.tried: dict[str, Candidate] = {}
         self.asked: set[str] = set()
         self.confirmed: set[str] = set()
@@ -184,7 +185,8 @@ class Search:
             self._explore(number, round(most * min(1.0, max(0.25, self.loop.effort))))
             now = self._measure(number)
             before = self.table
-            self.table = recalibrate(before, [*self.known, *self.seen], self.ratio)
+            self.residuals = residuals(before, [*self.known, *self.seen])
+            self.table = recalibrate(before, self.residuals, self.ratio)
             said, done = self._verdict(now)
             self.rounds.append(Round(number, tuple(now), before.correction, before.spread, said))
             self.loop.progress(f"round {number}: {said}")
@@ -251,6 +253,7 @@ class Search:
         promise, every edit has to earn a premium, doubled until so few are made that the loss falls.
         """
         loop = self.loop
+        self.table = near(self.table, self.residuals, here.widths, here.dropped)
         budget_ms = max(self._budget_ms(), self.table.predict(here.widths, here.dropped).ms)
         known, premium = self._loss(number, here.widths, here.dropped), 0.0
         for _ in range(ATTEMPTS):
@@ -326,7 +329,7 @@ class Search:
         return loss
 
     def _share(self, widths: Mapping[str, int], dropped: frozenset[str]) -> float:
-        return self.table.predict(widths, dropped).ms / self.table.dense_ms
+        return near(self.table, self.residuals, widths, dropped).predict(widths, dropped).ms / self.table.dense_ms
 
     def _measure(self, number: int) -> list[Candidate]:
         """Measure the candidates of lowest loss that are predicted to fit and have not been measured.

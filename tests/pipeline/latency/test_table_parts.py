@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from latency_problems import group, topology
 from pipeline.latency import fit
 from pipeline.latency.calibrate import adjust, draw, how_many
 from pipeline.latency.choices import Rule, find_choices
-from pipeline.latency.feedback import KEPT, recalibrate, recall, remember
+from pipeline.latency.feedback import KEPT, Residual, near, recalibrate, recall, remember, residuals
 from pipeline.latency.grid import WIDTHS, find_grid, judge
 from pipeline.latency.reference import chain
 from pipeline.latency.store import Store
@@ -272,18 +273,34 @@ def flat_table() -> LatencyTable:
     return LatencyTable((site,), {"g": tuple(range(16, 161, 16))}, 16, 10.0)
 
 
+def recalibrated(table: LatencyTable, seen: list, ratio: float) -> LatencyTable:
+    return recalibrate(table, residuals(table, seen), ratio)
+
+
 def test_recalibration_takes_the_measured_candidates_nearest_to_the_budget():
     table = flat_table()
     near = [({"g": 16 * k}, (), 0.11 * k) for k in range(1, 7)]
-    assert recalibrate(table, [*near, ({"g": 160}, (), 2.0)], 0.2).predict({"g": 32}).ms == pytest.approx(2.2)
-    assert recalibrate(table, [({"g": 160}, (), 2.0)], 0.2).correction == pytest.approx(2.0)
+    assert recalibrated(table, [*near, ({"g": 160}, (), 2.0)], 0.2).predict({"g": 32}).ms == pytest.approx(2.2)
+    assert recalibrated(table, [({"g": 160}, (), 2.0)], 0.2).correction == pytest.approx(2.0)
 
 
 def test_recalibrating_twice_is_recalibrating_once_and_candidates_off_the_grid_tell_nothing():
     measured = [({"g": 32}, (), 0.26), ({"g": 48}, (), 0.36)]
-    once = recalibrate(flat_table(), measured, 0.3)
-    assert recalibrate(once, measured, 0.3) == once == recalibrate(once, [*measured, ({"g": 17}, (), 5.0)], 0.3)
-    assert recalibrate(once, [], 0.3) == once
+    once = recalibrated(flat_table(), measured, 0.3)
+    assert recalibrated(once, measured, 0.3) == once == recalibrated(once, [*measured, ({"g": 17}, (), 5.0)], 0.3)
+    assert recalibrated(once, [], 0.3) == once
+
+
+def test_a_correction_is_that_of_the_candidates_most_alike():
+    seen = [Residual({"a": 8, "b": 8}, frozenset(), 0.5, 0.1), Residual({"a": 8, "b": 64}, frozenset({"x"}), 0.5, -0.1)]
+    table = flat_table()
+    for choice, log in (((8, frozenset()), (0.1 - 0.1 / 9) / (1 + 1 / 9)), ((32, frozenset({"x"})), 0.1 / 9 - 0.1 / 4)):
+        width, dropped = choice
+        weight = 1.0 if width == 8 else 1 / 9 + 1 / 4
+        wanted = log if width == 8 else log / weight
+        found = near(table, seen, {"a": 8, "b": width}, dropped)
+        assert math.log(found.correction) == pytest.approx(wanted)
+    assert near(table, [], {"a": 8}, frozenset()) == table
 
 
 def test_candidates_are_remembered_once_by_device_protocol_and_network_and_the_latest_are_kept(tmp_path):

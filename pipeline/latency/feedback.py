@@ -65,8 +65,8 @@ def near(
 ) -> LatencyTable:
     """The table with the correction for choices like this one: candidates weigh 1 / (1 + edits between them)².
 
-    What a table is off by belongs to a plan's shape: on ResNet-20 at 0.5x three finalists took 0.95 of what it said, and
-    three of another shape that followed took 0.98 to 1.00, where one factor for all had promised 0.95.
+    What a table is off by belongs to a plan's shape: on ResNet-20 at 0.5x three finalists took 0.95 of what it said,
+    and three of another shape that followed took 0.98 to 1.00, where one factor for all had promised 0.95.
     """
     weights = [(1.0 + seen.edits(widths, dropped)) ** -2 for seen in found]
     if not weights:

@@ -71,7 +71,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Round:
-    """One turn: what was measured, with the correction that its predictions used, and what followed."""
+    """One turn: what was measured, the correction of the table around the plan it ended at, and what followed."""
 
     number: int
     candidates: tuple[Candidate, ...]

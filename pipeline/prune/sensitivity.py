@@ -296,6 +296,7 @@ def dear(
     """
     if premium == 0:
         return values
+    values = values.finite()
     groups = {
         id: {w: values.loss(id, w) + premium * (w != widths[id]) for w in (*choices[id], *curve)}
         if id in widths and id in choices

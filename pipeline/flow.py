@@ -196,16 +196,17 @@ def _release(work: Work) -> BuildResult:
     probe = _probe(work)
     values = _values(work, probe, table)
     ratio = budget / work.slower
+    known = _known(work, base)
     for attempt in range(ATTEMPTS):
         aimed = ratio * STEP_BACK**attempt
-        found = _search(work, base, probe, table, values, aimed)
+        found = _search(work, base, probe, table, values, aimed, known)
         if found.chosen is None:
             return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
         ending = _finish(work, exact, dense, found, accuracy_dense)
         judged = ending.judged
         if judged.verdict == "met" or ending.session.contaminated or not math.isfinite(judged.value + judged.high):
             break  # no tighter plan changes that
-        table = found.table
+        table, known = found.table, [*known, *found.seen]
     return outcome.release(work, ending)
 
 
@@ -523,8 +524,9 @@ def _search(
     table: LatencyTable,
     values: Sensitivity,
     ratio: float,
+    known: Sequence[Seen],
 ) -> Found:
-    """Choose, narrow, measure, correct, until the budget holds."""
+    """Choose, narrow, measure, correct, until the budget holds. known: candidates that were measured before."""
     begun, params = work.run.seconds, _probing(work)
     loop = Loop(
         topology=work.topology,
@@ -544,10 +546,9 @@ def _search(
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
         effort=EFFORT_MACS / max(1, work.macs * _probed(work)),
     )
-    search = Search(loop, table, values, ratio, _known(work, dense))
-    found = search.run()
+    found = Search(loop, table, values, ratio, known).run()
     with _store(work) as store:
-        remember(store, *_where(work, dense), search.seen)
+        remember(store, *_where(work, dense), found.seen)
     work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")
     return found
 
@@ -555,11 +556,13 @@ def _search(
 def _known(work: Work, dense: Outcome) -> list[Seen]:
     """Candidates of this network that earlier builds measured on this device; a resumed run knows no more of them."""
 
+    where = _where(work, dense)
+
     def find() -> list[Seen]:
         with _store(work) as store:
-            return recall(store, *_where(work, dense))
+            return recall(store, *where)
 
-    return [(widths, tuple(dropped), ratio) for widths, dropped, ratio in work.run.journalled("known", {}, find)]
+    return [(widths, tuple(dropped), ratio) for widths, dropped, ratio in work.run.journalled("known", where, find)]
 
 
 def _where(work: Work, dense: Outcome) -> tuple[str, str, str]:

@@ -9,14 +9,15 @@ far, and measures only what loses less than that. Every plan starts from the den
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.latency.feedback import Seen, near, recalibrate, residuals
 from pipeline.latency.solvers.base import Solver
 from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Solution, Topology
 from pipeline.prune.sensitivity import around, dear
-from profiles.errors import MissedError
+from profiles.errors import DeployError
 from profiles.schema import PruneSpec
 
 EVALUATIONS = (140, 60)
@@ -69,6 +70,10 @@ class Candidate:
         return self.measured.ratio if self.measured else self.predicted_ratio
 
 
+def _seen(tried: Iterable[Candidate]) -> list[Seen]:
+    return [(c.widths, c.dropped, c.measured.ratio) for c in tried if c.measured]
+
+
 @dataclass(frozen=True)
 class Round:
     """One turn: what was measured, the correction of the table around the plan it ended at, and what followed."""
@@ -88,6 +93,11 @@ class Found:
     rounds: tuple[Round, ...]
     tried: tuple[Candidate, ...]
     table: LatencyTable
+
+    @property
+    def seen(self) -> list[Seen]:
+        """What was measured."""
+        return _seen(self.tried)
 
 
 @dataclass(frozen=True)
@@ -170,6 +180,7 @@ class Search:
         self, loop: Loop, table: LatencyTable, values: Sensitivity, ratio: float, known: Sequence[Seen] = ()
     ) -> None:
         self.loop, self.values, self.ratio, self.known = loop, values, ratio, known
+        self.single = values
         self.residuals = residuals(table, known)
         self.table = recalibrate(table, self.residuals, ratio)
         self.tried: dict[str, Candidate] = {}
@@ -185,7 +196,7 @@ class Search:
             self._explore(number, round(most * min(1.0, max(0.25, self.loop.effort))))
             now = self._measure(number)
             before = self.table
-            self.residuals = residuals(before, [*self.known, *self.seen])
+            self.residuals = residuals(before, [*self.known, *_seen(self.tried.values())])
             self.table = recalibrate(before, self.residuals, self.ratio)
             said, done = self._verdict(now)
             self.rounds.append(Round(number, tuple(now), before.correction, before.spread, said))
@@ -194,11 +205,6 @@ class Search:
                 break
             self.aim = self._next_aim(now)
         return Found(self.best, tuple(self.rounds), tuple(self.tried.values()), self.table)
-
-    @property
-    def seen(self) -> list[Seen]:
-        """What was measured in this search."""
-        return [(c.widths, c.dropped, c.measured.ratio) for c in self.tried.values() if c.measured]
 
     @property
     def best(self) -> Candidate | None:
@@ -232,33 +238,42 @@ class Search:
         Losses of choices have many local minima. On ResNet-20/GTSRB at 0.2x and Fisher's order one start ended at 1.95
         nats, the best of these at 1.32.
         """
-        loop, values = self.loop, self.values
+        loop, values, table = self.loop, self.single, self.table
         alike = Sensitivity(
             {g.id: {w: (1 - w / g.size) ** 2 for w in self.table.choices[g.id]} for g in loop.topology.offered},
             dict.fromkeys(values.blocks, 1.0),
         )
         whole = loop.spec.model_copy(update={"drop_blocks": False})
-        yield Choice.of(self._solve(values, self._budget_ms()))
-        for believed, spec in ((alike, loop.spec), (values, whole)):
-            self.values = values
+        for believed, spec in ((values, loop.spec), (alike, loop.spec), (values, whole)):
+            self.values, self.table = values, table
             try:
                 yield Choice.of(self._solve(believed, self._budget_ms(), spec))
-            except MissedError:
-                continue
+            except DeployError:
+                if not self.tried:  # the first start of all: nothing fits, and the error says what would
+                    raise
 
     def _step(self, number: int, here: Choice) -> Choice:
         """A choice of lower loss, by the values around this one; this one where there is none.
 
         Values of single edits add up for a few edits and not for many: where the solver's choice does not keep its
-        promise, every edit has to earn a premium, doubled until so few are made that the loss falls.
+        promise, every edit has to earn a premium, doubled until so few are made that the loss falls. A choice that is
+        predicted to be above the budget gives way to any that is not, unless it was measured to keep it.
         """
         loop = self.loop
         self.table = near(self.table, self.residuals, here.widths, here.dropped)
-        budget_ms = max(self._budget_ms(), self.table.predict(here.widths, here.dropped).ms)
         known, premium = self._loss(number, here.widths, here.dropped), 0.0
+        budget_ms, ms = self._budget_ms(), self.table.predict(here.widths, here.dropped).ms
+        best = self.best
+        if best is not None and loop.plan_for(here.widths, here.dropped) == best.plan:
+            budget_ms = max(budget_ms, ms)
+        elif ms > budget_ms * NEAR:
+            known = math.inf
         for _ in range(ATTEMPTS):
             values = dear(self.values, self.table.choices, here.widths, here.dropped, premium)
-            choice = Choice.of(self._solve(values, budget_ms))
+            try:
+                choice = Choice.of(self._solve(values, budget_ms))
+            except DeployError:
+                return here
             edits = here.edits(choice, loop.topology)
             if edits == 0:
                 return here
@@ -266,6 +281,8 @@ class Search:
                 return choice
             promised = self._value(here) - self._value(choice)
             premium = 2 * premium if premium else max(promised, 1e-3 * known) / (2 * edits)
+            if not 0 < premium < math.inf:
+                return here
         return here
 
     def _value(self, choice: Choice) -> float:
@@ -290,6 +307,7 @@ class Search:
         self.values = around(
             lambda near, without: self._loss(number, near, without),
             self.loop.topology, self.table.choices, widths, dropped, self.values,
+            blocks=self.loop.spec.drop_blocks,
         )  # fmt: skip
 
     def latencies(self, name: str, choices: Sequence[Solution]) -> list[float]:
@@ -311,10 +329,12 @@ class Search:
         """About how many plans one turn of measuring values tries."""
         topology = self.loop.topology
         widths = sum(min(3, len(self.table.choices[group.id])) for group in topology.offered)
-        return max(1, widths + len(topology.removable))
+        return max(1, widths + len(topology.removable) * self.loop.spec.drop_blocks)
 
     def _loss(self, number: int, widths: Mapping[str, int], dropped: frozenset[str]) -> float:
         """Measured loss of a choice; whatever is near the budget becomes a candidate."""
+        inside = {g.id: g.size for g in self.loop.topology.offered if g.block in dropped}
+        widths = {**widths, **inside}  # as solvers give them: what lives in a removed block is whole
         plan = self.loop.plan_for(widths, dropped)
         key = plan.to_json()
         if key in self.tried:
@@ -336,13 +356,13 @@ class Search:
 
         Where one is known to keep the budget, only such as lose less.
         """
-        near, best = [], self.best
+        fitting, best = [], self.best
         for c in self.tried.values():
             share = self._share(c.widths, c.dropped)
             worth = c.measured is None and (best is None or c.loss < best.loss)
             if worth and share <= self.ratio * self.aim * NEAR:
-                near.append(replace(c, predicted_ratio=share, round=number))
-        chosen = sorted(near, key=lambda c: c.loss)[:MEASURED]
+                fitting.append(replace(c, predicted_ratio=share, round=number))
+        chosen = sorted(fitting, key=lambda c: c.loss)[:MEASURED]
         results = self.loop.measure(f"round {number}", [c.plan for c in chosen]) if chosen else ()
         now = {c.plan.to_json(): replace(c, measured=m) for c, m in zip(chosen, results, strict=True)}
         self.tried.update(now)

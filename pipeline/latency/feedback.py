@@ -39,10 +39,12 @@ class Residual:
 
 
 def residuals(table: LatencyTable, seen: Sequence[Seen]) -> list[Residual]:
-    """What the candidates tell of the table; those with widths that it does not hold tell nothing."""
+    """What the candidates tell of the table: nothing, where it does not hold their widths or they have no time."""
     plain = replace(table, correction=1.0)
     found = []
     for widths, dropped, ratio in seen:
+        if not 0 < ratio < math.inf:
+            continue
         try:
             predicted = plain.predict(widths, frozenset(dropped)).ms / table.dense_ms
         except KeyError:

@@ -34,6 +34,8 @@ def copy_whole(onnx: Path, out: Path) -> Path:
     So the artifact is one file that its hash names. Raises DeployError where weights are missing or outside the folder
     of the file, where they are too many for one file, or where `out` cannot be written.
     """
+    if not onnx.is_file():
+        raise DeployError(f"there is no file '{onnx}'.")
     if onnx.resolve() == out.resolve():
         return out
     beside = _weights_beside(onnx)

@@ -105,12 +105,14 @@ class Device:
         ratios = [self.true_ratio(plan) for plan in plans]
         return [Measured(r, 0.998 * r, 1.002 * r, 2.0) for r in ratios]
 
-    def search(self, ratio: float, rounds: int = 6, effort: float = 1.0, solver: Solver = SOLVER) -> Found:
+    def search(
+        self, ratio: float, rounds: int = 6, effort: float = 1.0, solver: Solver = SOLVER, known=(), drop_blocks=True
+    ) -> Found:
         loop = Loop(
             topology=TOPOLOGY,
             rankings=RANKINGS,
             solver=solver,
-            spec=PruneSpec(rounds=rounds, slack=SLACK),
+            spec=PruneSpec(rounds=rounds, slack=SLACK, drop_blocks=drop_blocks),
             plan_for=lambda widths, dropped: make_plan(TOPOLOGY, RANKINGS, widths, dropped),
             loss=lambda plan: true_loss(plan.widths(TOPOLOGY.groups), plan.dropped),
             recovered=self.recovered,
@@ -118,7 +120,7 @@ class Device:
             progress=self.told.append,
             effort=effort,
         )
-        return Search(loop, TABLE, single_cuts(), ratio).run()
+        return Search(loop, TABLE, single_cuts(), ratio, known).run()
 
     def best_loss(self, ratio: float) -> float:
         """Lowest loss of all choices that truly fit."""
@@ -214,6 +216,36 @@ def test_the_table_learns_the_bias_of_the_device(bias: float):
     assert found.table.correction == pytest.approx(bias, rel=1e-9)
     assert TABLE.correction == 1.0 == found.rounds[0].correction
     assert len(found.rounds) > 1 and found.rounds[1].correction == pytest.approx(bias, rel=1e-9)
+
+
+def test_what_an_earlier_search_measured_is_believed_from_the_start():
+    earlier = Device(1.12).search(0.6)
+    assert earlier.seen and all(ratio == pytest.approx(Device(1.12).true_ratio(make_plan(TOPOLOGY, RANKINGS, w, d)))
+                                for w, d, ratio in earlier.seen)  # fmt: skip
+    found = Device(1.12).search(0.5, known=earlier.seen)
+    assert found.rounds[0].correction == pytest.approx(1.12)
+    for c in found.rounds[0].candidates:
+        assert c.measured is not None and c.predicted_ratio == pytest.approx(c.measured.ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+def test_no_block_is_tried_where_none_may_go(ratio: float):
+    found = Device().search(ratio, drop_blocks=False)
+    assert found.chosen is not None and not any(c.dropped for c in found.tried)
+    assert any(c.dropped for c in Device().search(ratio).tried)
+
+
+def test_several_starts_find_what_one_does_not(monkeypatch):
+    found = Device(1.12).search(0.7).chosen
+    starts = Search._starts
+    monkeypatch.setattr(Search, "_starts", lambda self: itertools.islice(starts(self), 1))
+    one_start = Device(1.12).search(0.7).chosen
+    assert found is not None and one_start is not None and found.loss < one_start.loss
+
+
+def test_what_lives_in_a_removed_block_is_whole_in_every_candidate():
+    for c in Device().search(0.3).tried:
+        assert not c.dropped or c.widths["inside"] == SIZES["inside"]
 
 
 def test_predictions_of_later_rounds_use_what_was_learnt():

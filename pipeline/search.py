@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pipeline.latency.feedback import Seen, near, recalibrate, residuals
 from pipeline.latency.solvers.base import Solver
 from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Solution, Topology
-from pipeline.prune.sensitivity import around, dear
+from pipeline.prune.sensitivity import around
 from profiles.errors import DeployError
 from profiles.schema import PruneSpec
 
@@ -24,9 +24,6 @@ EVALUATIONS = (140, 60)
 """How many plans may be tried to measure values around chosen ones, in the first round and in each later one, for a
 network of ResNet-20's or -56's size: four turns or two. A count and not a time, so that a resumed run searches the
 same; large networks get fewer (`Loop.effort`), down to a quarter."""
-
-ATTEMPTS = 4
-"""How often the premium is raised for one step."""
 
 MEASURED = 3
 AIM = 0.975
@@ -132,16 +129,6 @@ class Choice:
     def of(cls, solution: Solution) -> Choice:
         """What a solver chose."""
         return cls(solution.widths, solution.dropped)
-
-    def edits(self, other: Choice, topology: Topology) -> int:
-        """In how many groups and blocks they differ; what lies inside removed blocks does not count."""
-        block = {group.id: group.block for group in topology.offered}
-        widths = sum(
-            width != other.widths[id] and block[id] not in self.dropped | other.dropped
-            for id, width in self.widths.items()
-            if id in block
-        )
-        return widths + len(self.dropped ^ other.dropped)
 
 
 class Trials:
@@ -253,44 +240,23 @@ class Search:
                     raise
 
     def _step(self, number: int, here: Choice) -> Choice:
-        """A choice of lower loss, by the values around this one; this one where there is none.
+        """What the solver makes of the values around this choice, where that loses less; else this one.
 
-        Values of single edits add up for a few edits and not for many: where the solver's choice does not keep its
-        promise, every edit has to earn a premium, doubled until so few are made that the loss falls. A choice that is
-        predicted to be above the budget gives way to any that is not, unless it was measured to keep it.
+        A choice that is predicted to be above the budget gives way to any other, unless it was measured to keep it.
         """
-        loop = self.loop
+        loop, best = self.loop, self.best
         self.table = near(self.table, self.residuals, here.widths, here.dropped)
-        known, premium = self._loss(number, here.widths, here.dropped), 0.0
         budget_ms, ms = self._budget_ms(), self.table.predict(here.widths, here.dropped).ms
-        best = self.best
+        known = self._loss(number, here.widths, here.dropped)
         if best is not None and loop.plan_for(here.widths, here.dropped) == best.plan:
             budget_ms = max(budget_ms, ms)
         elif ms > budget_ms * NEAR:
             known = math.inf
-        for _ in range(ATTEMPTS):
-            values = dear(self.values, self.table.choices, here.widths, here.dropped, premium)
-            try:
-                choice = Choice.of(self._solve(values, budget_ms))
-            except DeployError:
-                return here
-            edits = here.edits(choice, loop.topology)
-            if edits == 0:
-                return here
-            if self._loss(number, choice.widths, choice.dropped) < known:
-                return choice
-            promised = self._value(here) - self._value(choice)
-            premium = 2 * premium if premium else max(promised, 1e-3 * known) / (2 * edits)
-            if not 0 < premium < math.inf:
-                return here
-        return here
-
-    def _value(self, choice: Choice) -> float:
-        """What the values promise of a choice."""
-        known = self.values.finite()
-        inside = {group.id for group in self.loop.topology.offered if group.block in choice.dropped}
-        groups = sum(known.loss(id, choice.widths[id]) for id in known.groups if id not in inside)
-        return groups + sum(known.blocks.get(block, 0.0) for block in choice.dropped)
+        try:
+            choice = Choice.of(self._solve(self.values, budget_ms))
+        except DeployError:
+            return here
+        return choice if self._loss(number, choice.widths, choice.dropped) < known else here
 
     def _budget_ms(self) -> float:
         return self.ratio * self.aim * self.table.dense_ms

@@ -284,31 +284,6 @@ def around(
     return Sensitivity(groups, gone)
 
 
-def dear(
-    values: Sensitivity,
-    choices: Mapping[str, Sequence[int]],
-    widths: Mapping[str, int],
-    dropped: frozenset[str],
-    premium: float,
-) -> Sensitivity:
-    """The values with every edit of a choice made dearer by a premium, so that a solver makes only those that earn it.
-
-    A proximal step: the premium times the number of edits is added to what is minimised. Groups inside removed blocks
-    are free. A removed block that is worth less than the premium stays removed at no cost.
-    """
-    if premium == 0:
-        return values
-    values = values.finite()
-    groups = {
-        id: {w: values.loss(id, w) + premium * (w != widths[id]) for w in (*choices[id], *curve)}
-        if id in widths and id in choices
-        else curve
-        for id, curve in values.groups.items()
-    }
-    blocks = {id: max(0.0, v - premium) if id in dropped else v + premium for id, v in values.blocks.items()}
-    return Sensitivity(groups, blocks)
-
-
 def _edits(
     topology: Topology, rankings: Mapping[str, Ranking], choices: Mapping[str, Sequence[int]], widths: int
 ) -> Iterable[KeepUnits | DropBlock]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
@@ -26,7 +25,7 @@ from pipeline.nouns import (
     Trial,
 )
 from pipeline.prune.plan import make_plan
-from pipeline.prune.sensitivity import around, dear
+from pipeline.prune.sensitivity import around
 from pipeline.search import Candidate, Found, Loop, Measured, Search
 from profiles import plugins
 from profiles.errors import MissedError
@@ -312,18 +311,6 @@ def test_a_block_is_valued_with_what_is_cut_inside_it():
     assert kept > 0 and gone - kept == pytest.approx(
         true_loss(cut, frozenset({"branch"})) - true_loss(cut, frozenset())
     )
-
-
-def test_a_premium_is_paid_for_every_edit_and_leaves_what_is_chosen_as_it_is():
-    values = Sensitivity({**single_cuts().groups, "mid": {8: math.inf, 64: 0.0}}, {"branch": 0.5})
-    assert dear(values, CHOICES, HERE, frozenset(), 0.0) is values
-    found = dear(values, CHOICES, HERE, frozenset(), 0.25)
-    for name, here in HERE.items():
-        for width in CHOICES[name]:
-            assert found.loss(name, width) == pytest.approx(values.finite().loss(name, width) + 0.25 * (width != here))
-    assert found.blocks == {"branch": 0.75} and math.isfinite(found.loss("mid", 8))
-    assert dear(values, CHOICES, HERE, frozenset({"branch"}), 0.2).blocks == {"branch": pytest.approx(0.3)}
-    assert dear(values, CHOICES, HERE, frozenset({"branch"}), 0.9).blocks == {"branch": 0.0}
 
 
 def test_each_group_is_tried_whole_as_chosen_and_at_as_many_other_widths_as_asked():

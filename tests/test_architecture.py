@@ -22,7 +22,7 @@ TREES = {path: ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path)) f
 ALLOWED = {
     "torch": r"pipeline/(project|prune|recover)/|pipeline/graph/export\.py|pipeline/(flow|outcome|prepare|work)\.py",
     "onnx": r"pipeline/(graph|latency)/|pipeline/(release/verify|nightly/baseline|flow|outcome|precision|prepare)\.py"
-    r"|targets/simulated\.py",
+    r"|targets/(simulated|runtimes/ort)\.py",
     "onnx_graphsurgeon": r"pipeline/graph/",
     "onnxruntime": r"targets/(local\.py|runtimes/ort\.py|harness/agent/board/\w+\.py)|pipeline/graph/verify\.py",
     "tensorrt": r"targets/runtimes/tensorrt\.py",

@@ -105,7 +105,9 @@ class Unmeasured(Search):
 # --- values --------------------------------------------------------------------------------------------------------
 
 
-def kept(loss: Any, topology: Any, choices: Any, widths: Any, dropped: Any, before: Sensitivity) -> Sensitivity:
+def kept(
+    loss: Any, topology: Any, choices: Any, widths: Any, dropped: Any, before: Sensitivity, **_: Any
+) -> Sensitivity:
     """`around` that measures nothing: the values as they were."""
     return before
 

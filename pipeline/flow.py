@@ -547,8 +547,9 @@ def _search(
         effort=EFFORT_MACS / max(1, work.macs * _probed(work)),
     )
     found = Search(loop, table, values, ratio, known).run()
+    device, protocol, network = _where(work, dense)
     with _store(work) as store:
-        remember(store, *_where(work, dense), found.seen)
+        remember(store, device, protocol, network, found.lasting(device))
     work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")
     return found
 
@@ -596,7 +597,8 @@ def _measured(session: Session, name: str, budget: Budget) -> Measured:
     one, two = session.ratio(name, DENSE, statistic), session.ratio(name, AGAIN, statistic)
     center = float(np.sqrt(one.center * two.center))
     dense_ms = session.measurement(DENSE).p50_ms
-    return Measured(center, min(one.low, two.low), max(one.high, two.high), dense_ms)
+    device = None if session.contaminated else session.fingerprint.digest()
+    return Measured(center, min(one.low, two.low), max(one.high, two.high), dense_ms, device)
 
 
 def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Session:

@@ -10,7 +10,7 @@ far, and measures only what loses less than that. Every plan starts from the den
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.latency.feedback import Seen, near, recalibrate, residuals
@@ -36,12 +36,16 @@ NEAR = 1.02
 
 @dataclass(frozen=True)
 class Measured:
-    """Latency of a candidate relative to the dense network of the same session, with 99 % bounds."""
+    """Latency of a candidate relative to the dense network of the same session, with 99 % bounds.
+
+    device: digest of the session's fingerprint, where later builds may believe it; None when it was contaminated.
+    """
 
     ratio: float
     low: float
     high: float
     dense_ms: float
+    device: str | None = None
 
     @property
     def ms(self) -> float:
@@ -66,9 +70,10 @@ class Candidate:
         """Latency relative to the dense network: measured, else predicted."""
         return self.measured.ratio if self.measured else self.predicted_ratio
 
-
-def _seen(tried: Iterable[Candidate]) -> list[Seen]:
-    return [(c.widths, c.dropped, c.measured.ratio) for c in tried if c.measured]
+    @property
+    def seen(self) -> Seen:
+        """What the table's corrections are made from."""
+        return self.widths, self.dropped, self.ratio
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,11 @@ class Found:
     @property
     def seen(self) -> list[Seen]:
         """What was measured."""
-        return _seen(self.tried)
+        return [c.seen for c in self.tried if c.measured]
+
+    def lasting(self, device: str) -> list[Seen]:
+        """What was measured on this device in sessions that were not contaminated, for later builds."""
+        return [c.seen for c in self.tried if c.measured and c.measured.device == device]
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,7 @@ class Search:
             self._explore(number, round(most * min(1.0, max(0.25, self.loop.effort))))
             now = self._measure(number)
             before = self.table
-            self.residuals = residuals(before, [*self.known, *_seen(self.tried.values())])
+            self.residuals = residuals(before, [*self.known, *(c.seen for c in self.tried.values() if c.measured)])
             self.table = recalibrate(before, self.residuals, self.ratio)
             said, done = self._verdict(now)
             self.rounds.append(Round(number, tuple(now), before.correction, before.spread, said))
@@ -342,10 +351,9 @@ class Search:
         (again,) = self.loop.measure(f"confirm {number}", [best.plan])
         first = best.measured
         assert first is not None
-        both = Measured(
-            (first.ratio * again.ratio) ** 0.5, min(first.low, again.low), max(first.high, again.high), again.dense_ms
-        )
-        return replace(best, measured=both)
+        ratio, low, high = math.sqrt(first.ratio * again.ratio), min(first.low, again.low), max(first.high, again.high)
+        device = first.device if first.device == again.device else None
+        return replace(best, measured=Measured(ratio, low, high, again.dense_ms, device))
 
     def _verdict(self, now: Sequence[Candidate]) -> tuple[str, bool]:
         if not now:

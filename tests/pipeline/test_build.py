@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_project import GRID, problems, replace, request, run_of, write_project
 
 from pipeline.flow import BuildResult, build
+from pipeline.journal import Journal
 from pipeline.nouns import PruningPlan
 from pipeline.project import load_project
 from pipeline.prune.capture import Network, capture
@@ -219,6 +220,8 @@ def test_a_second_build_reuses_what_the_first_one_made_and_measures_again(projec
     assert first.bundle and second.bundle
     for name in ("model.onnx", "plan.json", "pruned.safetensors"):
         assert (first.bundle / name).read_bytes() == (second.bundle / name).read_bytes()
+    [before], [after] = (Journal(run_of(result) / "journal").entries("known") for result in (first, second))
+    assert before == [] and after, "what the first one measured is believed by the second"
 
 
 @pytest.mark.slow

@@ -227,6 +227,26 @@ def test_what_an_earlier_search_measured_is_believed_from_the_start():
         assert c.measured is not None and c.predicted_ratio == pytest.approx(c.measured.ratio)
 
 
+def test_later_builds_are_told_what_the_same_device_measured_undisturbed(monkeypatch):
+    """Sessions in turn: this device's, a contaminated one's, another device's."""
+    device, sessions = Device(1.12), itertools.cycle(["this", None, "other"])
+    measure = device.measure
+
+    def told(name, plans):
+        where = next(sessions)
+        return [replace(each, device=where) for each in measure(name, plans)]
+
+    monkeypatch.setattr(device, "measure", told)
+    found = device.search(0.5)
+    last: dict[str, set[str | None]] = {}
+    for (_, plans), where in zip(device.asked, itertools.cycle(["this", None, "other"]), strict=False):
+        for plan in plans:
+            last.setdefault(plan.to_json(), set()).add(where)
+    lasting = [make_plan(TOPOLOGY, RANKINGS, widths, dropped).to_json() for widths, dropped, _ in found.lasting("this")]
+    assert sorted(lasting) == sorted(plan for plan, where in last.items() if where == {"this"})
+    assert 0 < len(lasting) < len(found.seen) == len(last)
+
+
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
 def test_no_block_is_tried_where_none_may_go(ratio: float):
     found = Device().search(ratio, drop_blocks=False)

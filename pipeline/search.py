@@ -30,6 +30,9 @@ AIM = 0.975
 """The share of the budget that is solved for, and the share below which a short measurement counts as keeping it: the
 accepting measurement then has room for its interval."""
 
+NEARER = 0.98
+"""The share that is solved for when the search settled with more of the budget unused than the slack."""
+
 KEEPS = 0.985
 NEAR = 1.02
 
@@ -188,9 +191,10 @@ class Search:
     def run(self) -> Found:
         """Search. Raises MissedError when no network that the table allows fits."""
         for number in range(1, self.loop.spec.rounds + 1):
-            most = EVALUATIONS[0] if number == 1 else EVALUATIONS[1]
-            self._explore(number, round(most * min(1.0, max(0.25, self.loop.effort))))
-            now = self._measure(number)
+            now = self._turn(number)
+            if not now and self._far():
+                self.aim = NEARER
+                now = self._turn(number)
             before = self.table
             self.residuals = residuals(before, [*self.known, *(c.seen for c in self.tried.values() if c.measured)])
             self.table = recalibrate(before, self.residuals, self.ratio)
@@ -201,6 +205,11 @@ class Search:
                 break
             self.aim = self._next_aim(now)
         return Found(self.best, tuple(self.rounds), tuple(self.tried.values()), self.table)
+
+    def _turn(self, number: int) -> list[Candidate]:
+        most = EVALUATIONS[0] if number == 1 else EVALUATIONS[1]
+        self._explore(number, round(most * min(1.0, max(0.25, self.loop.effort))))
+        return self._measure(number)
 
     @property
     def best(self) -> Candidate | None:
@@ -360,14 +369,21 @@ class Search:
             return "no plan that is predicted to fit loses less; the search has settled", True
         told = ", ".join(f"{c.measured.ratio:.3f}x" for c in now if c.measured)
         best = self.best
-        if best is None or best.measured is None:
+        if best is None:
             return f"measured {told}, budget {self.ratio:.3f}x is not kept yet", False
-        unused = 1 - best.measured.ratio / self.ratio
-        kept = f"measured {told}, best {best.measured.ratio:.3f}x, {100 * unused:.1f} % of the budget unused"
-        return kept, unused < self.loop.spec.slack
+        kept = f"measured {told}, best {best.ratio:.3f}x, {100 * self._unused():.1f} % of the budget unused"
+        return kept, self._unused() < self.loop.spec.slack
+
+    def _far(self) -> bool:
+        """Whether much of the budget is unused and the solver was not yet asked for plans nearer to it."""
+        return not self.loop.solver.TRIES and self.aim < NEARER and self.loop.spec.slack <= self._unused() < math.inf
+
+    def _unused(self) -> float:
+        """Part of the budget that the best candidate leaves; infinite when none keeps it."""
+        return 1 - self.best.ratio / self.ratio if self.best else math.inf
 
     def _next_aim(self, now: Sequence[Candidate]) -> float:
         """Lower when everything that was measured is above the budget although the table was corrected."""
         least = min(c.measured.ratio for c in now if c.measured)
         predicted = min(self._share(c.widths, c.dropped) for c in now)
-        return AIM if least <= self.ratio * KEEPS else max(0.9 * AIM, AIM * min(1.0, predicted / least))
+        return max(AIM, self.aim) if least <= self.ratio * KEEPS else max(0.9 * AIM, AIM * min(1.0, predicted / least))

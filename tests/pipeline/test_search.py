@@ -152,6 +152,14 @@ def test_a_search_ends_inside_the_budget_with_little_of_it_unused(ratio: float, 
     assert 0 <= len(found.rounds) - len(rounds) <= 1, "only a round that found nothing new measures nothing"
 
 
+def test_a_search_that_settled_far_from_the_budget_looks_nearer_to_it(monkeypatch):
+    nearer = Device(0.9).search(0.7).chosen
+    monkeypatch.setattr("pipeline.search.NEARER", 0.0)
+    settled = Device(0.9).search(0.7).chosen
+    assert nearer is not None and settled is not None
+    assert nearer.loss < settled.loss and settled.ratio < (1 - SLACK) * 0.7 < nearer.ratio <= 0.7
+
+
 def test_a_network_that_is_worth_less_effort_is_tried_in_fewer_plans(monkeypatch):
     asked = []
     monkeypatch.setattr(Search, "_explore", lambda self, number, evaluations: asked.append(evaluations))
@@ -187,10 +195,6 @@ def test_what_is_chosen_has_the_lowest_loss_of_all_that_were_measured_to_keep_th
 
 class Flattering(Device):
     """Its first measurement of any network is 8 % too good."""
-
-    def recovered(self, plan: PruningPlan) -> float:
-        self.trained += 1
-        return true_loss(plan.widths(TOPOLOGY.groups), plan.dropped) / 2
 
     def measure(self, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
         shade = 0.92 if name.startswith("round ") else 1.0

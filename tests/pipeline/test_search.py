@@ -26,7 +26,7 @@ from pipeline.nouns import (
 )
 from pipeline.prune.plan import make_plan
 from pipeline.prune.sensitivity import around
-from pipeline.search import Candidate, Found, Loop, Measured, Search
+from pipeline.search import Candidate, Choice, Found, Loop, Measured, Search
 from profiles import plugins
 from profiles.errors import MissedError
 from profiles.schema import PruneSpec
@@ -259,11 +259,19 @@ def test_no_block_is_tried_where_none_may_go(ratio: float):
 
 
 def test_several_starts_find_what_one_does_not(monkeypatch):
-    found = Device(1.12).search(0.7).chosen
+    found = Device(1.05).search(0.4).chosen
     starts = Search._starts
     monkeypatch.setattr(Search, "_starts", lambda self: itertools.islice(starts(self), 1))
-    one_start = Device(1.12).search(0.7).chosen
+    one_start = Device(1.05).search(0.4).chosen
     assert found is not None and one_start is not None and found.loss < one_start.loss
+
+
+def test_a_later_round_also_starts_just_above_the_budget(monkeypatch):
+    """Where what loses less is a little too slow, cutting that comes further than filling up what is too fast."""
+    found = Device(1.05).search(0.6).chosen
+    monkeypatch.setattr(Search, "_measured_starts", lambda self: [Choice(self.best.widths, self.best.dropped)])
+    from_best = Device(1.05).search(0.6).chosen
+    assert found is not None and from_best is not None and found.loss < from_best.loss
 
 
 def test_what_lives_in_a_removed_block_is_whole_in_every_candidate():

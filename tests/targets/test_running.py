@@ -35,7 +35,7 @@ def runtime_file(request, tmp_path_factory):
     """The CUDA runtime as it is now, and as CUDA 10.2 had cudaGraphInstantiate."""
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler for the test's CUDA runtime")
-    path = tmp_path_factory.mktemp("cuda") / "libcudart.so"
+    path = tmp_path_factory.mktemp("cuda") / "fake.so"  # under its name it would be found by other tests too
     flags = ["-DOLD"] if request.param == "old" else []
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", *flags, "-o", path, SOURCE], check=True)
     return str(path)

@@ -3,8 +3,9 @@
 Two beliefs are corrected. Losses: values of single cuts do not add up, so around each chosen plan the value of every
 edit is measured again while the others stay as they are, and the programme is solved with these; the plan of lowest
 measured loss is kept. Latency: the best plans are narrowed from the dense ONNX and measured interleaved with the dense
-network, and the table is recalibrated with their ratios. A later round begins around the best candidate measured so
-far, and measures only what loses less than that. Every plan starts from the dense network: a round is a function of it.
+network, and the table is recalibrated with their ratios. A later round begins around the best candidates measured so
+far, and measures only what loses less than those that keep the budget. Every plan starts from the dense network: a
+round is a function of it.
 """
 
 from __future__ import annotations
@@ -220,8 +221,9 @@ class Search:
     def _explore(self, number: int, evaluations: int) -> None:
         """From several starts, go from choice to choice while the measured loss falls, until so many plans were tried.
 
-        A later round starts at the best candidate so far, to spend what that leaves of the budget, and at the fastest of
-        those above the budget that lose less, to cut it a little more. The one whose latency is nearer to the aim is first.
+        A later round starts at the best candidate so far, to spend what that leaves of the budget, and at the fastest
+        of those above the budget that lose less, to cut it a little more; the one whose latency is nearer to the aim
+        is first.
         """
         loop = self.loop
         if loop.solver.TRIES:

@@ -178,7 +178,7 @@ class RecoverSpec(Spec):
 
     epochs: int = Field(default=1, ge=0, description="0: nothing is trained")
     max_minutes: float = Field(default=60.0, ge=0, description="the learning rate comes to its end within this time")
-    learning_rate: float = Field(default=0.05, gt=0, description="its highest value")
+    learning_rate: float = Field(default=0.1, gt=0, description="its highest value")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(default=5e-4, ge=0, description="of SGD")
     temperature: float = Field(default=4.0, gt=0, description="of the distillation term")

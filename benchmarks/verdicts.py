@@ -147,11 +147,11 @@ def truths(target: Target, profile: Profile, source: Path, folder: Path) -> dict
 
 @contextmanager
 def load() -> Iterator[None]:
-    """Another process that computes in bursts of 0.2 to 2 s."""
+    """Another process that computes in bursts of 0.2 to 2 s; it ends with this one, however that ends."""
     code = (
-        "import numpy as np,time,random\n"
+        "import numpy as np,os,time,random\n"
         "a=np.random.rand(700,700)\n"
-        "while True:\n"
+        f"while os.getppid()=={os.getpid()}:\n"
         "    end=time.time()+random.uniform(.2,2)\n"
         "    while time.time()<end: a@a\n"
         "    time.sleep(random.uniform(.2,2))\n"

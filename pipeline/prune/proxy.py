@@ -108,6 +108,20 @@ def strange(value: Any) -> str:
     return "" if value is None or isinstance(value, Tensor) else type(value).__name__
 
 
+def numbers(value: Any, place: str = "") -> dict[str, Any]:
+    """What in it is neither a tensor nor None, by where it is, through tuples, lists and dicts."""
+    if isinstance(value, tuple | list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        return {name: part for key, each in value.items() for name, part in numbers(each, f"{place}[{key!r}]").items()}
+    return {} if value is None or isinstance(value, Tensor) else {place: value}
+
+
+def without_data(value: Any) -> Any:
+    """The same with every tensor on torch's device `meta`, through tuples, lists and dicts."""
+    return map_aggregate(value, lambda a: cast(Any, a.to("meta") if isinstance(a, Tensor) else a))
+
+
 def shapes_of(value: Any) -> Any:
     """Shape of a tensor, a list of those of a sequence, None of anything else."""
     if isinstance(value, Tensor):

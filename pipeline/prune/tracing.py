@@ -7,9 +7,10 @@ depth) is kept as it is. The network is traced at two batch sizes: a number that
 becomes a multiple of `x.size(0)`.
 
 The innermost module whose forward cannot be traced (control flow on data, writes into an activation, TorchScript)
-becomes a leaf with the reason, and tracing begins anew. A leaf has to give tensors, or tuples, lists and dicts of them:
-whoever branches on a number that it made would be traced along one branch only. Where it gives anything else the module
-that called it is the leaf instead, and so on outwards; where that is the network itself, capture fails.
+becomes a leaf with the reason, and tracing begins anew. A leaf has to give tensors, or tuples, lists and dicts of them,
+and numbers that follow from shapes alone (sizes of patches that go from block to block): whoever branches on another
+number that it made would be traced along one branch only. Where it gives anything else the module that called it is the
+leaf instead, and so on outwards; where that is the network itself, capture fails.
 
 Why not torch.export: it resolves shapes as this does and refuses control flow on data and TorchScript as this does, but
 for the whole network, without a leaf to go on with; and it gives one flat graph of ATen calls on lifted weights, in
@@ -31,7 +32,17 @@ from torch import Tensor, fx, nn
 from pipeline.prune import operators
 from pipeline.prune.foreign import caught
 from pipeline.prune.naming import is_custom, kind_of
-from pipeline.prune.proxy import Known, OnData, holds_tensor, known, shapes_of, strange, unproxied
+from pipeline.prune.proxy import (
+    Known,
+    OnData,
+    holds_tensor,
+    known,
+    numbers,
+    shapes_of,
+    strange,
+    unproxied,
+    without_data,
+)
 from pipeline.prune.whole import Whole
 from profiles.errors import DeployError
 
@@ -194,13 +205,31 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             if kind_of(m) in self.kinds:
                 self.own[path] = unproxied((*args, *kwargs.values()))
-            self._check_leaf(path, result)
+            if not self._follows_shapes(m, args, kwargs, result):
+                self._check_leaf(path, result)
             return result
         idle = bool(args) and result is args[0] and known(result)
         if idle and not kwargs and not any(True for _ in (*m.parameters(), *m.buffers(), *m.children())):
             self.kept.append(path)
             return self.create_proxy("call_module", path, args, kwargs)
         return result
+
+    def _follows_shapes(self, leaf: nn.Module, args: Any, kwargs: Any, result: Any) -> bool:
+        """Whether a leaf gives the same numbers where its tensors hold no data, on torch's device `meta`."""
+        given = numbers(unproxied(result))
+        if not given:
+            return True
+        bare = {name: tensor.to("meta") for name, tensor in (*leaf.named_parameters(), *leaf.named_buffers())}
+        self._running = True
+        try:
+            with torch.no_grad(), torch.device("meta"):
+                inputs = without_data(unproxied((args, kwargs)))
+                again = torch.func.functional_call(leaf, bare, *inputs)
+        except Exception:  # noqa: BLE001  it asked for data, or for what that device has not
+            return False
+        finally:
+            self._running = False
+        return numbers(again) == given
 
     def _check_leaf(self, path: str, result: Any) -> None:
         """What a leaf gives besides tensors may depend on data: then the module that called it is the leaf."""

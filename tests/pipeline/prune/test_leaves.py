@@ -17,6 +17,7 @@ from leaf_nets import (
     Doubles,
     FromDoubles,
     FromPairs,
+    FromSized,
     HoldsScript,
     Outputs,
     Picks,
@@ -67,6 +68,7 @@ LEAVES = {  # what stands in the middle -> the module that stays whole, and a wo
     "defaults": (Called, "middle.defaults", "control flow on data"),
     "script inside": (HoldsScript, "middle", "control flow on data"),
     "writes": (Writes, "middle", "the forward writes into an activation"),
+    "sizes with a tensor": (FromSized, "middle.sized", "the forward writes into an activation"),
     "script": (lambda: scripted(Rectified()), "middle", "it is TorchScript"),
     "script that decides": (lambda: scripted(Branch()), "middle", "it is TorchScript"),
     "traced": (lambda: traced(nn.Conv2d(8, 8, 3, 1, 1)), "middle", "it is TorchScript"),
@@ -103,7 +105,9 @@ def test_both_branches_are_really_taken_by_these_inputs():
     assert {bool((torch.relu(model.a(x)) - 0.3).sum() > 0) for x in inputs()} == {True, False}
 
 
-@pytest.mark.parametrize("name", ["branch", "dict", "script", "script that decides", "script inside", "writes"])
+@pytest.mark.parametrize(
+    "name", ["branch", "dict", "script", "script that decides", "script inside", "writes", "sizes with a tensor"]
+)
 def test_a_leaf_survives_surgery_copies_and_training(name: str):
     make, path, _ = LEAVES[name]
     model, network = captured(make())

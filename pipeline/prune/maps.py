@@ -96,7 +96,7 @@ class Gram:
 def grams(network: Network, inputs: tuple[Tensor, ...]) -> dict[str, Gram]:
     """Layer name -> its Gram matrix, for every convolution and linear layer that mixes channels of some unit.
 
-    Layers that read more than GRAM_COLUMNS are left out, as the first linear layer behind large maps does.
+    Layers that read more than GRAM_COLUMNS are left out, as the first linear layer behind large maps is.
     A layer that is used several times has one, over all its uses.
     """
     found: dict[str, Gram] = {}

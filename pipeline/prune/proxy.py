@@ -99,15 +99,6 @@ def holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(holds_tensor(v) for v in value))
 
 
-def strange(value: Any) -> str:
-    """Type of the first thing in it that is neither a tensor nor None, through tuples, lists and dicts; else empty."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return next((found for found in map(strange, value) if found), "")
-    return "" if value is None or isinstance(value, Tensor) else type(value).__name__
-
-
 def numbers(value: Any, place: str = "") -> dict[str, Any]:
     """What in it is neither a tensor nor None, by where it is, through tuples, lists and dicts."""
     if isinstance(value, tuple | list):

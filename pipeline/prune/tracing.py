@@ -39,7 +39,6 @@ from pipeline.prune.proxy import (
     known,
     numbers,
     shapes_of,
-    strange,
     unproxied,
     without_data,
 )
@@ -104,7 +103,7 @@ class _Tracer(fx.Tracer):
         if there is None:
             self.root.add_module(name, operators.Applied(function))
         result = self.create_proxy("call_module", name, args, kwargs)
-        self._check_leaf(kind_of(function), result)
+        self._refuse_numbers(kind_of(function), numbers(unproxied(result)))
         return result
 
     def create_args_for_root(
@@ -205,8 +204,9 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             if kind_of(m) in self.kinds:
                 self.own[path] = unproxied((*args, *kwargs.values()))
-            if not self._follows_shapes(m, args, kwargs, result):
-                self._check_leaf(path, result)
+            given = numbers(unproxied(result))
+            if given and not self._follows_shapes(m, args, kwargs, given):
+                self._refuse_numbers(path, given)
             return result
         idle = bool(args) and result is args[0] and known(result)
         if idle and not kwargs and not any(True for _ in (*m.parameters(), *m.buffers(), *m.children())):
@@ -214,11 +214,8 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         return result
 
-    def _follows_shapes(self, leaf: nn.Module, args: Any, kwargs: Any, result: Any) -> bool:
+    def _follows_shapes(self, leaf: nn.Module, args: Any, kwargs: Any, given: dict[str, Any]) -> bool:
         """Whether a leaf gives the same numbers where its tensors hold no data, on torch's device `meta`."""
-        given = numbers(unproxied(result))
-        if not given:
-            return True
         bare = {name: tensor.to("meta") for name, tensor in (*leaf.named_parameters(), *leaf.named_buffers())}
         self._running = True
         try:
@@ -231,10 +228,10 @@ class _Tracer(fx.Tracer):
             self._running = False
         return numbers(again) == given
 
-    def _check_leaf(self, path: str, result: Any) -> None:
+    def _refuse_numbers(self, path: str, given: dict[str, Any]) -> None:
         """What a leaf gives besides tensors may depend on data: then the module that called it is the leaf."""
-        found = strange(unproxied(result))
-        if found:
+        if given:
+            found = type(next(iter(given.values()))).__name__
             reason = f"{_place(traceback.extract_stack())}'{path}' gives a {found}, which may depend on data"
             raise Stuck(self._inside[-1] if self._inside else "", reason, True)
 

@@ -51,7 +51,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "qsfm.json"
 MACS, PARAMETERS, CLAIM = 1 - 0.4827, 1 - 0.5790, -0.54
 CALIBRATION, RANKED, VALUED = 1024, 256, 192
 BASES = {"retrained": "cifar10_jpeg/resnet56.pt", "published": "cifar10_resnet_weights/resnet56-4bfd9763.th"}
-CRITERIA = ("qsfm-ssim", "qsfm-psnr", "fisher", "magnitude")
+CRITERIA = ("obs", "qsfm-ssim", "qsfm-psnr", "fisher", "magnitude")
 ALLOCATIONS = ("inner", "stages", "search")
 
 

@@ -3,8 +3,8 @@
 `scratch-width` scales every channel count, to multiples of eight; `scratch-depth` leaves blocks out, from the longest
 stage first, and narrows those that come next to the budget from above. Of these the slowest that keeps the budget as
 measured is trained: for the epochs that the dense weights had plus the one of the recovery, ten at most, with the
-recovery's optimizer and schedule at twice its learning rate, from labels (`plain`) or with the dense network as a
-teacher (`distilled`).
+recovery's optimizer, schedule and learning rate, from labels (`plain`) or with the dense network as a teacher
+(`distilled`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pipeline.latency.feedback import Seen, near, recalibrate, residuals
 from pipeline.latency.solvers.base import Solver
 from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Solution, Topology
-from pipeline.prune.sensitivity import around
+from pipeline.prune.sensitivity import LOOKS, around
 from profiles.errors import DeployError
 from profiles.schema import PruneSpec
 
@@ -221,6 +221,10 @@ class Search:
     def _explore(self, number: int, evaluations: int) -> None:
         """From several starts, go from choice to choice while the measured loss falls, until so many plans were tried.
 
+        Where one look around leads nowhere, the next of LOOKS is tried. On a made-up device whose best choices are
+        known, the chosen ones lose 0.5 % more than these, 3.9 % with the first look alone; on MobileNetV1/VWW at 0.5x
+        they lose 4 and 17 % less than with it, on ResNet-20/GTSRB as much.
+
         A later round starts at the best candidate so far, to spend what that leaves of the budget, and at the fastest
         of those above the budget that lose less, to cut it a little more; the one whose latency is nearer to the aim
         is first.
@@ -231,14 +235,20 @@ class Search:
             self._loss(number, choice.widths, choice.dropped)
             return
         before = len(self.asked)
-        seen: set[str] = set()
+        seen: set[tuple[PruningPlan, str]] = set()
         for here in self._measured_starts() if self.best else self._starts():
-            while (key := loop.plan_for(here.widths, here.dropped).to_json()) not in seen:
+            looks = list(LOOKS)
+            while looks:
+                plan, look = loop.plan_for(here.widths, here.dropped), looks.pop(0)
+                if (plan, look) in seen:
+                    break
                 if seen and len(self.asked) - before + self._edits() > evaluations:
                     return
-                seen.add(key)
-                self._look_around(number, here.widths, here.dropped)
-                here = self._step(number, here)
+                seen.add((plan, look))
+                self._look_around(number, here, look)
+                after = self._step(number, here)
+                if loop.plan_for(after.widths, after.dropped) != plan:
+                    here, looks = after, list(LOOKS)
 
     def _starts(self) -> Iterator[Choice]:
         """What the solver makes of the values of single cuts; of these when no block goes; of cuts that are all alike.
@@ -300,12 +310,12 @@ class Search:
         rankings = list(loop.rankings.values())
         return loop.solver.solve(rankings, values, self.table, loop.topology, budget_ms, spec or loop.spec, trials)
 
-    def _look_around(self, number: int, widths: Mapping[str, int], dropped: frozenset[str]) -> None:
+    def _look_around(self, number: int, here: Choice, look: str) -> None:
         """Measure the value of every edit while the others stay as they are in this choice."""
         self.values = around(
             lambda near, without: self._loss(number, near, without),
-            self.loop.topology, self.table.choices, widths, dropped, self.values,
-            blocks=self.loop.spec.drop_blocks,
+            self.loop.topology, self.table.choices, here.widths, here.dropped, self.values,
+            look=look, blocks=self.loop.spec.drop_blocks,
         )  # fmt: skip
 
     def latencies(self, name: str, choices: Sequence[Solution]) -> list[float]:

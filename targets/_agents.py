@@ -101,7 +101,10 @@ class AgentTarget(Target):
         return self._fingerprint(self.profile.measure)
 
     def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
-        return device.fingerprint(self._facts(), self.runtime.manner(self.profile.providers), spec)
+        return self._fingerprint_of(self._facts(), spec)
+
+    def _fingerprint_of(self, facts: Table, spec: MeasureSpec) -> Fingerprint:
+        return device.fingerprint(facts, self.runtime.manner(self.profile.providers, spec, facts), spec)
 
     def outputs(self) -> Condition:
         """Whether outputs can be read on the device."""
@@ -128,7 +131,7 @@ class AgentTarget(Target):
         done = self._run(
             "drive", job, bench.session_limit_s(spec), progress, lambda seen: device.preflight(spec, seen).require()
         )
-        fingerprint = device.fingerprint(done.facts, self.runtime.manner(self.profile.providers), spec)
+        fingerprint = self._fingerprint_of(done.facts, spec)
         preflight = device.preflight(spec, done.state)
         setting = bench.Setting(fingerprint, preflight, spec, mode, done.owner, done.started)
         return bench.session_of(done.result, hashes, setting)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from profiles.errors import DeployError
 from profiles.schema import MeasureSpec, Profile
 from targets.base import LayerTime, Progress, RowTimes, Target
 from targets.harness import bench, building, device
@@ -113,6 +114,18 @@ class AgentTarget(Target):
             return super().outputs()
         why = "deploy build judges networks by them; deploy measure does without"
         return Condition("outputs", f"cannot be read: {lacking['why']}", False, why, lacking["mend"])
+
+    @abstractmethod
+    def _providers(self) -> list[str]:
+        """Every provider that ONNX Runtime has on the device, after a small network ran there on the profile's."""
+
+    def placed(self) -> Condition:
+        """Whether ONNX Runtime runs where the profile asks for."""
+        try:
+            return device.providers_condition(self.profile.providers, self._providers())
+        except DeployError as error:
+            why = "the runtime would run elsewhere than asked"
+            return Condition("providers", error.message.rstrip("."), False, why, error.hint, fatal=True)
 
     def preflight(self) -> Preflight:
         """How busy, hot and full the device is."""

@@ -24,9 +24,10 @@ from profiles.schema import MeasureSpec, load_profile
 from targets.base import load_target
 from targets.harness import device, pack
 from targets.harness import lease as leases
-from targets.harness.agent.board import machine, providers
-from targets.harness.agent.board.model import open_session
-from targets.harness.agent.board.tensorrt import cuda
+from targets.harness.agent.board import machine, providers, rows
+from targets.harness.agent.board.base import AgentError
+from targets.harness.agent.board.model import Model, open_session
+from targets.harness.agent.board.tensorrt import cuda, library
 from targets.harness.agent.board.tensorrt.errors import BoardError
 from targets.runtimes.base import load_runtime
 
@@ -196,8 +197,7 @@ def test_networks_are_timed_under_a_protocol_that_says_everything_and_no_other_i
     assert session.protocol.startswith(f"{PROTOCOL} rank ") and session.fingerprint.providers[-1] == PROTOCOL
     assert [m.protocol for m in session.measurements.values()] == [PROTOCOL] * 2
     assert len(list((tmp_path / ".deploy" / "engines").iterdir())) == 1, "one network, one folder for its engine"
-    rows = here(site, *GPU).rows([path], path, 2)
-    assert rows.ms.shape == (1, 2)
+    assert here(site, *GPU).rows([path], path, 2).ms.shape == (1, 2)
 
     monkeypatch.setenv("FAKE_GRAPH", "1")
     captured = here(site, *GPU).measure({"a": path, "b": path}, SHORT, "rank")
@@ -207,6 +207,25 @@ def test_networks_are_timed_under_a_protocol_that_says_everything_and_no_other_i
     mixed = replace(session, measurements={"a": session.measurement("a"), "b": captured.measurement("b")})
     with pytest.raises(UndecidedError, match=r"different protocols.*cuda_graph=1"):
         mixed.ratio("b", "a")
+
+
+@pytest.mark.parametrize(("name", "free"), [(CUDA, 3000), (CPU, 9000)])
+def test_rows_are_opened_while_the_memory_of_what_runs_them_lasts(name, free, monkeypatch):
+    monkeypatch.setattr(library, "free_mib", lambda: (3000, {}))
+    monkeypatch.setattr(rows, "free_memory_mib", lambda: 9000)
+    room = rows.Room({"providers": [name]})
+    assert room.free_mib() == free and room.for_more(rows.MOST_ENGINES + 1) is (name == CPU)
+
+
+@pytest.mark.parametrize("said", ["CUDA failure 2: out of memory ; GPU=0", "Failed to allocate memory for a buffer"])
+def test_a_gpu_that_is_full_is_told_from_a_network_that_does_not_run(said, monkeypatch):
+    def full(path, settings, options):
+        raise RuntimeError(f"[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : {said}")
+
+    monkeypatch.setattr(providers, "opened", full)
+    with pytest.raises(AgentError) as error:
+        Model("a.onnx", {"providers": [CUDA], "threads": 1, "spin": False, "seed": 0})
+    assert error.value.kind == "memory" and error.value.message == said.rstrip(".")
 
 
 def test_spinning_is_part_of_the_protocol_and_the_processors_id_stays():

@@ -87,7 +87,7 @@ class Model(Timed):
             self._open(path, options)
         except runtime_errors() as error:
             text = error_text(error)
-            scarce = isinstance(error, MemoryError) or "alloc" in text
+            scarce = isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text
             raise AgentError("memory" if scarce else "model", text, path) from None
 
     def _open(self, path: str, options: Table) -> None:

@@ -163,7 +163,7 @@ def test_waiting_for_the_gpu_is_said_before_it_is_used_and_once(monkeypatch):
 
 def test_a_gpu_and_what_runs_on_it_are_part_of_the_fingerprint(here, tmp_path):
     first = here(make_gpu_site(tmp_path / "site"), *GPU).fingerprint()
-    assert first.gpu == "Orin 8.7, CUDA 12.6, driver 12.8" and first.providers == (*GPU, PROTOCOL)
+    assert first.gpu.startswith("Orin 8.7, CUDA 12.6, driver 12.8") and first.providers == (*GPU, PROTOCOL)
     told = first.libraries.split(", ")
     assert [each.rsplit(" ", 1)[0] for each in told] == ["TensorRT 10.3.0", "cuDNN 9.3.0"]
     assert all(len(each.rsplit(" ", 1)[1]) == 64 for each in told)

@@ -25,7 +25,7 @@ from .worker import quiet_collector
 OPEN_SHARE, SPARE_MIB = 0.5, 256
 """A group may take this share of the memory that is free beside the reference, and leaves so many MiB."""
 MOST_ENGINES = 64
-"""Engines of a group, or sessions on a GPU: each has a stream, events and page-locked memory too, which no count of free
+"""Engines or sessions on a GPU of a group: each has a stream, events and page-locked memory too, which no count of free
 memory shows."""
 BUILDING = 0.9
 """Share of a job's time that building engines takes, about."""

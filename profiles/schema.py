@@ -102,7 +102,7 @@ class MeasureSpec(Spec):
     """How latency is measured: the protocol of docs/measuring.md. Blocks are interleaved over a session's models."""
 
     threads: int = Field(default=1, ge=1, description="of the runtime, inside one operator")
-    spin: bool = Field(default=False, description="ONNX Runtime's threads spin while they wait")
+    spin: bool = Field(default=False, description="ONNX Runtime's threads spin while they wait, for a GPU too")
     rank_processes: int = Field(default=3, ge=1, description="processes of a session that compares plans in a search")
     rank_rounds: int = Field(default=30, ge=3, description="rounds of each; in a round every model has one block")
     accept_processes: int = Field(default=8, ge=2, description="processes of a session that decides")

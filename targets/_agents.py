@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from profiles.errors import DeployError
 from profiles.schema import MeasureSpec, Profile
 from targets.base import LayerTime, Progress, RowTimes, Target
 from targets.harness import bench, building, device
@@ -101,7 +102,10 @@ class AgentTarget(Target):
         return self._fingerprint(self.profile.measure)
 
     def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
-        return device.fingerprint(self._facts(), self.runtime.manner(self.profile.providers), spec)
+        return self._fingerprint_of(self._facts(), spec)
+
+    def _fingerprint_of(self, facts: Table, spec: MeasureSpec) -> Fingerprint:
+        return device.fingerprint(facts, self.runtime.manner(self.profile.providers, spec, facts), spec)
 
     def outputs(self) -> Condition:
         """Whether outputs can be read on the device."""
@@ -110,6 +114,18 @@ class AgentTarget(Target):
             return super().outputs()
         why = "deploy build judges networks by them; deploy measure does without"
         return Condition("outputs", f"cannot be read: {lacking['why']}", False, why, lacking["mend"])
+
+    @abstractmethod
+    def _providers(self) -> list[str]:
+        """Every provider that ONNX Runtime has on the device, after a small network ran there on the profile's."""
+
+    def placed(self) -> Condition:
+        """Whether ONNX Runtime runs where the profile asks for."""
+        try:
+            return device.providers_condition(self.profile.providers, self._providers())
+        except DeployError as error:
+            why = "the runtime would run elsewhere than asked"
+            return Condition("providers", error.message.rstrip("."), False, why, error.hint, fatal=True)
 
     def preflight(self) -> Preflight:
         """How busy, hot and full the device is."""
@@ -128,7 +144,7 @@ class AgentTarget(Target):
         done = self._run(
             "drive", job, bench.session_limit_s(spec), progress, lambda seen: device.preflight(spec, seen).require()
         )
-        fingerprint = device.fingerprint(done.facts, self.runtime.manner(self.profile.providers), spec)
+        fingerprint = self._fingerprint_of(done.facts, spec)
         preflight = device.preflight(spec, done.state)
         setting = bench.Setting(fingerprint, preflight, spec, mode, done.owner, done.started)
         return bench.session_of(done.result, hashes, setting)

@@ -1,4 +1,4 @@
-"""The machine at hand: ONNX Runtime on its processor, measured by the agent in processes of its own."""
+"""The machine at hand, measured by the agent in processes of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Local(AgentTarget):
 
     def _facts(self) -> Table:
         try:
-            return machine.asked_facts(self.runtime.name)
+            return machine.asked_facts(self.runtime.name, self.profile.providers)
         except AgentError as error:
             raise building.refused(error.to_table(), self.runtime.name) from None
 
@@ -76,7 +76,7 @@ class Local(AgentTarget):
         found += [*self.preflight().conditions, self._runtime()]
         if not found[-1].ok:
             return found
-        return [*found, self._providers() if self.profile.runtime == "ort" else self.outputs()]
+        return [*found, self.placed() if self.profile.runtime == "ort" else self.outputs()]
 
     def _runtime(self) -> Condition:
         try:
@@ -87,10 +87,11 @@ class Local(AgentTarget):
         except DeployError as error:
             return Condition("runtime", "missing", False, "nothing can be measured without it", error.hint, fatal=True)
 
-    def _providers(self) -> Condition:
-        import onnxruntime
-
-        return device.providers_condition(self.profile.providers, onnxruntime.get_available_providers())
+    def _providers(self) -> list[str]:
+        try:
+            return list(machine.apart(self.runtime.name, "providers", *self.profile.providers)["there"])
+        except AgentError as error:
+            raise building.refused(error.to_table(), self.runtime.name) from None
 
 
 def _lease_place() -> Condition:

@@ -1,4 +1,4 @@
-"""A Linux board behind OpenSSH: ONNX Runtime on its processor, measured by an agent that runs on the board."""
+"""A Linux board behind OpenSSH, measured by an agent that runs on the board."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Ssh(AgentTarget):
                 'write a file robot-7.toml with extends = "ssh" and host = "robot-7", then --target robot-7.toml',
             )
         self.board = Board(Place(profile.host, profile.ssh))
-        self.board.runtime = self.runtime.name
+        self.board.runtime, self.board.providers = self.runtime.name, list(profile.providers)
         self._site = BoardSite(self.board)
         self._opened: dict[tuple[str, int, int], RemoteSession] = {}
 
@@ -44,7 +44,12 @@ class Ssh(AgentTarget):
 
     def _plain_facts(self) -> Table:
         """As the board is now, nothing changed on it."""
-        return self.board.ask({"do": "facts", "runtime": self.runtime.name}, patience_s=FACTS_S)[0]
+        asked = {"do": "facts", "runtime": self.runtime.name, "providers": self.board.providers}
+        return self.board.ask(asked, patience_s=FACTS_S)[0]
+
+    def _providers(self) -> list[str]:
+        asked = {"do": "providers", "asked": self.board.providers}
+        return list(self.board.ask(asked, patience_s=FACTS_S)[0]["there"])
 
     def _state(self) -> Table:
         return self.board.ask({"do": "state", "device": DEVICE})[0]
@@ -97,17 +102,15 @@ class Ssh(AgentTarget):
         found += device.preflight(self.profile.measure, seen).conditions
         try:
             facts = self._plain_facts()
-            there = self.board.ask({"do": "providers"})[0]["there"] if self.profile.runtime == "ort" else []
         except DeployError as error:
             why = "nothing can be measured without it"
             return [*found, Condition("runtime", error.message.rstrip("."), False, why, error.hint, fatal=True)]
         found += [Condition("runtime", f"{facts['runtime']} {facts['runtime_version']}", True)]
-        if self.profile.runtime != "ort":
+        if "gpu" in facts:
             gpu = str(facts["gpu"])
             why = "engines are built and run on it"
             found.append(Condition("gpu", gpu, gpu != "none", why, "look at its driver on the board.", fatal=True))
-            return [*found, self.outputs()]
-        return [*found, device.providers_condition(self.profile.providers, there)]
+        return [*found, self.placed() if self.profile.runtime == "ort" else self.outputs()]
 
 
 class BoardSite:

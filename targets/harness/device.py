@@ -26,7 +26,7 @@ GOVERNORS = frozenset({"", "performance", "userspace"})
 """Frequency governors that leave the clock alone; "" where the system shows none."""
 
 
-LATER = frozenset({"board", "power_mode", "gpu"})
+LATER = frozenset({"board", "power_mode", "gpu", "libraries"})
 """Fields of a fingerprint that are part of it only where a device has them."""
 
 
@@ -37,7 +37,8 @@ class Fingerprint:
     cpu_flags and runtime_build are SHA-256 hashes; cpu_quota: cores that a control group allows, or None; power: the
     frequency governor, "" where the system shows none; clocks: "locked", "floating" or "hidden". board and power_mode:
     of a Jetson, its module with the release of its system, and the mode by name. gpu: what engines run on, with the
-    versions of CUDA and of the driver.
+    versions of CUDA and of the driver. libraries: TensorRT and cuDNN with version and hash, where ONNX Runtime runs on
+    a GPU by them.
     """
 
     machine: str
@@ -60,6 +61,7 @@ class Fingerprint:
     board: str = ""
     power_mode: str = ""
     gpu: str = ""
+    libraries: str = ""
 
     def digest(self) -> str:
         """SHA-256 of all fields, in hex: equal on the same machine, runtime and threading."""

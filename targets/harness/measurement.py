@@ -411,7 +411,7 @@ class Session:
         if mine != theirs:
             raise UndecidedError(
                 f"two sessions timed their networks under different protocols: {mine} and {theirs}.",
-                "time both through the same runtime with the same [tensorrt] keys.",
+                "time both through the same runtime and providers with the same [measure] and [tensorrt] keys.",
             )
         if {n: m.sha256 for n, m in self.measurements.items()} != {n: m.sha256 for n, m in later.measurements.items()}:
             raise UndecidedError("two sessions did not measure the same networks.", "measure them again together.")
@@ -496,7 +496,7 @@ def _pairs(a: Measurement, b: Measurement) -> list[tuple[Blocks, Blocks, NDArray
         raise UndecidedError(
             f"'{a.name}' and '{b.name}' were timed under different protocols, '{a.protocol}' and '{b.protocol}', "
             "so their times do not compare.",
-            "time both through the same runtime with the same [tensorrt] keys.",
+            "time both through the same runtime and providers with the same [measure] and [tensorrt] keys.",
         )
     pairs = []
     for one, two in zip(a.processes, b.processes, strict=True):

@@ -243,6 +243,7 @@ class Board:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.runtime = "onnxruntime"
+        self.providers: list[str] = []
         self.wish: Table = {}
         """The state that jobs ask of the board: `Arrangement` on its side."""
         self._link: Link | None = None
@@ -381,7 +382,7 @@ class Board:
         request = {
             "do": "start", "id": follow.id, "verb": verb, "work": job, "device": DEVICE, "owner": lease.owner(),
             "limit_s": limit_s, "wait_s": WAIT_S, "absent_s": PATIENCE_S, "wish": self.wish,
-            "runtime": self.runtime,
+            "runtime": self.runtime, "providers": self.providers,
         }  # fmt: skip
         try:
             boot = self.try_to(request, patience_s=HASH_S)[0]["boot"]

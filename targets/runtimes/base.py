@@ -6,7 +6,7 @@ A runtime is a file of this folder with `runtime() -> Runtime`; what it imports 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from profiles import plugins
 from profiles.errors import DeployError
-from profiles.schema import Profile
+from profiles.schema import MeasureSpec, Profile
 from targets.harness.building import Site
 
 Array = NDArray[Any]
@@ -63,8 +63,11 @@ class Runtime(ABC):
         """What the agent has to know to open and time its artifacts; nothing for ONNX Runtime."""
         return {}
 
-    def manner(self, providers: Sequence[str]) -> tuple[str, ...]:
-        """What a fingerprint says of how artifacts are built and run: the profile's providers for ONNX Runtime."""
+    def manner(self, providers: Sequence[str], spec: MeasureSpec, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        """What a fingerprint says of how artifacts are built, run and timed: the profile's providers for ONNX Runtime.
+
+        facts: what `agent.facts` reads on the device.
+        """
         return tuple(providers)
 
     def order(self, site: Site, device: Callable[[], str]) -> dict[str, Any] | None:

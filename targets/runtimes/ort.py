@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from profiles.errors import DeployError
-from profiles.schema import Profile
+from profiles.schema import MeasureSpec, Profile
+from targets.harness import building
 from targets.harness.agent.board import providers
 from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.model import NUMPY_TYPES, error_text, runtime_errors
@@ -66,7 +67,7 @@ def _weights_beside(onnx: Path) -> list[Path]:
 
 
 class OnnxRuntime(Runtime):
-    """ONNX Runtime on the processor."""
+    """ONNX Runtime, on the processor or through a provider of its on a GPU."""
 
     name = "onnxruntime"
 
@@ -80,6 +81,11 @@ class OnnxRuntime(Runtime):
     def options(self) -> dict[str, Any]:
         """Where the TensorRT provider may keep engines; a board has a folder of its own for them."""
         return {"engine_cache": str((self.state / "engines").resolve())} if self.state is not None else {}
+
+    def manner(self, names: Sequence[str], spec: MeasureSpec, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        """The providers, and on a GPU the protocol's id."""
+        timed = providers.protocol({"providers": names, "spin": spec.spin})
+        return (*names, timed) if timed else tuple(names)
 
     def version(self) -> str:
         """Version of the installed wheel."""
@@ -109,6 +115,8 @@ class OnnxRuntime(Runtime):
         try:
             return OrtSession(artifact, {"providers": list(providers), **self.options()}, threads)
         except AgentError as error:
+            if error.kind == "device":
+                raise building.refused(error.to_table(), self.name) from None
             raise unreadable(str(artifact), self.version(), error.message) from None
         except runtime_errors() as error:
             raise unreadable(str(artifact), self.version(), error_text(error)) from None
@@ -125,8 +133,7 @@ class OrtSession(Opened):
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        asked = providers.asked(str(path), dict(options))
-        self._session: Any = ort.InferenceSession(str(path), settings, providers=asked)
+        self._session: Any = providers.opened(str(path), settings, dict(options))
         self.inputs = tuple(_port(value) for value in self._session.get_inputs())
         self.outputs = tuple(_port(value) for value in self._session.get_outputs())
 

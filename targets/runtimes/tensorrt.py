@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from profiles.errors import DeployError
-from profiles.schema import Profile, TensorRTSpec
+from profiles.schema import MeasureSpec, Profile, TensorRTSpec
 from targets.harness import building
-from targets.harness.agent.board.tensorrt import engine, library, running
+from targets.harness.agent.board.tensorrt import engine, library, running, trtexec
 from targets.harness.agent.board.tensorrt.errors import BoardError
 from targets.runtimes.base import Array, Opened, Port, Runtime
 
@@ -44,11 +44,12 @@ class TensorRT(Runtime):
         """The library, and how its engines are run."""
         return {"library": self.name, **running_options(self.spec)}
 
-    def manner(self, providers: Sequence[str]) -> tuple[str, ...]:
-        """The protocol's id, and what the builder is asked for beyond its defaults."""
+    def manner(self, providers: Sequence[str], spec: MeasureSpec, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        """The protocol's id, of trtexec where only that is there; what the builder is asked for beyond its defaults."""
+        timed = trtexec if facts["runtime"] == "trtexec" else running
         usual, asked = builder_options(TensorRTSpec()), builder_options(self.spec)
         other = [f"{name}={value}" for name, value in sorted(asked.items()) if value != usual[name]]
-        return (running.protocol(running_options(self.spec)), *other)
+        return (timed.protocol(running_options(self.spec)), *other)
 
     def version(self) -> str:
         """Version of the library that is loaded."""

@@ -1,6 +1,9 @@
 /* A CUDA runtime without a GPU, for tests: the functions and signatures of cuda_runtime_api.h that are used, device
    memory on the heap, every stream done at once, events on the monotonic clock. "Kernels" are fake_launch: dst = 2 src.
    With OLD defined it has cudaGraphInstantiate as CUDA 10.2 has it, else cudaGraphInstantiateWithFlags. */
+#ifndef GPU_NAME
+#define GPU_NAME "Orin"
+#endif
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -48,7 +51,7 @@ int cudaGetDeviceCount(int *n) { *n = status ? 0 : 1; return status; }
 int cudaSetDeviceFlags(unsigned f) { device_flags = (int)f; return status; }
 int cudaSetDevice(int d) { return status ? status : d != 0; }
 int cudaDeviceGetAttribute(int *v, int which, int d) { (void)d; *v = which == 75 ? 8 : which == 76 ? 7 : which == 16 ? 14 : integrated; return status; }
-int cudaGetDeviceProperties(void *p, int d) { (void)d; memset(p, 0, 700); strcpy(p, "Orin"); return status; }
+int cudaGetDeviceProperties(void *p, int d) { (void)d; memset(p, 0, 700); strcpy(p, GPU_NAME); return status; }
 int cudaMemGetInfo(size_t *free, size_t *total) { *free = (size_t)(3000 - streams * stream_mib) << 20; *total = (size_t)8000 << 20; return status; }
 int cudaRuntimeGetVersion(int *v) { *v = 12060; return 0; }
 int cudaDriverGetVersion(int *v) { *v = status ? 0 : 12080; return 0; }

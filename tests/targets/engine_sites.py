@@ -36,13 +36,31 @@ globals().update(vars(_fake.api))
 '''
 
 
-def make_site(folder: Path, engine_mib: int = 0) -> Path:
-    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler."""
+def compile_library(path: Path, source: Path | str, *flags: str) -> None:
+    """A shared library of a C file or of a line of C; skips the test without a C compiler."""
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler for the test's CUDA runtime")
-    place = folder / "nvidia" / "cuda_runtime" / "lib"
-    place.mkdir(parents=True)
-    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", place / "libcudart.so", HERE / "cudart.c"], check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = source if isinstance(source, str) else None
+    command = ["gcc", "-O1", "-shared", "-fPIC", *flags, "-o", path, "-x", "c", "-" if line else source]
+    subprocess.run(command, check=True, input=line, text=True)
+
+
+def make_gpu_site(folder: Path, card: str = "Orin", tensorrt: int = 100300, cudnn: int = 90300) -> Path:
+    """A folder for Python's path with an ONNX Runtime for a GPU, and that GPU: see fake_onnxruntime.py."""
+    cudart = folder / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so"
+    compile_library(cudart, HERE / "cudart.c", f'-DGPU_NAME="{card}"')
+    compile_library(folder / "libnvinfer.so.10", f"int getInferLibVersion(void) {{ return {tensorrt}; }}\n")
+    compile_library(folder / "libcudnn.so.9", f"unsigned long cudnnGetVersion(void) {{ return {cudnn}; }}\n")
+    shutil.copy(HERE / "fake_onnxruntime.py", folder)
+    (folder / "sitecustomize.py").write_text("import fake_onnxruntime\n")  # for PYTHONPATH
+    (folder / "fake_onnxruntime.pth").write_text("import fake_onnxruntime\n")  # for site-packages
+    return folder
+
+
+def make_site(folder: Path, engine_mib: int = 0) -> Path:
+    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler."""
+    compile_library(folder / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so", HERE / "cudart.c")
     (folder / "tensorrt.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
     shutil.copy(HERE / "fake_tensorrt.py", folder)
     shutil.copytree(HERE / "recordings" / "tensorrt", folder / "recordings" / "tensorrt")

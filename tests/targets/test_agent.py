@@ -438,7 +438,7 @@ def test_a_worker_answers_in_json_and_names_what_it_cannot_do(conv):
     opened, timed, refused, unknown = map(json.loads, done.stdout.splitlines())
     assert opened == {"opened": "a", "protocol": ""}
     assert len(timed["ns"]) == 5 and min(timed["ns"]) > 0 and timed["switches"] >= 0
-    assert refused["kind"] == "model" and refused["message"].startswith("no provider NoSuchProvider, there are ")
+    assert refused["kind"] == "device" and refused["message"].startswith("no provider NoSuchProvider, there are ")
     assert unknown["message"] == "unknown request 'sing'"
 
 

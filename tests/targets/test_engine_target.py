@@ -62,7 +62,7 @@ def test_an_engine_is_built_where_it_runs_measured_and_asked(target, tmp_path):
 
     fingerprint = target.fingerprint()
     assert (fingerprint.runtime, fingerprint.runtime_version) == ("tensorrt", "10.3.0")
-    assert fingerprint.gpu == "Orin 8.7, CUDA 12.6, driver 12.8" and fingerprint.providers == (PROTOCOL,)
+    assert fingerprint.gpu.startswith("Orin 8.7, CUDA 12.6, driver 12.8") and fingerprint.providers == (PROTOCOL,)
 
     session = target.measure(dict(zip(("one", "two"), built, strict=True)), SHORT, "rank")
     assert session.fingerprint == fingerprint and session.protocol.startswith(f"{PROTOCOL} rank ")
@@ -172,6 +172,23 @@ def test_where_only_trtexec_is_there_a_build_is_refused_at_its_start(stand_in, t
         flow.build(request)
     assert error.value.message == f"nothing can be built for 'local': its outputs {NO_OUTPUTS['outputs']}."
     assert error.value.hint == NO_OUTPUTS["mend"] and not (tmp_path / "work" / "runs").exists()
+
+
+@only_without
+def test_what_trtexec_times_is_filed_under_its_own_protocol(stand_in, tmp_path, monkeypatch):  # noqa: F811
+    """Its clock is that of CUDA events, in the fingerprint too, by which rows and engines are kept."""
+    (tmp_path / "lock").mkdir()
+    monkeypatch.setattr(leases, "lease_folder", lambda: tmp_path / "lock")
+    monkeypatch.setenv("PATH", str(Path(stand_in(times=400).path).parent), prepend=":")
+    target = load_target(load_profile("local", {"runtime": "tensorrt"}), tmp_path / ".deploy")
+    fingerprint = target.fingerprint()
+    assert fingerprint.runtime == "trtexec"
+    assert fingerprint.providers == ("tensorrt-trtexec-1/clock=event/cuda_graph=0/spin=0/copies=1",)
+    built = target.build(write_relu(tmp_path / "net.onnx"), tmp_path / "net.plan")
+    session = target.measure({"net": built}, SHORT, "rank")
+    assert session.fingerprint == fingerprint and session.protocol.split()[0] == fingerprint.providers[0]
+    python = target.runtime.manner((), SHORT, {"runtime": "tensorrt"})
+    assert python == ("tensorrt-python-1/clock=wall/cuda_graph=0/spin=0/copies=1",)
 
 
 def test_the_doctor_of_a_board_says_that_trtexec_gives_no_outputs(orin: Orin, tmp_path):  # noqa: F811

@@ -1,4 +1,7 @@
-"""ONNX Runtime's GPU providers: what they are asked for, and that no two networks share an engine. None is run."""
+"""ONNX Runtime's GPU providers: what they are asked for, and that no two networks share an engine. None is run.
+
+How they start, and what is said where they do not: test_providers_start.py.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,22 @@ from test_engine import half, quantized
 from profiles.schema import load_profile
 from targets.harness.agent.board import machine, placing, providers
 from targets.harness.agent.board.base import AgentError
-from targets.harness.agent.board.model import open_session
 from targets.runtimes.base import load_runtime
 
 KNOWN = json.loads((Path(__file__).parent / "recordings" / "onnxruntime" / "options.json").read_text())
 GPU = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+
+
+WHERE = {
+    "gpu": {"name": "Orin", "capability": "8.7", "multiprocessors": 14, "cuda": "12.6", "driver": "12.8 (540.4.0)"},
+    "libraries": {"TensorRT": {"name": "tensorrt", "version": "10.3.0", "build": "ab" * 32}},
+}
+
+
+@pytest.fixture(autouse=True)
+def orin(monkeypatch):
+    """What a session would find on a board."""
+    monkeypatch.setattr(providers, "hardware", lambda *names: WHERE)
 
 
 def settings(path: Path, cache: str = "") -> dict[str, str]:
@@ -80,6 +94,24 @@ def test_no_two_networks_share_a_folder_whatever_they_are_called(tmp_path, monke
     assert place(first) not in found
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gpu": {**WHERE["gpu"], "name": "NVIDIA L4"}},
+        {"gpu": {**WHERE["gpu"], "cuda": "12.8"}},
+        {"gpu": {**WHERE["gpu"], "driver": "12.8 (550.54.15)"}},
+        {"libraries": {"TensorRT": {**WHERE["libraries"]["TensorRT"], "version": "10.7.0"}}},
+        {"libraries": {"TensorRT": {**WHERE["libraries"]["TensorRT"], "build": "cd" * 32}}},
+    ],
+)
+def test_an_engine_is_kept_for_one_gpu_one_driver_and_one_library(change, tmp_path, monkeypatch):
+    path = write_conv(tmp_path / "a.onnx")
+    before = settings(path, str(tmp_path / "engines"))["trt_engine_cache_path"]
+    monkeypatch.setattr(providers, "hardware", lambda *names: {**WHERE, **change})
+    after = settings(path, str(tmp_path / "engines"))["trt_engine_cache_path"]
+    assert before != after and len(list((tmp_path / "engines").iterdir())) == 2
+
+
 def test_what_is_no_network_is_refused_before_the_runtime_sees_it(tmp_path):
     (tmp_path / "no.onnx").write_bytes(b"no")
     with pytest.raises(AgentError, match="is no ONNX file"):
@@ -92,14 +124,3 @@ def test_on_a_board_engines_are_kept_in_the_agents_folder_and_here_in_the_state_
     job = {"models": [], "options": {**runtime.options(), "threads": 1}}
     placed = placing.placed(job, str(tmp_path / "agent"), str(tmp_path / "job"))
     assert placed["options"] == {"engine_cache": str(tmp_path / "agent" / "engines"), "threads": 1}
-
-
-def test_a_provider_that_is_not_there_is_named_before_anything_is_made(tmp_path):
-    options = {"providers": GPU[:1], "engine_cache": str(tmp_path / "engines"), "threads": 1, "spin": False}
-    if GPU[0] in onnxruntime.get_available_providers():
-        pytest.skip("this machine has it")
-    with pytest.raises(ValueError, match="no provider TensorrtExecutionProvider, there are"):
-        open_session(str(write_conv(tmp_path / "a.onnx")), options)
-    assert not (tmp_path / "engines").exists()
-    options["providers"] = ["CPUExecutionProvider"]
-    assert open_session(str(tmp_path / "a.onnx"), options).get_providers() == ["CPUExecutionProvider"]

@@ -297,10 +297,12 @@ def test_free_memory_is_the_systems_where_the_gpu_shares_it(shared, taken, gpu, 
     assert seen["gpu"] == 3000 and free == seen[taken] and seen["system"] > 0
 
 
-def test_the_gpu_tells_who_it_is(gpu):
-    assert gpu.facts() == {
-        "name": "Orin", "capability": "8.7", "multiprocessors": 14, "cuda": "12.6", "driver": "12.8",
-    }  # fmt: skip
+def test_the_gpu_tells_who_it_is_and_its_driver_which_release_it_is(gpu, monkeypatch, tmp_path):
+    known = {"name": "Orin", "capability": "8.7", "multiprocessors": 14, "cuda": "12.6", "driver": "12.8"}
+    monkeypatch.setattr(cuda, "DRIVER", str(tmp_path / "version"))
+    assert gpu.facts() == known
+    (tmp_path / "version").write_text("570.86.15\n")
+    assert gpu.facts() == {**known, "driver": "12.8 (570.86.15)"}
 
 
 def test_a_dla_core_and_host_code_are_asked_for_when_an_engine_is_opened(open_model):

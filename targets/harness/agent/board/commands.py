@@ -1,6 +1,7 @@
 """The measuring agent, which runs on the device with nothing but Python 3.6 or later, numpy and ONNX Runtime.
 
-    agent facts [RUNTIME]            who the device is, as JSON
+    agent facts [RUNTIME [NAME ...]] who the device is, as JSON; NAME: providers of ONNX Runtime
+    agent providers NAME ...         whether ONNX Runtime runs a small network on them, and where it could
     agent state FOLDER               how busy, hot and full it is, as JSON
     agent worker NAME                one process that holds models (NAME is for people): JSON requests on stdin,
                                         JSON answers on stdout
@@ -40,6 +41,7 @@ from .inferring import inferrer
 from .job import run_detached, stop
 from .layers import layers
 from .machine import facts, state
+from .providers import there
 from .rows import rows
 from .server import serve
 from .worker import worker
@@ -85,19 +87,27 @@ def build(job: Table, folder: str) -> Table:
     return {"built": made}
 
 
+def tell_of(verb: str, arguments: Sequence[str]) -> int:
+    """Tell facts, or of providers, or the error in their place."""
+    try:
+        if verb == "facts":
+            tell(facts((list(arguments) or ["onnxruntime"])[0], arguments[1:]))
+        else:
+            tell({"event": "providers", "there": there(arguments)})
+    except AgentError as error:
+        tell(error.to_table())
+        return 1
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one verb; exit code 2 for a wrong command line."""
     own = program()
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != own]
     if len(arguments) == 2 and arguments[0] == "worker":
         return worker()
-    if arguments[:1] == ["facts"] and len(arguments) <= 2:
-        try:
-            tell(facts((list(arguments[1:]) or ["onnxruntime"])[0]))
-        except AgentError as error:
-            tell(error.to_table())
-            return 1
-        return 0
+    if arguments[:1] == ["facts"] or (arguments[:1] == ["providers"] and len(arguments) > 1):
+        return tell_of(arguments[0], list(arguments[1:]))
     if len(arguments) == 2 and arguments[0] == "state":
         tell(state(arguments[1]))
         return 0

@@ -77,7 +77,7 @@ def leased(job: Table, folder: str, note: Callable[[Table], None]) -> Table:
             arrangement.begin(lease.file)
             seen: Table = {"event": "leased"}
             if job["verb"] in ("drive", "facts"):
-                seen.update(facts=asked_facts(runtime), state=state(folder))
+                seen.update(facts=asked_facts(runtime, job.get("providers") or ()), state=state(folder))
             note(seen)
             if job["verb"] == "facts":
                 write_result(os.path.join(folder, "out.json"), {})

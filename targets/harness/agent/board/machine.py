@@ -139,22 +139,25 @@ def require_runtime(name: str, arrays: bool = False) -> None:
             raise AgentError("runtime", "%s is not installed" % package, package=package)
 
 
-def runtime_facts(name: str) -> Table:
-    """Name, version and hash of a runtime; of one of engines the GPU too.
+def runtime_facts(name: str, names: Sequence[str] = ()) -> Table:
+    """Name, version and hash of a runtime; the GPU too of one of engines, and where ONNX Runtime is to run on one.
 
-    engines: what their key holds; no_outputs: why none can be read here, and what would mend it, or {}.
+    names: of ONNX Runtime's providers, which are tried where they take a GPU. engines: what their key holds;
+    no_outputs: why none can be read here, and what would mend it, or {}.
     """
     if name == "onnxruntime":
+        from . import providers
+
         version, build = runtime_build(name)
-        return {"runtime": name, "runtime_version": version, "runtime_build": build}
+        return dict(providers.facts(names), runtime=name, runtime_version=version, runtime_build=build)
     from .tensorrt import job, opening
 
     found = job.facts(name)
     return dict(opening.device(found), engines=found, no_outputs=opening.no_outputs(found))
 
 
-def facts(runtime: str) -> Table:
-    """What does not change between two runs on this device: the fields of a fingerprint."""
+def facts(runtime: str, names: Sequence[str] = ()) -> Table:
+    """What does not change between two runs on this device: the fields of a fingerprint. names: of providers."""
     name, flags = processor()
     governors = sorted({read_text(folder + "/scaling_governor") for folder in clock_folders()})
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -170,19 +173,26 @@ def facts(runtime: str) -> Table:
         "clocks": clocks(),
         "python": "%d.%d" % sys.version_info[:2],
     }
-    found.update(runtime_facts(runtime))
+    found.update(runtime_facts(runtime, names))
     if jetson.there():
         found.update(jetson.facts(), clocks=jetson.clocks(clocks()))
     return found
 
 
-def asked_facts(runtime: str) -> Table:
-    """`facts`; for a runtime of engines by a process of its own, since its library would stay loaded in this one."""
-    if runtime == "onnxruntime":
-        return facts(runtime)
+def asked_facts(runtime: str, names: Sequence[str] = ()) -> Table:
+    """`facts`; by a process of its own where that loads what would stay loaded in this one: engines, CUDA."""
+    from . import providers
+
+    if runtime != "onnxruntime":
+        return apart(runtime, "facts", runtime)
+    return apart(runtime, "facts", runtime, *names) if providers.on_gpu(names) else facts(runtime)
+
+
+def apart(runtime: str, *arguments: str) -> Table:
+    """What the agent tells in a process of its own. Raises AgentError for an error that it tells."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, program(), "facts", runtime], stdout=pipe, stderr=pipe, preexec_fn=die_with_parent
+        [sys.executable, program(), *arguments], stdout=pipe, stderr=pipe, preexec_fn=die_with_parent
     )
     try:
         said, errors = process.communicate(timeout=FACTS_S)

@@ -52,7 +52,7 @@ def open_model(path: str, options: Table) -> Any:
 def open_session(path: str, options: Table) -> Any:
     """A network that infers on arrays: a session of ONNX Runtime, or an engine that looks like one.
 
-    options: threads (0: all cores), spin, providers, engine_cache (see `providers.asked`), profile; of an engine those
+    options: threads (0: all cores), spin, providers, engine_cache (see `providers.opened`), profile; of an engine those
     of its own runtime.
     """
     if options.get("library"):
@@ -61,9 +61,6 @@ def open_session(path: str, options: Table) -> Any:
         return opening.session(path, options)
     import onnxruntime as ort
 
-    lacking = [name for name in options["providers"] if name not in ort.get_available_providers()]
-    if lacking:
-        raise ValueError("no provider %s, there are %s" % (lacking[0], ", ".join(ort.get_available_providers())))
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options["threads"] or usable_cores()
     settings.inter_op_num_threads = 1
@@ -74,7 +71,7 @@ def open_session(path: str, options: Table) -> Any:
     if options.get("profile"):
         settings.enable_profiling = True
         settings.profile_file_prefix = options["profile"]
-    return ort.InferenceSession(path, settings, providers=providers.asked(path, options))
+    return providers.opened(path, settings, options)
 
 
 class Model(Timed):
@@ -82,6 +79,7 @@ class Model(Timed):
 
     options: threads, spin, providers, seed; profile: the beginning of the path of the profiler's file, where the
     runtime's profiler is to run. Inputs are seeded noise of the declared shapes; a free batch axis is 1.
+    protocol: the id of how it is timed on a GPU, else "".
     """
 
     def __init__(self, path: str, options: Table) -> None:
@@ -89,11 +87,12 @@ class Model(Timed):
             self._open(path, options)
         except runtime_errors() as error:
             text = error_text(error)
-            scarce = isinstance(error, MemoryError) or "alloc" in text
+            scarce = isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text
             raise AgentError("memory" if scarce else "model", text, path) from None
 
     def _open(self, path: str, options: Table) -> None:
         self.session = open_session(path, options)
+        self.protocol = providers.protocol(options, self.session)
         self.binding = self.session.io_binding()
         self._bind(options["seed"])
 

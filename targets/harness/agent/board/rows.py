@@ -14,6 +14,7 @@ import sys
 import tempfile
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from . import providers
 from .base import AgentError, Table, median, program, tell
 from .driver import died
 from .files import write_file
@@ -24,7 +25,8 @@ from .worker import quiet_collector
 OPEN_SHARE, SPARE_MIB = 0.5, 256
 """A group may take this share of the memory that is free beside the reference, and leaves so many MiB."""
 MOST_ENGINES = 64
-"""Engines of a group: each has a stream, events and page-locked memory too, which no count of free memory shows."""
+"""Engines or sessions on a GPU of a group: each has a stream, events and page-locked memory too, which no count of free
+memory shows."""
 BUILDING = 0.9
 """Share of a job's time that building engines takes, about."""
 Opened = List[Tuple[int, Any]]
@@ -72,7 +74,8 @@ class Room(object):
     """How many models may be open at once, beside what is open when this is made."""
 
     def __init__(self, options: Table) -> None:
-        self.options, self.engines = options, bool(options.get("library"))
+        self.options = options
+        self.engines = bool(options.get("library")) or providers.on_gpu(options["providers"])
         free = self.free_mib()
         self.least = None if free is None else max(SPARE_MIB, int(free * (1.0 - OPEN_SHARE)))
 

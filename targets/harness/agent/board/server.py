@@ -19,7 +19,7 @@ from .files import sha256, write_file
 from .inferring import Inferring
 from .job import locked
 from .lease import Lease, holder_of, lock
-from .machine import asked_facts, require_runtime, state
+from .machine import apart, asked_facts, require_runtime, state
 from .peer import ALIVE_S, MARK, Lost, Peer
 from .placing import caching, object_path, placed
 
@@ -82,7 +82,7 @@ class Server(object):
             return self.get(request)
         verbs: Dict[str, Callable[[Table], Table]] = {
             "facts": self.facts,
-            "providers": lambda _: self.providers(),
+            "providers": self.providers,
             "state": self.state,
             "have": self.have, "put": self.put, "start": self.start, "follow": self.follow,
             "stop": self.stop, "drop": self.drop, "ping": lambda _: {"event": "alive"},
@@ -102,17 +102,12 @@ class Server(object):
         """Who the device is, with the runtime that is asked for."""
         runtime = str(request.get("runtime") or "onnxruntime")
         require_runtime(runtime)
-        return dict(asked_facts(runtime), event="facts")
+        return dict(asked_facts(runtime, request.get("providers") or ()), event="facts")
 
-    def providers(self) -> Table:
-        """Where the runtime can run; asked of a process of its own, since it would stay loaded in this one."""
+    def providers(self, request: Table) -> Table:
+        """Where the runtime can run, after it has run where it is asked to."""
         require_runtime("onnxruntime")
-        code = "import onnxruntime as o, sys; sys.stderr.write(' '.join(o.get_available_providers()))"
-        process = subprocess.Popen([sys.executable, "-c", code], cwd="/", stderr=subprocess.PIPE)
-        said = process.communicate()[1].decode("utf-8", "replace").strip().splitlines() or [""]
-        if process.returncode:
-            raise AgentError("broken", said[-1])
-        return {"event": "providers", "there": said[-1].split()}
+        return apart("onnxruntime", "providers", *request["asked"])
 
     def sweep(self) -> None:
         """Remove what nobody has asked for in a long time."""

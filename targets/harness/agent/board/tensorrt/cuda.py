@@ -11,6 +11,7 @@ import sys
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+from ..base import read_text
 from .errors import BoardError
 from .library import NO_DRIVER_HINT, SCARCE_HINT
 
@@ -25,6 +26,8 @@ PLACES = (
     "/usr/local/cuda/lib64", "/usr/local/cuda/lib", "/usr/local/cuda/targets/*/lib", "/usr/lib/*-linux-gnu",
     "/usr/local/cuda-*/lib64", "/usr/local/cuda-*/targets/*/lib",
 )  # fmt: skip
+DRIVER = "/sys/module/nvidia/version"
+"""Release of the driver, as 570.86.15: several offer the same CUDA."""
 
 OUT = POINTER(c_void_p)
 SIGNATURES: Dict[str, Sequence[Any]] = {
@@ -157,8 +160,13 @@ class Cuda(object):
         return out.raw[:256].partition(b"\0")[0].decode("utf-8", "replace")
 
     def facts(self) -> Dict[str, Any]:
-        """What an engine depends on: two GPUs of one capability with other counts of processors share none."""
+        """What an engine depends on: two GPUs of one capability with other counts of processors share none.
+
+        driver: the CUDA that it offers, and its own release where the system shows it.
+        """
         runtime, driver = self.versions()
+        release = read_text(DRIVER)
+        driver += " (%s)" % release if release else ""
         multiprocessors = self.number("cudaDeviceGetAttribute", MULTIPROCESSORS, 0)
         return {
             "name": self.name(), "capability": self.capability(), "multiprocessors": multiprocessors,

@@ -18,7 +18,8 @@ MODULES = {
 }
 """Name of a runtime -> the modules that offer it, best first."""
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
-FILES = {"tensorrt": "libnvinfer.so", "tensorrt-rtx": "libtensorrt_rtx.so"}
+FILES = {"tensorrt": "libnvinfer.so", "tensorrt-rtx": "libtensorrt_rtx.so", "cudnn": "libcudnn.so"}
+"""cuDNN is what ONNX Runtime's CUDA provider runs on."""
 NO_DRIVER_HINT = "run it on a machine with an NVIDIA GPU and its driver; what was built here stays as it is."
 SCARCE = ("out of memory", "outofmemory", "insufficient memory", "failed to allocate", "unable to allocate")
 """In a line that says that there was too little memory."""
@@ -72,8 +73,7 @@ class Library(object):
 
     def facts(self) -> Table:
         """Who the library is: name, version and the SHA-256 of its file, "" where that is not found."""
-        path = loaded_file(self.name)
-        return {"name": self.name, "version": self.version, "build": sha256(path) if path else ""}
+        return dict(loaded_facts(self.name), version=self.version)
 
 
 def load(name: str, importer: Optional[Importer] = None) -> Library:
@@ -153,17 +153,25 @@ def loaded_file(name: str) -> str:
     return min(paths) if paths else ""
 
 
+def loaded_facts(name: str) -> Table:
+    """Name, version and the SHA-256 of the file of a library that this process has loaded, each "" where it has not."""
+    path = loaded_file(name)
+    return {"name": name, "version": loaded_version(name), "build": sha256(path) if path else ""}
+
+
 def loaded_version(name: str) -> str:
     """Version that the loaded library tells of itself, or "".
 
     getInferLibVersion gives 1000 major + 100 minor + patch before version 10, 10000 major + 100 minor + patch after;
-    TensorRT for RTX counts the second way (NvInferVersion.h).
+    TensorRT for RTX counts the second way (NvInferVersion.h). So does cudnnGetVersion, from version 9 on
+    (cudnn_version.h).
     """
     path = loaded_file(name)
     if not path:
         return ""
     try:
-        number = int(ctypes.CDLL(path).getInferLibVersion())
+        loaded = ctypes.CDLL(path)
+        number = int(loaded.cudnnGetVersion() if name == "cudnn" else loaded.getInferLibVersion())
     except (OSError, AttributeError):
         return ""
     major, rest = divmod(number, 10000) if number >= 10000 else divmod(number, 1000)

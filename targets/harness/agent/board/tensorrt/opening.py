@@ -58,11 +58,14 @@ def no_outputs(facts: Table) -> Table:
 
 def device(facts: Table) -> Dict[str, Any]:
     """What a fingerprint holds of `job.facts`: runtime, its version, the hash of its file, and the GPU."""
-    gpu = facts["gpu"]
-    named = "" if "none" in gpu else "%(name)s %(capability)s, CUDA %(cuda)s, driver %(driver)s" % gpu
     return {
         "runtime": facts["library"]["name"],
         "runtime_version": facts["library"]["version"],
         "runtime_build": facts["library"]["build"],
-        "gpu": named or "none",
+        "gpu": described(facts["gpu"]),
     }
+
+
+def described(gpu: Table) -> str:
+    """A GPU in words, or none."""
+    return "none" if "none" in gpu else "%(name)s %(capability)s, CUDA %(cuda)s, driver %(driver)s" % gpu

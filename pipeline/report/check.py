@@ -114,7 +114,7 @@ def _tail(tail: Tail) -> dict[str, Any]:
     if tail.name == MISSES:
         numbers_of = {"candidate": own.center, "baseline_again": own.low, "p_value": own.high}
         return {"name": tail.name, "risen": tail.risen, **numbers_of}
-    return {"name": tail.name, "risen": tail.risen, "shared": tail.shared, **_interval(own)}
+    return {"name": tail.name, "risen": tail.risen, "over": tail.over, "shared": tail.shared, **_interval(own)}
 
 
 def _interval(interval: Interval) -> dict[str, Any]:

@@ -137,7 +137,9 @@ def tail_cell(tail: Tail) -> str:
         told = f"{numbers.share(own.low)} → {numbers.share(own.center)}, p = {own.high:.1g}"
     if tail.shared:
         return f"{told} over, as is the baseline"
-    return f"{told} risen" if tail.risen else told
+    if tail.risen:
+        return f"{told} risen"
+    return f"{told} over" if tail.over else told
 
 
 def absolute(record: CheckRecord) -> Grid | None:

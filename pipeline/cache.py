@@ -39,7 +39,10 @@ _FULL = {
     errno.EFBIG: "a file may not grow so large",
 }
 _REFUSED = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+    (
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+        *(errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    )
 )
 _CHUNK = 1 << 20
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.nouns import CheckRecord, Pin
 from pipeline.report import check_charts, check_rows, numbers, session_charts
+from pipeline.report.check import NOTHING_SEEN
 from pipeline.report.grid import Grid
 from pipeline.report.pages import fill
 from targets.harness.compare import AGAIN, BASELINE, CANDIDATE
@@ -41,6 +42,11 @@ def check_page(record: CheckRecord, sessions: Sequence[Session]) -> str:
         pins=[("baseline", *_pin(record.baseline)), ("candidate", *_pin(record.candidate))],
         tolerances=[(name.replace("_", " "), f"{value:g}") for name, value in record.spec.model_dump().items()],
     )
+
+
+def error_page(profile: str, message: str) -> str:
+    """The page of a check that could not be made, in the place where a verdict would be."""
+    return fill("check_error.html", {}, profile=profile, message=message, nothing=NOTHING_SEEN)
 
 
 def _charts(record: CheckRecord, sessions: Sequence[Session], arms: Sequence[str]) -> dict[str, str]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import html
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+import tempfile
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +24,7 @@ from pipeline import check as nightly
 from pipeline.cli.frame import main
 from pipeline.nightly import baseline
 from pipeline.nightly.history import Nights
+from pipeline.nightly.records import from_table
 from pipeline.nouns import CheckRecord
 from pipeline.run import Interrupted
 from profiles.errors import DeployError, UndecidedError, UsageError
@@ -215,6 +222,80 @@ def test_a_baseline_compared_with_itself_says_so_in_every_form(place, capsys):
     assert "a (the same file)" in run(capsys, "history")[1]
 
 
+def breaks(error: BaseException):
+    """A `target` plug-in of a simulated device that measures nothing."""
+
+    def target(profile, state):
+        device = Breaking(profile, state)
+        device.error = error
+        return device
+
+    return target
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "said"),
+    [
+        ("bug", 1, "RuntimeError: a bug"),
+        ("scratch", 1, "'.deploy/scratch' cannot be used: file exists."),
+        ("object", 1, "is damaged: the SHA-256 of"),
+        ("candidate", 2, "there is no run, bundle or ONNX file 'c.onnx'."),
+        ("setting", 2, "prune.min_widht"),
+        ("newer", 1, "was written by a newer version (schema 99, this one knows 2)."),
+    ],
+)
+def test_no_report_of_a_check_that_ends_with_an_error_is_last_nights(place, capsys, monkeypatch, spoil, code, said):
+    pinned = pin(place, network(place / "a.onnx"))
+    words = ["check", "--target", "simulated", "--junit", "j.xml", "--markdown", "m.md", "--html", "p.html"]
+    assert run(capsys, *words)[0] == 0 and "pass" in (place / "p.html").read_text()
+    if spoil == "bug":
+        monkeypatch.setattr("targets.simulated.target", breaks(RuntimeError("a bug")))
+    elif spoil == "scratch":
+        (place / ".deploy" / "scratch").rmdir()
+        (place / ".deploy" / "scratch").write_text("")
+    elif spoil == "object":
+        kept = baseline.artifact_of(place / ".deploy", pinned)
+        kept.chmod(0o600)
+        kept.write_bytes(b"no network")
+    elif spoil == "newer":
+        with sqlite3.connect(place / ".deploy" / "nights.sqlite") as base:
+            base.execute("PRAGMA user_version=99")
+        base.close()
+    more = {"candidate": ["--candidate", "c.onnx"], "setting": ["--set", "prune.min_widht=4"]}.get(spoil, [])
+    ended, out, err = run(capsys, *words, *more)
+    assert ended == code and out == "" and said in err
+    root = ET.parse(place / "j.xml").getroot()
+    assert (root.get("errors"), root.find(".//testcase").get("classname")) == ("1", "deploy.check.simulated")
+    assert said in root.find(".//error").text
+    for report in ("m.md", "p.html"):
+        told = html.unescape((place / report).read_text()).replace("\\", "")
+        assert said in told and "not measured" in told and "no slowdown beyond" not in told
+
+
+def test_a_reader_that_left_costs_neither_the_reports_nor_the_exit_code(place):
+    pin(place, network(place / "a.onnx"))
+    slow = str(network(place / "b.onnx", layers=5))
+    words = ["check", "--target", "simulated", "--candidate", slow, "--junit", "j.xml", "--markdown", "m.md"]
+    for more in ([], ["--json"]):
+        ended, err = unread(*words, *more)
+        assert (ended, err) == (3, "")
+        assert ET.parse(place / "j.xml").getroot().get("failures") == "1" and "fail" in (place / "m.md").read_text()
+        (place / "j.xml").unlink()
+    assert unread("history") == (0, "")
+
+
+def unread(*words: str) -> tuple[int, str]:
+    """Exit code and stderr of a command whose stdout nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pipeline.cli", *words]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
+
+
 # --- places that cannot be written ---------------------------------------------------------------------------------
 
 
@@ -384,10 +465,7 @@ def test_a_mistake_in_what_was_asked_is_no_night(place):
 def test_a_store_that_cannot_be_written_hides_no_verdict(place, capsys, monkeypatch):
     pin(place, network(place / "a.onnx"))
 
-    def full(*_: object) -> int:
-        raise DeployError("nights.sqlite cannot be used: disk is full.", "free disk space.")
-
-    monkeypatch.setattr(Nights, "add", full)
+    monkeypatch.setattr(Nights, "add", no_room)
     slow = network(place / "b.onnx", layers=5)
     words = ["check", "--target", "simulated", "--candidate", str(slow), "--junit", "j.xml"]
     code, out, err = run(capsys, *words)
@@ -397,6 +475,80 @@ def test_a_store_that_cannot_be_written_hides_no_verdict(place, capsys, monkeypa
     assert (told["outcome"], told["number"], told["exit_code"]) == ("fail", None, 1)
     with pytest.raises(DeployError, match="the agent was killed"):
         broken(place, 1, DeployError("the agent was killed."))
+
+
+@pytest.fixture
+def small(place):
+    """The `.deploy` of `place` on a file system of 8 MiB."""
+    (place / ".deploy").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place / ".deploy")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place / ".deploy")], check=True)
+
+
+class Filling(Simulated):
+    """A simulated device whose disk is full from the end of its first session on, or from before it."""
+
+    early = False
+
+    def fill(self) -> None:
+        with (self.state / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def fingerprint(self):
+        if self.early:
+            self.fill()
+        return super().fingerprint()
+
+    def measure(self, *args, **kwargs) -> Session:
+        session = super().measure(*args, **kwargs)
+        self.fill()
+        return session
+
+
+def test_raw_samples_that_the_store_has_no_room_for_are_kept_beside_the_reports(small, capsys, monkeypatch):
+    pin(small, network(small / "a.onnx"))
+    monkeypatch.setattr("targets.simulated.target", Filling)
+    code, out, err = run(capsys, "check", "--target", "simulated", "--junit", "reports/j.xml")
+    assert code == 1 and out.startswith("pass: ") and "the verdict stands, but it could not be kept" in err
+    assert "database or disk is full" in err and "free disk space" in err
+    (aside,) = (small / "reports").glob("check-simulated-*.json")
+    assert f"Its record and raw samples are in '{aside}'." in err
+    told = json.loads(aside.read_text())
+    (session,) = (Session.from_json(json.dumps(each)) for each in told["sessions"])
+    record = from_table(told["record"])
+    assert record.verdict.outcome == "pass"
+    assert session.ratio(CANDIDATE, BASELINE) == record.verdict.stages[0].ratio
+    (small / ".deploy" / "filler").unlink()
+    assert stored(small) == []
+
+
+def test_without_reports_raw_samples_go_to_the_temporary_folder_and_nowhere_is_said(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+    monkeypatch.setattr(Nights, "add", no_room)
+    monkeypatch.setattr(tempfile, "tempdir", str(place / "tmp"))
+    (place / "tmp").mkdir()
+    assert "Its record and raw samples are in" in run(capsys, "check", "--target", "simulated")[2]
+    assert len(list((place / "tmp").glob("check-simulated-*.json"))) == 1
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    assert "Its raw samples are lost" in run(capsys, "check", "--target", "simulated")[2]
+
+
+def no_room(*_: object) -> int:
+    raise DeployError("nights.sqlite cannot be used: disk is full.", "free disk space.")
+
+
+def test_a_disk_that_is_full_before_anything_is_measured_leaves_no_verdict_to_stand(small, capsys, monkeypatch):
+    pin(small, network(small / "a.onnx"))
+    monkeypatch.setattr("targets.simulated.target", Filling)
+    monkeypatch.setattr(Filling, "early", True)
+    code, out, err = run(capsys, "check", "--target", "simulated", "--junit", "j.xml")
+    assert code == 1 and out == "" and "the disk is full" in err and "verdict" not in err
+    assert "warning: the record of this check could not be kept" in err
+    assert ET.parse(small / "j.xml").getroot().get("errors") == "1" and not list(small.glob("*.json"))
 
 
 # --- what is compared, and by what it is judged --------------------------------------------------------------------

@@ -35,6 +35,7 @@ from profiles.errors import DeployError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.check import CheckResult
+    from pipeline.nouns import Pin
 
 RUNS = Path("runs")
 
@@ -97,15 +98,19 @@ def show_baselines(target: str | None, as_json: bool) -> int:
         pins = pinned.history(STATE, name)
         rows += [(name, pin) for pin in (pins if target else pins[-1:])]
     if as_json:
-        told = [{"profile": n, "name": p.name, "sha256": p.sha256, "accepted": p.accepted, "source": p.source}
-                for n, p in rows]  # fmt: skip
-        print_json({"baselines": told})
+        print_json({"baselines": [{"profile": n, **_shown(pin)} for n, pin in rows]})
         return 0
     for name, pin in rows:
         say(terminal(stdout=True), f"{name}  {pin.name}  {pin.sha256[:12]}  accepted {pin.accepted}  {pin.source}")
     if not rows:
         say(terminal(), f"no baseline yet: deploy baseline accept RUN --target {target or 'T'}")
     return 0
+
+
+def _shown(pin: Pin) -> dict[str, Any]:
+    """file: the profile's own TOML file, None for a profile that ships."""
+    told = {"name": pin.name, "sha256": pin.sha256, "accepted": pin.accepted, "source": pin.source}
+    return {**told, "file": pin.profile or None}
 
 
 @app.command()

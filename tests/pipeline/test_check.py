@@ -658,6 +658,8 @@ def test_two_profiles_of_one_name_that_share_a_baseline_are_told(place, capsys):
     said = f"Not in order: the baseline was accepted with the profile '{place / 'x' / 'arm.toml'}'"
     assert said in run(capsys, "check", "--target", "y/arm.toml")[1]
     assert said not in run(capsys, "check", "--target", "x/arm.toml")[1]
+    (pinned,) = json.loads(run(capsys, "baseline", "show", "--json")[1])["baselines"]
+    assert pinned["file"] == str(place / "x" / "arm.toml")
     told = run(capsys, "baseline", "accept", model, "--target", "y/arm.toml")[2]
     assert f"takes the place of one accepted with another file, '{place / 'x' / 'arm.toml'}'" in told
 

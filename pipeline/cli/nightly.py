@@ -167,9 +167,7 @@ def check(
     return finished(code, problems, told if as_json else None)
 
 
-def _checked(
-    profile: Any, target: str, candidate: Path | None, spare: tuple[Path, ...], quiet: bool
-) -> CheckResult:
+def _checked(profile: Any, target: str, candidate: Path | None, spare: tuple[Path, ...], quiet: bool) -> CheckResult:
     from pipeline.check import CheckRequest
     from pipeline.check import check as run
     from targets.base import load_target

@@ -488,30 +488,30 @@ def small(place):
     subprocess.run(["umount", str(place / ".deploy")], check=True)
 
 
-class Filling(Simulated):
-    """A simulated device whose disk is full from the end of its first session on, or from before it."""
+def fill(folder: Path) -> None:
+    """Leave no room on the file system of a folder."""
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
-    early = False
 
-    def fill(self) -> None:
-        with (self.state / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
+class Full(Simulated):
+    """A simulated device whose disk is full as soon as anybody looks who it is."""
 
     def fingerprint(self):
-        if self.early:
-            self.fill()
+        fill(self.state)
         return super().fingerprint()
-
-    def measure(self, *args, **kwargs) -> Session:
-        session = super().measure(*args, **kwargs)
-        self.fill()
-        return session
 
 
 def test_raw_samples_that_the_store_has_no_room_for_are_kept_beside_the_reports(small, capsys, monkeypatch):
     pin(small, network(small / "a.onnx"))
-    monkeypatch.setattr("targets.simulated.target", Filling)
+    keep = Nights.add
+
+    def filled(nights: Nights, *what) -> int:
+        fill(small / ".deploy")
+        return keep(nights, *what)
+
+    monkeypatch.setattr(Nights, "add", filled)
     code, out, err = run(capsys, "check", "--target", "simulated", "--junit", "reports/j.xml")
     assert code == 1 and out.startswith("pass: ") and "the verdict stands, but it could not be kept" in err
     assert "database or disk is full" in err and "free disk space" in err
@@ -543,10 +543,9 @@ def no_room(*_: object) -> int:
 
 def test_a_disk_that_is_full_before_anything_is_measured_leaves_no_verdict_to_stand(small, capsys, monkeypatch):
     pin(small, network(small / "a.onnx"))
-    monkeypatch.setattr("targets.simulated.target", Filling)
-    monkeypatch.setattr(Filling, "early", True)
+    monkeypatch.setattr("targets.simulated.target", Full)
     code, out, err = run(capsys, "check", "--target", "simulated", "--junit", "j.xml")
-    assert code == 1 and out == "" and "the disk is full" in err and "verdict" not in err
+    assert code == 1 and out == "" and "No space left on device" in err and "verdict" not in err
     assert "warning: the record of this check could not be kept" in err
     assert ET.parse(small / "j.xml").getroot().get("errors") == "1" and not list(small.glob("*.json"))
 

@@ -26,6 +26,7 @@ from urllib.parse import quote
 from pipeline.cache import Cache, disk_full, named, write_atomic
 from pipeline.nightly import baseline
 from pipeline.nightly.history import Nights
+from pipeline.nightly.levels import CONTEXT, device_changes
 from pipeline.nightly.records import to_table
 from pipeline.nouns import CheckRecord, LayerMove, Ledger, Pin
 from pipeline.run import Interrupted
@@ -135,7 +136,7 @@ class _Night:
     def __init__(self, request: CheckRequest, nights: Nights, pin: Pin) -> None:
         asked = request.candidate
         self.request, self.nights = request, nights
-        self.pins = (pin, Pin(asked.name if asked else "not found", "", str(asked or request.runs)))
+        self.pins = (pin, Pin(asked.name if asked else "not known", "", str(asked or request.runs)))
         self.started, self.begun = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         self.fingerprint: Fingerprint | None = None
         self.changed: Mapping[str, tuple[Any, Any]] = {}
@@ -199,7 +200,10 @@ class _Night:
         sessions, stages = self._measured()
         try:
             number = self.nights.add(record, sessions, control_arms(*stages))
-            record = replace(record, changes=self.nights.changes(record.profile, record.baseline.sha256))
+            found = device_changes(self.nights.numbered(record.profile, CONTEXT))
+            moved = next((each for each in found if each.number == number), None)
+            changes = self.nights.changes(record.profile, record.baseline.sha256)
+            record = replace(record, changes=changes, moved=moved)
             self.nights.amend(number, record)
         except (DeployError, OSError, sqlite3.Error) as full:
             hint = full.hint if isinstance(full, DeployError) else ""

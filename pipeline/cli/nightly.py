@@ -255,9 +255,10 @@ def history(target: str | None, last: int, html: Path | None, as_json: bool) -> 
     """Show the checks of past nights: ratios, verdicts, and where the baseline's own times moved.
 
     Checks that broke off are inconclusive. Change points are looked for in all nights of each baseline that is shown,
-    and are advice only.
+    and are advice only. A check before which the device changed is marked, with the baseline's level on both sides.
     """
     from pipeline.nightly.history import Nights
+    from pipeline.nightly.levels import CONTEXT, device_changes
     from pipeline.report import history as shown
     from profiles.schema import load_profile
 
@@ -267,10 +268,13 @@ def history(target: str | None, last: int, html: Path | None, as_json: bool) -> 
         raise UsageError("no check was ever made here.", f"deploy check --target {target or 'T'}")
     writable(html)
     with Nights(place) as nights:
-        records = nights.numbered(name, last)
+        records = nights.numbered(name, last + CONTEXT)
+        moved = device_changes(records)
+        records = dict(list(records.items())[-last:])
         pins = dict.fromkeys((record.profile, record.baseline.sha256) for record in records.values())
         changes = [change for pin in pins for change in nights.changes(*pin)]
+    moved = tuple(each for each in moved if each.number in records)
     if not as_json:
-        shown.show_history(records, terminal(stdout=True), changes)
-    problems = write([(html, lambda: shown.history_page(records, changes))])
-    return finished(0, problems, shown.history_json(records, changes) if as_json else None)
+        shown.show_history(records, terminal(stdout=True), changes, moved)
+    problems = write([(html, lambda: shown.history_page(records, changes, moved))])
+    return finished(0, problems, shown.history_json(records, changes, moved) if as_json else None)

@@ -118,13 +118,19 @@ class MeasureSpec(Spec):
         default=300.0, gt=0, description="cap of one session; fewer inferences per block to keep it"
     )
     paced_ms: float | None = Field(
-        default=None, ge=0.1, description="control period: one inference at each of its ticks; left out, back to back"
+        default=None,
+        ge=0.1,
+        le=60_000.0,
+        description="control period, up to a minute: one inference at each of its ticks; left out, back to back",
     )
     start_below_c: float | None = Field(
         default=None, gt=0, description="a hotter device is not measured; left out, its temperature is only recorded"
     )
     sustained_s: float = Field(
-        default=0.0, ge=0, description="accepting goes on so long in each network's first process, to show heat; 0: off"
+        default=0.0,
+        ge=0,
+        le=86_400.0,
+        description="accepting goes on so long in each network's first process, to show heat; 0: off",
     )
     seed: Seed = SEED
 

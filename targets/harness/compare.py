@@ -207,7 +207,8 @@ def detectable(ratio: Interval, control: Interval, spec: CheckSpec) -> float:
 
 def noticed(slowdown: float) -> str:
     """What `detectable` means, in words: four nights of five, and a warning rather than a fail."""
-    return f"a slowdown of {_percent(slowdown, 1)} would have been noticed in four nights of five"
+    share = _percent(slowdown, 2 if slowdown < 0.01 else 1)
+    return f"a slowdown of {share} would have been noticed in four nights of five"
 
 
 @cache

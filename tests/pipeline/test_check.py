@@ -434,6 +434,39 @@ def test_a_night_that_could_not_be_measured_is_a_night_of_the_history(place, cap
     assert told["reason"].endswith("the device does not answer.") and told["stages"] == []
 
 
+def test_a_check_that_broke_off_before_it_looked_for_a_candidate_names_none(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+    monkeypatch.setattr(Simulated, "fingerprint", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checked(place, None)
+    assert stored(place)[0].candidate.name == "not known" and " not known " in run(capsys, "history")[1]
+
+
+def test_the_first_check_says_that_no_control_was_kept_before_it(place, capsys):
+    pin(place, network(place / "a.onnx"))
+    assert "No control was kept before this check" in run(capsys, "check", "--target", "simulated")[1]
+    assert "0 of 1 controls so far" in run(capsys, "check", "--target", "simulated")[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--paced", "1e9"), ("--paced", "61s"), ("--paced", "nan"), ("--sustained", "1e9"), ("--sustained", "inf")],
+)
+def test_a_period_or_a_time_out_of_all_measure_is_a_mistake(place, capsys, words):
+    code, out, err = run(capsys, "measure", str(network(place / "a.onnx")), "--target", "simulated", *words)
+    assert code == 2 and out == "" and "Traceback" not in err and err.startswith("Error: ")
+
+
+def test_the_doctor_of_a_simulated_device_leases_nothing_and_what_is_fatal_is_exit_4(place, capsys):
+    code, out, _ = run(capsys, "doctor", "--target", "simulated", "--json")
+    assert code == 0 and [told["name"] for told in json.loads(out)["conditions"]] == ["device", "runtime", "providers"]
+    words = ["doctor", "--target", "simulated", "--set", 'providers=["NoSuchProvider"]']
+    code, out, _ = run(capsys, *words)
+    assert code == 4 and "NoSuchProvider" in out and "set providers to some of" in out
+    told = json.loads(run(capsys, *words, "--json")[1])
+    assert told["exit_code"] == 4 and not told["conditions"][-1]["ok"]
+
+
 class Updated(Simulated):
     """A simulated device whose kernel is another one from its second session on."""
 
@@ -622,6 +655,35 @@ def test_a_step_that_tonight_makes_certain_is_told_tonight_and_in_the_history(pl
     assert out.count("Advisory: p50 of") == 1 and "Advisory" not in run(capsys, "history", "--json")[1]
     assert "Change points, advisory" in (place / "h.html").read_text()
     assert len(json.loads(run(capsys, "history", "--json")[1])["changes"]) == 1
+
+
+class Dated(Simulated):
+    """A simulated device with the kernel that a file names."""
+
+    def _fingerprint(self, spec):
+        return replace(super()._fingerprint(spec), kernel=(self.state / "kernel").read_text())
+
+
+def test_the_night_of_a_new_kernel_is_told_that_night_and_marked_in_the_history(place, capsys, monkeypatch):
+    monkeypatch.setattr("targets.simulated.target", Dated)
+    (place / ".deploy").mkdir()
+    (place / ".deploy" / "kernel").write_text("Linux 1")
+    pin(place, network(place / "a.onnx"))
+    assert "Since the check before" not in run(capsys, "check", "--target", "simulated")[1]
+    (place / ".deploy" / "kernel").write_text("Linux 2")
+    _, out, _ = run(capsys, "check", "--target", "simulated", "--html", "p.html")
+    said = "kernel was Linux 1, is Linux 2; the baseline's p50 was "
+    assert f"Since the check before: {said}" in out and "over 1 night and is" in out
+    assert said in html.unescape((place / "p.html").read_text())
+    _, out, _ = run(capsys, "check", "--target", "simulated")
+    assert "since the baseline was accepted: kernel" in out and "Since the check before" not in out
+    _, out, _ = run(capsys, "history", "--html", "h.html")
+    assert " 2* " in out and " 1* " not in out and " 3* " not in out
+    assert f"Check 2* {said}" in out and "over 2 nights since" in out
+    assert said in html.unescape((place / "h.html").read_text()) and "device changed" in (place / "h.html").read_text()
+    (told,) = json.loads(run(capsys, "history", "--last", "2", "--json")[1])["device_changes"]
+    assert told["number"] == 2 and told["nights"] == [1, 2] and told["fields"]["kernel"]["now"] == "Linux 2"
+    assert json.loads(run(capsys, "history", "--last", "1", "--json")[1])["device_changes"] == []
 
 
 class Shaky(Simulated):

@@ -467,6 +467,23 @@ def test_the_doctor_of_a_simulated_device_leases_nothing_and_what_is_fatal_is_ex
     assert told["exit_code"] == 4 and not told["conditions"][-1]["ok"]
 
 
+def test_measure_holds_the_first_of_several_networks_against_itself(place, capsys):
+    models = [str(network(place / "a.onnx")), str(network(place / "a again.onnx", layers=5))]
+    words = ["--target", "simulated", "--out", "s.json", "--html", "m.html", "--json"]
+    told = json.loads(run(capsys, "measure", *models, *words)[1])
+    assert list(told["models"]) == ["a", "a again", "a again again"] and told["again"] == "a again again"
+    low, high = told["models"]["a again again"]["ratio_bounds"]
+    assert low < 1.0 < high and high - low < 0.02 and told["models"]["a again"]["ratio"] > 1.2
+    session = Session.from_json((place / "s.json").read_text())
+    assert session.measurement("a again again").sha256 == session.measurement("a").sha256
+    assert (
+        "a again again" in (place / "m.html").read_text()
+        and "a again again" in run(capsys, "measure", *models, *words[:2])[1]
+    )
+    for more in (models[:1], [*models, "--sustained", "2s"]):
+        assert json.loads(run(capsys, "measure", *more, *words)[1])["again"] is None
+
+
 class Updated(Simulated):
     """A simulated device whose kernel is another one from its second session on."""
 

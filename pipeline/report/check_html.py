@@ -30,7 +30,7 @@ def check_page(record: CheckRecord, sessions: Sequence[Session]) -> str:
         detectable=check_rows.detectable(record),
         resolution=check_rows.resolution(record),
         environment=check_rows.environment(record),
-        ledger=check_rows.ledger(record),
+        ledger=f"{check_rows.engines(record)} {check_rows.ledger(record)}".strip(),
         changes=[check_rows.change(found) for found in record.changes],
         stages=check_rows.stages(record),
         absolute=check_rows.absolute(record),

@@ -13,6 +13,7 @@ MARKS = {"pass": "✓", "improved": "✓", "warn": "!", "fail": "✗", "undecide
 LAYERS = 8
 ARMS = (BASELINE, AGAIN, CANDIDATE)
 SAME = "the same file: a check of the environment"
+ONE_BUILD = "One build of each engine was judged; another build of the same network may be faster or slower."
 SIMULATED = "The numbers come from a simulated device and are no user's."
 
 
@@ -114,8 +115,15 @@ def sentences(record: CheckRecord) -> list[str]:
     simulated = [SIMULATED] if record.simulated else []
     seen = [resolution(record)] if resolution(record) else []
     advisory = [f"Advisory: {change(found)}." for found in record.changes]
+    built = [engines(record)] if engines(record) else []
     spoilt = [f"Not in order: {condition.rstrip('.')}." for condition in record.conditions]
-    return [*simulated, *seen, environment(record), ledger(record), *advisory, *spoilt]
+    return [*simulated, *seen, *built, environment(record), ledger(record), *advisory, *spoilt]
+
+
+def engines(record: CheckRecord) -> str:
+    """What is to be said of two engines, which differ from build to build; "" where none or one was measured."""
+    built = str(record.baseline.fingerprint.get("runtime", "")).startswith("tensorrt")
+    return ONE_BUILD if built and not record.same else ""
 
 
 def grids(record: CheckRecord) -> list[Grid]:

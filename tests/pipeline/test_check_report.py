@@ -150,6 +150,15 @@ def test_a_candidate_alone_over_its_budget_is_told_beside_its_numbers():
     assert told["over"] is True and told["shared"] is False
 
 
+def test_two_engines_are_said_to_be_one_build_each(failed: CheckRecord):
+    said = check_rows.ONE_BUILD
+    for runtime, told in (("tensorrt", True), ("tensorrt-rtx", True), ("onnxruntime", False)):
+        own = replace(failed, baseline=replace(failed.baseline, fingerprint={"runtime": runtime}))
+        assert (said in check_rows.sentences(own)) == (said in check_page(own, [])) == told
+        same = replace(own, candidate=replace(own.candidate, sha256=own.baseline.sha256))
+        assert said not in check_rows.sentences(same), "one engine is compared with itself"
+
+
 def test_one_artifact_on_both_sides_is_called_a_check_of_the_environment(failed: CheckRecord):
     same = replace(failed, candidate=replace(failed.candidate, sha256=failed.baseline.sha256))
     said = f"fail: (the same file: a check of the environment) {failed.verdict.reason}"

@@ -208,7 +208,8 @@ class _Night:
         except (DeployError, OSError, sqlite3.Error) as full:
             hint = full.hint if isinstance(full, DeployError) else ""
             aside = "" if number is not None else self._aside(record, sessions)
-            error = error or DeployError(f"{self._stands()} could not be kept: {_said(full)}{aside}", hint)
+            what = self._stands() if number is None else f"check {number} is kept, but what past nights say beside it"
+            error = error or DeployError(f"{what} could not be kept: {_said(full)}{aside}", hint)
         return CheckResult(record, sessions, number, error)
 
     def _stands(self) -> str:

@@ -80,7 +80,7 @@ def measure(
         built = {name: places[model] for name, model in names.items()}
         again = _again(names) if len(names) > 1 and not profile.measure.sustained_s else None
         built |= {again: places[models[0]]} if again else {}
-        session = device.measure(built, profile.measure, "accept", progress)
+        session = device.measure(built, profile.measure.lasting(), "accept", progress)
     if not as_json:
         shown.show_session(session, terminal(stdout=True))
     if session.contamination:

@@ -467,6 +467,17 @@ def test_the_doctor_of_a_simulated_device_leases_nothing_and_what_is_fatal_is_ex
     assert told["exit_code"] == 4 and not told["conditions"][-1]["ok"]
 
 
+def test_a_record_of_measure_is_longer_than_a_check_and_says_so(place, capsys):
+    model = network(place / "a.onnx")
+    told = json.loads(run(capsys, "measure", str(model), "--target", "simulated", "--json")[1])
+    assert told["spec"]["block_min_ms"] == pytest.approx(1e4 / (8 * 60)) and told["spec"]["least_s"] == 10.0
+    short = ("--set", "measure.least_s=0", "--json")
+    told = json.loads(run(capsys, "measure", str(model), "--target", "simulated", *short)[1])
+    assert told["spec"]["block_min_ms"] == 5.0
+    pin(place, model)
+    assert checked(place, None).sessions[0].spec.block_min_ms == 5.0
+
+
 def test_measure_holds_the_first_of_several_networks_against_itself(place, capsys):
     models = [str(network(place / "a.onnx")), str(network(place / "a again.onnx", layers=5))]
     words = ["--target", "simulated", "--out", "s.json", "--html", "m.html", "--json"]
@@ -574,6 +585,14 @@ def test_raw_samples_that_the_store_has_no_room_for_are_kept_beside_the_reports(
     assert session.ratio(CANDIDATE, BASELINE) == record.verdict.stages[0].ratio
     (small / ".deploy" / "filler").unlink()
     assert stored(small) == []
+
+
+def test_a_check_that_is_kept_without_its_change_points_is_not_said_to_be_lost(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+    monkeypatch.setattr(Nights, "amend", no_room)
+    code, out, err = run(capsys, "check", "--target", "simulated", "--junit", "j.xml")
+    assert code == 1 and out.startswith("pass: ") and len(stored(place)) == 1 and not list(place.glob("*.json"))
+    assert "check 1 is kept, but what past nights say beside it could not be kept: nights.sqlite cannot" in err
 
 
 def test_without_reports_raw_samples_go_to_the_temporary_folder_and_nowhere_is_said(place, capsys, monkeypatch):

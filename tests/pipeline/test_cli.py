@@ -27,6 +27,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "numpy", "scipy", "matplotl
 SHORT = [
     "--set", "measure.accept_processes=2", "--set", "measure.accept_rounds=3", "--set", "measure.warmup_s=0.02",
     "--set", "measure.warmup_inferences=2", "--set", "measure.warmup_max_s=0.1", "--set", "measure.steady=0.9",
+    "--set", "measure.least_s=0",
 ]  # fmt: skip
 
 

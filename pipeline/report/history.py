@@ -40,7 +40,7 @@ def show_history(
     several = len({record.profile for record in _numbered(records).values()}) > 1
     grid = nights(records, moved, several=several)
     console.print(grid.table(style=_style), highlight=False)
-    told = [f"Check {each.number}{MOVED} {check_rows.device_change(each)}." for each in moved]
+    told = [f"Check {each.number}{MOVED}: {check_rows.device_change(each)}." for each in moved]
     for sentence in [
         *([grid.note] if grid.note else []),
         *told,

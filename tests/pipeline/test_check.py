@@ -714,8 +714,8 @@ def test_the_night_of_a_new_kernel_is_told_that_night_and_marked_in_the_history(
     _, out, _ = run(capsys, "check", "--target", "simulated")
     assert "since the baseline was accepted: kernel" in out and "Since the check before" not in out
     _, out, _ = run(capsys, "history", "--html", "h.html")
-    assert " 2* " in out and " 1* " not in out and " 3* " not in out
-    assert f"Check 2* {said}" in out and "over 2 nights since" in out
+    assert "\n2*  " in out and "1*" not in out and "3*" not in out
+    assert f"Check 2*: {said}" in out and "over 2 nights since" in out
     assert said in html.unescape((place / "h.html").read_text()) and "device changed" in (place / "h.html").read_text()
     (told,) = json.loads(run(capsys, "history", "--last", "2", "--json")[1])["device_changes"]
     assert told["number"] == 2 and told["nights"] == [1, 2] and told["fields"]["kernel"]["now"] == "Linux 2"

@@ -14,7 +14,8 @@ Usage: nightly.sh [--project DIR] [--out DIR] [--profiles DIR] [--limit SECONDS]
 
   --project DIR     Folder that holds .deploy, with the baselines.  [here]
   --out DIR         Reports go to DIR/DATE/PROFILE/.  [PROJECT/runs/nightly]
-  --profiles DIR    Where profiles of your own lie: NAME.toml in it is checked as --target DIR/NAME.toml.
+  --profiles DIR    Where profiles of your own lie: NAME.toml in it is checked as --target DIR/NAME.toml.  [the files
+                    that the baselines were accepted with]
   --limit SECONDS   A check that takes longer is ended, and is an error.  [3600]
 
 `deploy` is taken from $DEPLOY, from PATH, or from .venv beside this script's folder, in this order.
@@ -182,7 +183,11 @@ judge() { # FOLDER
 
 check() { # PROFILE
     local target=$1 begun=$SECONDS word="not run" sentence="ended by SIG$stopped before it." code=4 at
-    [[ -z $profiles || ! -f $profiles/$1.toml ]] || target=$profiles/$1.toml
+    if [[ -n $profiles && -f $profiles/$1.toml ]]; then
+        target=$profiles/$1.toml
+    elif [[ -f ${files[$1]} ]]; then
+        target=${files[$1]}
+    fi
     if ! fresh_folder "$folder/$(file_name "$1")"; then
         note "$1" error 1 0 "cannot make a folder for its reports in '$folder'."
         return
@@ -210,12 +215,14 @@ note() { # PROFILE WORD CODE SECONDS SENTENCE
 
 # --- all of them ------------------------------------------------------------------------------------------------------
 
+# A line each: name, tab, and the profile's own file, which the newest baseline was accepted with, where it has one.
 readonly READ_PROFILES='
 import json, sys
-names = [pin["profile"] for pin in json.load(sys.stdin.buffer)["baselines"]]
-if not all(isinstance(name, str) and name.isprintable() and name for name in names):
-    raise ValueError(names)
-sys.stdout.buffer.write("\n".join(dict.fromkeys(names)).encode())
+files = {pin["profile"]: pin.get("file") or "" for pin in json.load(sys.stdin.buffer)["baselines"]}
+if not all(isinstance(name, str) and name.isprintable() and name for name in files):
+    raise ValueError(files)
+told = (f"{name}\t{file if file.isprintable() else str()}" for name, file in files.items())
+sys.stdout.buffer.write("\n".join(told).encode())
 '
 
 file_name() { # NAME: without what a file system or a shell could misread
@@ -247,8 +254,8 @@ find_programs() {
     [[ -n $python ]] || die 1 "there is no Python beside '$deploy' and none on PATH." "put python3 on PATH."
 }
 
-list_baselines() { # sets `names`
-    local listed code=0
+list_baselines() { # sets `names` and `files`
+    local listed line code=0
     "$deploy" baseline show --json >"$folder/baselines.json" </dev/null || code=$?
     leave_if_stopped
     case $code in
@@ -262,7 +269,10 @@ list_baselines() { # sets `names`
     fi
     [[ -n ${listed:-} ]] || die 4 "no profile has a baseline in '$PWD/.deploy', so nothing was checked." \
         "deploy baseline accept RUN --target T, or nightly.sh --project DIR for the folder that holds .deploy"
-    mapfile -t names <<<"$listed"
+    while IFS= read -r line; do
+        names+=("${line%%$'\t'*}")
+        files[${line%%$'\t'*}]=${line#*$'\t'}
+    done <<<"$listed"
 }
 
 worst() { # the order of exit codes: broken, failed, not measured, passed
@@ -324,4 +334,5 @@ main() {
 }
 
 checked=() words=() codes=() times=() said=() names=()
+declare -A files=()
 main "$@"

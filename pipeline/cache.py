@@ -5,7 +5,8 @@
     .deploy/locks/                   one file a lock, so that two builds on one folder wait for each other
     .deploy/runs/                    one file a run: where it lies, so that `gc` keeps what it refers to
     .deploy/baselines/               one file a profile: what nightly checks compare with, kept by `gc` for ever
-    .deploy/engines/, timing/        built engines, and what was timed for them (targets/harness/engines.py)
+    .deploy/engines/, timing/        built engines, and what was timed for them (targets/harness/engines.py); engines of
+                                     the newest baselines are kept by `gc` for ever
 
 Everything is written under a temporary name, flushed to the disk and then moved into place, so a kill at any moment
 leaves either the whole file or none of it. A read checks the hash: a damaged object is dropped and counts as absent.
@@ -39,7 +40,10 @@ _FULL = {
     errno.EFBIG: "a file may not grow so large",
 }
 _REFUSED = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+    (
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+        *(errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    )
 )
 _CHUNK = 1 << 20
 
@@ -258,6 +262,8 @@ class Cache:
     def gc(self, keep_days: float) -> Swept:
         """Remove keys not used for `keep_days` days and objects that no key, run or baseline refers to.
 
+        Engines and timings that were not used for so long go too, save the engines of what is a baseline now.
+
         Raises DeployError while a build uses the folder.
         """
         with locked(self.root / "locks" / "use", wait=False) as mine:
@@ -272,8 +278,11 @@ class Cache:
                 with suppress(FileNotFoundError):
                     referred |= set(HASH.findall((run / name).read_text(encoding="utf-8", errors="replace")))
         keys = objects = size = 0
+        newest: set[str] = set()
         for path in self.root.glob("baselines/*.json"):
-            referred |= set(HASH.findall(path.read_text(encoding="utf-8", errors="replace")))
+            pinned = path.read_text(encoding="utf-8", errors="replace")
+            referred |= set(HASH.findall(pinned))
+            newest |= _newest(pinned)
         for path in self.root.glob("keys/*/*.json"):
             if path.stat().st_mtime < before and path.stem not in referred:
                 size, keys = size + path.stat().st_size, keys + 1
@@ -285,13 +294,28 @@ class Cache:
                 size, objects = size + path.stat().st_size, objects + 1
                 path.unlink()
         for path in (*self.root.glob("engines/*"), *self.root.glob("timing/*")):
-            if path.stat().st_mtime < before:  # what is used stays young
+            if path.stat().st_mtime < before and not newest & _models(path):  # what is used stays young
                 size, objects = size + _bytes(path), objects + 1
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in self.root.glob("locks/*-*"):
             path.unlink()  # nobody holds one: every build also holds `use`
         shutil.rmtree(self.root / "scratch", ignore_errors=True)
         return Swept(objects, keys, size)
+
+
+def _newest(baselines: str) -> set[str]:
+    """Hash of the network that a profile's record of baselines names last; a damaged record names none."""
+    found = re.findall(r'"sha256": "([0-9a-f]{64})"', baselines)
+    return set(found[-1:])
+
+
+def _models(engine: Path) -> set[str]:
+    """Hashes of the files that an engine was built of, as its record tells; none for what is no engine."""
+    try:
+        told = json.loads((engine / "record.json").read_bytes())["model"]
+        return set(told.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def _bytes(path: Path) -> int:

@@ -9,7 +9,9 @@ that its baseline is found a check is kept however it ends, with everything that
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import sqlite3
 import tempfile
@@ -19,10 +21,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from pipeline.cache import Cache, disk_full, named
+from pipeline.cache import Cache, disk_full, named, write_atomic
 from pipeline.nightly import baseline
 from pipeline.nightly.history import Nights
+from pipeline.nightly.levels import CONTEXT, device_changes
+from pipeline.nightly.records import to_table
 from pipeline.nouns import CheckRecord, LayerMove, Ledger, Pin
 from pipeline.run import Interrupted
 from profiles.errors import DeployError, UndecidedError, UsageError
@@ -57,7 +62,8 @@ class CheckRequest:
     """What is asked. candidate: a run, bundle or ONNX file, None for the newest run that met its budget.
 
     state: the `.deploy` folder; runs: where runs lie; layers: whether to say where a change lies; target: what hints
-    call the device, a profile's name or its file, the profile's name where left out.
+    call the device, a profile's name or its file, the profile's name where left out; spare: folders for what the store
+    in `state` refuses, before the temporary one.
     """
 
     profile: Profile
@@ -66,6 +72,7 @@ class CheckRequest:
     runs: Path
     layers: bool = True
     target: str = ""
+    spare: tuple[Path, ...] = ()
 
     @property
     def named(self) -> str:
@@ -129,7 +136,7 @@ class _Night:
     def __init__(self, request: CheckRequest, nights: Nights, pin: Pin) -> None:
         asked = request.candidate
         self.request, self.nights = request, nights
-        self.pins = (pin, Pin(asked.name if asked else "not found", "", str(asked or request.runs)))
+        self.pins = (pin, Pin(asked.name if asked else "not known", "", str(asked or request.runs)))
         self.started, self.begun = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
         self.fingerprint: Fingerprint | None = None
         self.changed: Mapping[str, tuple[Any, Any]] = {}
@@ -193,21 +200,49 @@ class _Night:
         sessions, stages = self._measured()
         try:
             number = self.nights.add(record, sessions, control_arms(*stages))
-            record = replace(record, changes=self.nights.changes(record.profile, record.baseline.sha256))
+            found = device_changes(self.nights.numbered(record.profile, CONTEXT))
+            moved = next((each for each in found if each.number == number), None)
+            changes = self.nights.changes(record.profile, record.baseline.sha256)
+            record = replace(record, changes=changes, moved=moved)
             self.nights.amend(number, record)
         except (DeployError, OSError, sqlite3.Error) as full:
             hint = full.hint if isinstance(full, DeployError) else ""
-            error = error or DeployError(f"the verdict stands, but it could not be kept: {_said(full)}", hint)
+            aside = "" if number is not None else self._aside(record, sessions)
+            what = self._stands() if number is None else f"check {number} is kept, but what past nights say beside it"
+            error = error or DeployError(f"{what} could not be kept: {_said(full)}{aside}", hint)
         return CheckResult(record, sessions, number, error)
+
+    def _stands(self) -> str:
+        """What the store would have got, as the beginning of a sentence."""
+        if self.verdict is not None:
+            return "the verdict stands, but it"
+        return "what was measured" if self._measured()[0] else "the record of this check"
+
+    def _aside(self, record: CheckRecord, sessions: tuple[Session, ...]) -> str:
+        """Write what the store refused into another folder, and say in a sentence where it is; "" without samples."""
+        if not sessions:
+            return ""
+        raw = ",".join(session.to_json() for session in sessions)
+        text = f'{{"version":1,"record":{json.dumps(to_table(record), allow_nan=False)},"sessions":[{raw}]}}\n'
+        name = f"check-{quote(record.profile, safe='')}-{re.sub('[^0-9]', '', record.started[:19])}-{os.getpid()}.json"
+        for folder in (*self.request.spare, None):
+            try:
+                path = (folder or Path(tempfile.gettempdir())).resolve() / name
+                write_atomic(path, text.encode())
+            except (DeployError, OSError):
+                continue
+            return f" Its record and raw samples are in '{path}'."
+        return " Its raw samples are lost: no other folder could be written either."
 
     def broken_off(self, error: BaseException) -> str:
         """Keep what there is of a check that ends with an error, and say in words whether that could be done."""
         verdict = self.verdict or Verdict("inconclusive", _said(error), self._measured()[1])
         result = self.kept(verdict)
-        if result.number is None and result.error is not None:
+        if result.number is not None:
+            return f"what was measured is kept as check {result.number}"
+        if result.error is not None:
             log.warning("%s", result.error.message)
-            return "what was measured could not be kept"
-        return f"what was measured is kept as check {result.number}"
+        return "what was measured could not be kept" if result.sessions else "nothing was measured"
 
     def _measured(self) -> tuple[tuple[Session, ...], tuple[Stage, ...]]:
         own = self.measuring

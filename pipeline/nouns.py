@@ -603,13 +603,32 @@ class Change:
 
 
 @dataclass(frozen=True)
+class DeviceChange:
+    """A check before which a device came to tell something else of itself than in the one before: a new level.
+
+    number, at, profile: of the check, at in UTC; fields: name -> (then, now); before_ms, after_ms: medians of the
+    baseline's p50 over the nights of the level on each side, before_ms None where the same baseline was not measured in
+    the same way before; nights: how many these are.
+    """
+
+    number: int
+    at: str
+    profile: str
+    fields: Mapping[str, tuple[Any, Any]]
+    before_ms: float | None
+    after_ms: float
+    nights: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class CheckRecord:
     """One finished check, whole: what a report shows and the store keeps. started: UTC, ISO 8601.
 
     device: digest of the fingerprint; changed: field -> (when the baseline was accepted, now); absolute: arm ->
     statistic -> ms, None with too few samples; conditions: what was not in order, as sentences; spec: the tolerances
     used, after widening; changes: change points of the series up to this night, advisory. machine: digest of what makes
-    the device the same one whatever software it runs; simulated: whether the numbers are a simulated device's.
+    the device the same one whatever software it runs; simulated: whether the numbers are a simulated device's; moved:
+    what the device told of itself otherwise than in the check before, None where nothing.
 
     A check that broke off is a record too: inconclusive, its reason is the error, with the stages measured before it.
     """
@@ -631,6 +650,7 @@ class CheckRecord:
     seconds: float
     machine: str = ""
     simulated: bool = False
+    moved: DeviceChange | None = None
 
     @property
     def same(self) -> bool:

@@ -110,6 +110,9 @@ class MeasureSpec(Spec):
     block_dropped: int = Field(default=4, ge=0, description="inferences at the head of a block that do not count")
     block_timed: int = Field(default=10, ge=1, description="inferences of a block that count, at least")
     block_min_ms: float = Field(default=5.0, ge=0, description="they last so long together, at least")
+    least_s: float = Field(
+        default=10.0, ge=0, description="deploy measure times each network for so long in all, by longer blocks; 0: off"
+    )
     warmup_s: float = Field(default=1.0, ge=0, description="shortest warm-up of a process")
     warmup_inferences: int = Field(default=50, ge=1, description="inferences of it, at least")
     warmup_max_s: float = Field(default=10.0, gt=0, description="after so long an unsteady process begins all the same")
@@ -118,15 +121,26 @@ class MeasureSpec(Spec):
         default=300.0, gt=0, description="cap of one session; fewer inferences per block to keep it"
     )
     paced_ms: float | None = Field(
-        default=None, ge=0.1, description="control period: one inference at each of its ticks; left out, back to back"
+        default=None,
+        ge=0.1,
+        le=60_000.0,
+        description="control period, up to a minute: one inference at each of its ticks; left out, back to back",
     )
     start_below_c: float | None = Field(
         default=None, gt=0, description="a hotter device is not measured; left out, its temperature is only recorded"
     )
     sustained_s: float = Field(
-        default=0.0, ge=0, description="accepting goes on so long in each network's first process, to show heat; 0: off"
+        default=0.0,
+        ge=0,
+        le=86_400.0,
+        description="accepting goes on so long in each network's first process, to show heat; 0: off",
     )
     seed: Seed = SEED
+
+    def lasting(self) -> MeasureSpec:
+        """With blocks so long that the accepting processes of a network last `least_s` together; the cap stays."""
+        block_ms = 1e3 * self.least_s / (self.accept_processes * self.accept_rounds)
+        return self if block_ms <= self.block_min_ms else self.model_copy(update={"block_min_ms": block_ms})
 
 
 class CheckSpec(Spec):

@@ -72,11 +72,14 @@ class Local(AgentTarget):
 
     def doctor(self) -> list[Condition]:
         """The lease, the preflight, the runtime with its providers, and the places that are written to."""
-        found = [_lease_place(), device.lease_condition(leases.holder(self.device))]
-        found += [*self.preflight().conditions, self._runtime()]
+        found = [*self._leasing(), *self.preflight().conditions, self._runtime()]
         if not found[-1].ok:
             return found
         return [*found, self.placed() if self.profile.runtime == "ort" else self.outputs()]
+
+    def _leasing(self) -> list[Condition]:
+        """Whether the device can be leased, and who holds it."""
+        return [_lease_place(), device.lease_condition(leases.holder(self.device))]
 
     def _runtime(self) -> Condition:
         try:

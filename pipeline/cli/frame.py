@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
@@ -128,16 +129,34 @@ def _fail(given: Sequence[str], message: str, hint: str, code: int) -> int:
 
 def print_json(table: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(table, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(table, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _unread(sys.stdout)
 
 
 def terminal(*, stdout: bool = False) -> Console:
-    """rich's console; off a terminal wide enough that no line of a table is cut."""
+    """rich's console; off a terminal wide enough that no line of a table is cut.
+
+    A reader that closed its end of the pipe costs it the rest of the text, and costs the command nothing.
+    """
     from rich.console import Console
 
+    class Lasting(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            _unread(stream)
+
     stream = sys.stdout if stdout else sys.stderr
-    return Console(stderr=not stdout, width=None if stream.isatty() else 200)
+    return Lasting(stderr=not stdout, width=None if stream.isatty() else 200)
+
+
+def _unread(stream: TextIO) -> None:
+    """Send what nobody reads any more to nowhere, the rest of the stream's buffer too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def say(console: Console, text: str) -> None:
@@ -265,6 +284,20 @@ def writable(*paths: Path | None, parents: bool = True) -> None:
                 pass
         except OSError as error:
             raise UsageError(f"cannot write '{path}': {error.strerror}.", hint) from None
+
+
+def cleared(*paths: Path | None) -> None:
+    """Remove what an earlier command left in places that are `writable`, so that it is never taken for this one's.
+
+    Raises UsageError for a file that cannot be removed.
+    """
+    for path in paths:
+        try:
+            if path is not None:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            hint = "name a file in a folder that can be written."
+            raise UsageError(f"cannot replace '{path}': {error.strerror}.", hint) from None
 
 
 def write(files: Sequence[tuple[Path | None, Content]], *, append: bool = False) -> list[DeployError]:

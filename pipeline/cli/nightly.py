@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from pipeline.cli.frame import (
     PROFILE,
     STATE,
     Commands,
+    Content,
     app,
     bar,
+    cleared,
     everywhere,
     finished,
     overrides_of,
@@ -32,6 +35,7 @@ from profiles.errors import DeployError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.check import CheckResult
+    from pipeline.nouns import Pin
 
 RUNS = Path("runs")
 
@@ -94,15 +98,19 @@ def show_baselines(target: str | None, as_json: bool) -> int:
         pins = pinned.history(STATE, name)
         rows += [(name, pin) for pin in (pins if target else pins[-1:])]
     if as_json:
-        told = [{"profile": n, "name": p.name, "sha256": p.sha256, "accepted": p.accepted, "source": p.source}
-                for n, p in rows]  # fmt: skip
-        print_json({"baselines": told})
+        print_json({"baselines": [{"profile": n, **_shown(pin)} for n, pin in rows]})
         return 0
     for name, pin in rows:
         say(terminal(stdout=True), f"{name}  {pin.name}  {pin.sha256[:12]}  accepted {pin.accepted}  {pin.source}")
     if not rows:
         say(terminal(), f"no baseline yet: deploy baseline accept RUN --target {target or 'T'}")
     return 0
+
+
+def _shown(pin: Pin) -> dict[str, Any]:
+    """file: the profile's own TOML file, None for a profile that ships."""
+    told = {"name": pin.name, "sha256": pin.sha256, "accepted": pin.accepted, "source": pin.source}
+    return {**told, "file": pin.profile or None}
 
 
 @app.command()
@@ -135,35 +143,36 @@ def check(
     measured: no baseline, another device, a network of other shapes; 1 where a step failed, or where the verdict stands
     but could not be kept or a report not written; 2 for a mistake in what was asked; 130 for an interruption.
     """
+    from pipeline.report import check as shown
     from profiles.schema import load_profile
 
-    name = target_name(target)
-    profile = load_profile(name, overrides_of(settings))
-    summary = _summary()
+    named = target or "no target"
+    places = Places(junit, markdown, html, _summary())
     writable(junit, markdown, html)
-    writable(summary, parents=False)
+    writable(places.summary, parents=False)
+    cleared(junit, markdown, html)
     try:
-        result = _checked(profile, name, candidate, as_json)
-    except DeployError as error:
-        for problem in _not_measured(profile.name, f"{error.message} {error.hint}".strip(), junit, markdown, summary):
+        profile = load_profile(target_name(target), overrides_of(settings))
+        named = profile.name
+        result = _checked(profile, target_name(target), candidate, places.folders, as_json)
+    except Exception as error:
+        for problem in _not_measured(named, _told(error), places):
             say(terminal(), f"warning: {problem.message}")
         raise
-    from pipeline.report import check as shown
-
+    problems = [*([result.error] if result.error else []), *_reports(result, places)]
     if not as_json:
         shown.show(result.record, terminal(stdout=True))
-    problems = [*([result.error] if result.error else []), *_reports(result, junit, markdown, html, summary)]
     code = result.exit_code
     told = {"number": result.number, **shown.to_json(result.record), "exit_code": code}
     return finished(code, problems, told if as_json else None)
 
 
-def _checked(profile: Any, target: str, candidate: Path | None, quiet: bool) -> CheckResult:
+def _checked(profile: Any, target: str, candidate: Path | None, spare: tuple[Path, ...], quiet: bool) -> CheckResult:
     from pipeline.check import CheckRequest
     from pipeline.check import check as run
     from targets.base import load_target
 
-    request = CheckRequest(profile, candidate, STATE, RUNS, target=target)
+    request = CheckRequest(profile, candidate, STATE, RUNS, target=target, spare=spare)
     with ExitStack() as bars:
 
         def progress(text: str) -> Callable[[float], None]:
@@ -174,6 +183,27 @@ def _checked(profile: Any, target: str, candidate: Path | None, quiet: bool) -> 
         return run(request, load_target(profile, STATE), progress)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the reports of a check go, None for those that nobody wants. summary: appended to, the others replaced."""
+
+    junit: Path | None
+    markdown: Path | None
+    html: Path | None
+    summary: Path | None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the reports lie, each folder once."""
+        return tuple(dict.fromkeys(path.parent for path in (self.junit, self.markdown, self.html) if path is not None))
+
+    def write(self, junit: Content, markdown: Content, html: Content) -> list[DeployError]:
+        """Write each report that was asked for; what could not be written comes back."""
+        problems = write([(self.junit, junit), (self.markdown, markdown)])
+        problems += write([(self.summary, lambda: f"{markdown()}\n")], append=True)
+        return [*problems, *write([(self.html, html)])]
+
+
 def _summary() -> Path | None:
     """The summary of a GitHub Actions job, where there is one."""
     import os
@@ -182,10 +212,7 @@ def _summary() -> Path | None:
     return Path(named) if named else None
 
 
-def _reports(
-    result: CheckResult, junit: Path | None, markdown: Path | None, html: Path | None, summary: Path | None
-) -> list[DeployError]:
-    """Write every report that was asked for; what could not be written comes back."""
+def _reports(result: CheckResult, places: Places) -> list[DeployError]:
     from pipeline.report import check as shown
 
     def page() -> str:
@@ -193,20 +220,30 @@ def _reports(
 
         return check_page(result.record, result.sessions)
 
-    told = shown.to_markdown(result.record)
-    problems = write([(junit, lambda: shown.to_junit([result.record])), (markdown, lambda: told)])
-    return [*problems, *write([(summary, lambda: f"{told}\n")], append=True), *write([(html, page)])]
+    return places.write(lambda: shown.to_junit([result.record]), lambda: shown.to_markdown(result.record), page)
 
 
-def _not_measured(
-    profile: str, message: str, junit: Path | None, markdown: Path | None, summary: Path | None
-) -> list[DeployError]:
+def _not_measured(profile: str, message: str, places: Places) -> list[DeployError]:
     """Write the reports of a check that ended with an error; what could not be written comes back."""
     from pipeline.report import check as shown
 
-    told = shown.markdown_error(profile, message)
-    problems = write([(junit, lambda: shown.junit_error(profile, message)), (markdown, lambda: told)])
-    return [*problems, *write([(summary, lambda: f"{told}\n")], append=True)]
+    def page() -> str:
+        from pipeline.report.check_html import error_page
+
+        return error_page(profile, message)
+
+    told = shown.junit_error(profile, message), shown.markdown_error(profile, message)
+    return places.write(lambda: told[0], lambda: told[1], page)
+
+
+def _told(error: Exception) -> str:
+    """What a report says of an error: sentence and next step, of a bug its kind."""
+    from pipeline.cache import refused
+
+    mendable = refused(error) if isinstance(error, OSError) else error
+    if isinstance(mendable, DeployError):
+        return f"{mendable.message} {mendable.hint}".strip()
+    return f"{type(error).__name__}: {error}."
 
 
 @app.command()
@@ -218,9 +255,10 @@ def history(target: str | None, last: int, html: Path | None, as_json: bool) -> 
     """Show the checks of past nights: ratios, verdicts, and where the baseline's own times moved.
 
     Checks that broke off are inconclusive. Change points are looked for in all nights of each baseline that is shown,
-    and are advice only.
+    and are advice only. A check before which the device changed is marked, with the baseline's level on both sides.
     """
     from pipeline.nightly.history import Nights
+    from pipeline.nightly.levels import CONTEXT, device_changes
     from pipeline.report import history as shown
     from profiles.schema import load_profile
 
@@ -230,10 +268,13 @@ def history(target: str | None, last: int, html: Path | None, as_json: bool) -> 
         raise UsageError("no check was ever made here.", f"deploy check --target {target or 'T'}")
     writable(html)
     with Nights(place) as nights:
-        records = nights.numbered(name, last)
+        records = nights.numbered(name, last + CONTEXT)
+        moved = device_changes(records)
+        records = dict(list(records.items())[-last:])
         pins = dict.fromkeys((record.profile, record.baseline.sha256) for record in records.values())
         changes = [change for pin in pins for change in nights.changes(*pin)]
+    moved = tuple(each for each in moved if each.number in records)
     if not as_json:
-        shown.show_history(records, terminal(stdout=True), changes)
-    problems = write([(html, lambda: shown.history_page(records, changes))])
-    return finished(0, problems, shown.history_json(records, changes) if as_json else None)
+        shown.show_history(records, terminal(stdout=True), changes, moved)
+    problems = write([(html, lambda: shown.history_page(records, changes, moved))])
+    return finished(0, problems, shown.history_json(records, changes, moved) if as_json else None)

@@ -75,7 +75,7 @@ def history(state: Path, profile: str) -> tuple[Pin, ...]:
         return tuple(pin_from_table(row) for row in table["baselines"])
     except FileNotFoundError:
         return ()
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"'{path}' is damaged: {type(error).__name__} {error}."
         raise DeployError(message, f"move {path.name} away, then {accept_with(profile)}") from None
 

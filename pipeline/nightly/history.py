@@ -130,7 +130,7 @@ class Nights(Database):
         """The control arms of every check of a profile, oldest first: one entry a check, its stages in order.
 
         machine: digest of a device whatever software it runs, None for every one. Checks without a control arm are left
-        out.
+        out, and so is one of whose arms one cannot be read, with a warning that names its number.
         """
 
         def read(base: sqlite3.Connection) -> list[tuple[int, str]]:
@@ -142,9 +142,15 @@ class Nights(Database):
             return base.execute(query, (profile,) if machine is None else (profile, machine)).fetchall()
 
         found: dict[int, tuple[Control, ...]] = {}
+        lost: set[int] = set()
         for night, text in self.read(read):
-            found[night] = (*found.get(night, ()), control_from_table(json.loads(text)))
-        return list(found.values())
+            try:
+                found[night] = (*found.get(night, ()), control_from_table(json.loads(text)))
+            except (ValueError, TypeError, AttributeError) as error:
+                lost.add(night)
+                told = f"the control of check {night} in {self.path} cannot be read"
+                log.warning("%s and is left out of the ledger: %s %s.", told, type(error).__name__, error)
+        return [arms for night, arms in found.items() if night not in lost]
 
     def ledger(self, profile: str, machine: str | None, spec: CheckSpec) -> tuple[CheckSpec, Ledger]:
         """The tolerances that these control arms bear out (`compare.widen`), and the count. spec: the profile's own."""

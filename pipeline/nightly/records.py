@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.nouns import Change, CheckRecord, LayerMove, Ledger, Pin
+from pipeline.nouns import Change, CheckRecord, DeviceChange, LayerMove, Ledger, Pin
 from profiles.errors import DeployError
 from profiles.schema import CheckSpec
 from targets.harness.compare import Control, Stage, Tail, Verdict
@@ -44,6 +44,7 @@ def to_table(record: CheckRecord) -> dict[str, Any]:
             "seconds": record.seconds,
             "machine": record.machine,
             "simulated": record.simulated,
+            "moved": None if record.moved is None else asdict(record.moved),
         }
     )
     return table
@@ -65,7 +66,7 @@ def from_table(table: Table) -> CheckRecord:
                 arm: {name: None if ms is None else float(ms) for name, ms in statistics.items()}
                 for arm, statistics in table["absolute"].items()
             },
-            changed={name: (_frozen(then), _frozen(now)) for name, (then, now) in table["changed"].items()},
+            changed=_fields(table["changed"]),
             conditions=tuple(table["conditions"]),
             layers=tuple(_layer(row) for row in table["layers"]),
             ledger=Ledger(**_numbers(table["ledger"], "widened")),
@@ -75,6 +76,7 @@ def from_table(table: Table) -> CheckRecord:
             seconds=float(table["seconds"]),
             machine=table.get("machine", ""),
             simulated=table.get("simulated", False),
+            moved=_moved(table.get("moved")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DeployError(f"not a check record: {type(error).__name__} {error}.") from None
@@ -120,6 +122,18 @@ def _interval(table: Table) -> Interval:
 
 def _layer(table: Table) -> LayerMove:
     return LayerMove(**_numbers(table, "baseline_ms", "candidate_ms"))
+
+
+def _moved(table: Table | None) -> DeviceChange | None:
+    if table is None:
+        return None
+    own = {**table, "fields": _fields(table["fields"]), "nights": tuple(table["nights"])}
+    return DeviceChange(**_numbers(own, "after_ms"))
+
+
+def _fields(table: Table) -> dict[str, tuple[Any, Any]]:
+    """What a device told then and now, by the fingerprint's fields."""
+    return {name: (_frozen(then), _frozen(now)) for name, (then, now) in table.items()}
 
 
 def _numbers(table: Table, *names: str) -> dict[str, Any]:

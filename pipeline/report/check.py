@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.nouns import CheckRecord, LayerMove, Pin
+from pipeline.nouns import CheckRecord, DeviceChange, LayerMove, Pin
 from pipeline.report import check_rows, numbers
 from pipeline.report.check_rows import MARKS
 from pipeline.report.escape import markdown, printable
@@ -71,6 +71,7 @@ def to_json(record: CheckRecord) -> dict[str, Any]:
         "stages": [_stage(stage) for stage in verdict.stages],
         "absolute_ms": {arm: dict(values) for arm, values in record.absolute.items()},
         "changed": {name: {"then": then, "now": now} for name, (then, now) in record.changed.items()},
+        "moved": None if record.moved is None else device_change(record.moved),
         "conditions": record.conditions,
         "layers": [_layer(layer) for layer in record.layers],
         "ledger": {**asdict(record.ledger), "rate": record.ledger.rate},
@@ -79,6 +80,12 @@ def to_json(record: CheckRecord) -> dict[str, Any]:
         "protocol": record.protocol,
     }
     return dict(numbers.strict(table))
+
+
+def device_change(found: DeviceChange) -> dict[str, Any]:
+    """As strict JSON, the fields like those of `changed`."""
+    told = {name: {"then": then, "now": now} for name, (then, now) in found.fields.items()}
+    return dict(numbers.strict({**asdict(found), "fields": told}))
 
 
 def _pin(pin: Pin) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def _tail(tail: Tail) -> dict[str, Any]:
     if tail.name == MISSES:
         numbers_of = {"candidate": own.center, "baseline_again": own.low, "p_value": own.high}
         return {"name": tail.name, "risen": tail.risen, **numbers_of}
-    return {"name": tail.name, "risen": tail.risen, "shared": tail.shared, **_interval(own)}
+    return {"name": tail.name, "risen": tail.risen, "over": tail.over, "shared": tail.shared, **_interval(own)}
 
 
 def _interval(interval: Interval) -> dict[str, Any]:

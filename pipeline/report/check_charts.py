@@ -210,10 +210,13 @@ def _dates(axes: Axes, records: Sequence[CheckRecord]) -> None:
     axes.set_xlim(-0.6, len(records) - 0.4)
 
 
-def absolutes(records: Sequence[CheckRecord], changes: Sequence[Change], page: int = 1) -> str:
+def absolutes(
+    records: Sequence[CheckRecord], changes: Sequence[Change], page: int = 1, moved: Sequence[int] = ()
+) -> str:
     """p50 and p99 of the baseline arm of every night, with the change points found in them; page: as in `nights`.
 
-    The line breaks where another network became the baseline.
+    moved: places of the nights before which the device changed. The line breaks where another network became the
+    baseline.
     """
     shown = [name for name in ("p50", "p99") if any(_at(record, name) is not None for record in records)]
     pins = [record.baseline.sha256 for record in records]
@@ -225,9 +228,9 @@ def absolutes(records: Sequence[CheckRecord], changes: Sequence[Change], page: i
             for start, end in pairwise(breaks):
                 own.plot(range(start, end), heights[start:end], "o-", color=SOFT, markersize=4, linewidth=1)
             for start in breaks[1:-1]:
-                own.axvline(start - 0.5, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-                place = {"xytext": (3, 2), "textcoords": "offset points", "va": "bottom", "fontsize": 8.5}
-                own.annotate("new baseline", (start - 0.5, 0.0), xycoords=own.get_xaxis_transform(), **place)
+                _mark(own, start, "new baseline", 2)
+            for start in moved:
+                _mark(own, start, "device changed", 13)
             own.set_ylabel(f"{name}, ms")
             own.margins(y=0.15)
             for change in changes:
@@ -235,6 +238,13 @@ def absolutes(records: Sequence[CheckRecord], changes: Sequence[Change], page: i
                     _break(own, records, change)
         _dates(axes[-1], records)
     return out[0]
+
+
+def _mark(axes: Axes, start: int, label: str, lift: int) -> None:
+    """A line before a night, with what happened there in `lift` points above the axis."""
+    axes.axvline(start - 0.5, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
+    place = {"xytext": (3, lift), "textcoords": "offset points", "va": "bottom", "fontsize": 8.5}
+    axes.annotate(label, (start - 0.5, 0.0), xycoords=axes.get_xaxis_transform(), **place)
 
 
 def _at(record: CheckRecord, name: str) -> float | None:

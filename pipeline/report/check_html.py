@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.nouns import CheckRecord, Pin
 from pipeline.report import check_charts, check_rows, numbers, session_charts
+from pipeline.report.check import NOTHING_SEEN
 from pipeline.report.grid import Grid
 from pipeline.report.pages import fill
 from targets.harness.compare import AGAIN, BASELINE, CANDIDATE
@@ -29,7 +30,7 @@ def check_page(record: CheckRecord, sessions: Sequence[Session]) -> str:
         detectable=check_rows.detectable(record),
         resolution=check_rows.resolution(record),
         environment=check_rows.environment(record),
-        ledger=check_rows.ledger(record),
+        ledger=f"{check_rows.engines(record)} {check_rows.ledger(record)}".strip(),
         changes=[check_rows.change(found) for found in record.changes],
         stages=check_rows.stages(record),
         absolute=check_rows.absolute(record),
@@ -41,6 +42,11 @@ def check_page(record: CheckRecord, sessions: Sequence[Session]) -> str:
         pins=[("baseline", *_pin(record.baseline)), ("candidate", *_pin(record.candidate))],
         tolerances=[(name.replace("_", " "), f"{value:g}") for name, value in record.spec.model_dump().items()],
     )
+
+
+def error_page(profile: str, message: str) -> str:
+    """The page of a check that could not be made, in the place where a verdict would be."""
+    return fill("check_error.html", {}, profile=profile, message=message, nothing=NOTHING_SEEN)
 
 
 def _charts(record: CheckRecord, sessions: Sequence[Session], arms: Sequence[str]) -> dict[str, str]:

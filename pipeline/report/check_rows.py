@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.nouns import Change, CheckRecord, LayerMove
+from pipeline.nouns import Change, CheckRecord, DeviceChange, LayerMove
 from pipeline.report import numbers
 from pipeline.report.grid import Grid
 from targets.harness.compare import AGAIN, BASELINE, CANDIDATE, MISSES, Stage, Tail, noticed
@@ -13,6 +13,7 @@ MARKS = {"pass": "✓", "improved": "✓", "warn": "!", "fail": "✗", "undecide
 LAYERS = 8
 ARMS = (BASELINE, AGAIN, CANDIDATE)
 SAME = "the same file: a check of the environment"
+ONE_BUILD = "One build of each engine was judged; another build of the same network may be faster or slower."
 SIMULATED = "The numbers come from a simulated device and are no user's."
 
 
@@ -60,7 +61,7 @@ def ledger(record: CheckRecord) -> str:
     """How often equal networks were called different on this device, and what follows from it."""
     own = record.ledger
     if not own.controls:
-        return "No control has been kept yet, so the rate of false alarms is not known."
+        return "No control was kept before this check, so the rate of false alarms is not known."
     alarms = f"{own.alarms} of {own.controls} controls so far would have been a false alarm ({numbers.share(own.rate)})"
     wider = f"the tolerances are widened {own.widened:.2f}x" if own.widened > 1 else "the tolerances are not widened"
     return f"{alarms}; {wider}."
@@ -73,8 +74,31 @@ def change(found: Change) -> str:
     return f"{found.series} moved {moved} at {numbers.utc(found.at)}, p = {found.p_value:.1g}"
 
 
+def device_change(found: DeviceChange) -> str:
+    """What a device told of itself otherwise than in the check before, and what the baseline took before and since."""
+    told = ", ".join(f"{_label(name)} was {_fact(was)}, is {_fact(now)}" for name, (was, now) in found.fields.items())
+    before, after = found.nights
+    since = f"{numbers.ms(found.after_ms)} over {_nights(after)} since"
+    if found.before_ms is None:
+        return f"{told}; the baseline's p50 is {since}, and was not measured like this before"
+    moved = numbers.change(found.before_ms, found.after_ms)
+    return (
+        f"{told}; the baseline's p50 was {numbers.ms(found.before_ms)} over {_nights(before)} and is {since} ({moved})"
+    )
+
+
+def _nights(count: int) -> str:
+    return f"{count} night{'' if count == 1 else 's'}"
+
+
 def environment(record: CheckRecord) -> str:
-    """Whether the device is the one that the baseline was accepted on, in a sentence."""
+    """Whether the device is the one that the baseline was accepted on, and that of the check before, in sentences."""
+    if record.moved is None:
+        return _since_accepted(record)
+    return f"{_since_accepted(record)} Since the check before: {device_change(record.moved)}."
+
+
+def _since_accepted(record: CheckRecord) -> str:
     if record.changed:
         return f"The device has changed since the baseline was accepted: {', '.join(map(_label, record.changed))}."
     if not record.baseline.fingerprint:
@@ -91,8 +115,15 @@ def sentences(record: CheckRecord) -> list[str]:
     simulated = [SIMULATED] if record.simulated else []
     seen = [resolution(record)] if resolution(record) else []
     advisory = [f"Advisory: {change(found)}." for found in record.changes]
+    built = [engines(record)] if engines(record) else []
     spoilt = [f"Not in order: {condition.rstrip('.')}." for condition in record.conditions]
-    return [*simulated, *seen, environment(record), ledger(record), *advisory, *spoilt]
+    return [*simulated, *seen, *built, environment(record), ledger(record), *advisory, *spoilt]
+
+
+def engines(record: CheckRecord) -> str:
+    """What is to be said of two engines, which differ from build to build; "" where none or one was measured."""
+    built = str(record.baseline.fingerprint.get("runtime", "")).startswith("tensorrt")
+    return ONE_BUILD if built and not record.same else ""
 
 
 def grids(record: CheckRecord) -> list[Grid]:
@@ -137,7 +168,9 @@ def tail_cell(tail: Tail) -> str:
         told = f"{numbers.share(own.low)} → {numbers.share(own.center)}, p = {own.high:.1g}"
     if tail.shared:
         return f"{told} over, as is the baseline"
-    return f"{told} risen" if tail.risen else told
+    if tail.risen:
+        return f"{told} risen"
+    return f"{told} over" if tail.over else told
 
 
 def absolute(record: CheckRecord) -> Grid | None:

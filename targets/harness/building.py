@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from profiles.errors import DeployError
 from targets.harness import pack
-from targets.harness.engines import Engines, engine_key, timing_name
+from targets.harness.engines import Engines, engine_key, model_digest, timing_name
 
 INSTALL = {
     "tensorrt": "JetPack brings it; elsewhere: pip install tensorrt, from where NVIDIA's index is reached.",
@@ -134,7 +134,8 @@ def build_each(
         with _building(state) as folder:
             records = site.build(list(missing.values()), order, folder, progress)
             for number, (key, record) in enumerate(zip(missing, records, strict=True)):
-                engines.keep(key, folder / f"engine-{number}.plan", {**record, **here, "options": options})
+                own = {"model": model_digest(missing[key]), "options": options}
+                engines.keep(key, folder / f"engine-{number}.plan", {**record, **here, **own})
     made = []
     for onnx, out in models.items():
         found = engines.find(keys[onnx])

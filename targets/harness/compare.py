@@ -11,7 +11,8 @@ section 4). e_i is the median over rounds of log(block of B / block of A) in pro
   U < 1 / (1 + warn); else pass where U < 1 + fail; else undecided.
 - An absolute budget adds two rules, since what was not measured or does not hold is no pass. Where its percentile has
   too few inferences for a bound, stage 1 does not pass, and what does not fail is undecided after stage 2. Where the
-  candidate is above the limit and the baseline too, a pass or an improvement is a warning that says so.
+  candidate's bound is above the limit, a pass or an improvement is a warning that says so: at once where the baseline's
+  is above it too, after stage 2 where the candidate is alone there and was not shown slower in both.
 - The device must be the same throughout: a stage on a device whose fingerprint is not the check's first says nothing.
 
 A bound that excludes no change is not enough: in replays that alone gave 5.7 % false alarms, a smallest effect beside
@@ -75,6 +76,16 @@ class Tail:
     def unmeasured(self) -> bool:
         """Whether there were too few inferences to bound a budget's percentile."""
         return self.name.startswith("budget") and math.isinf(self.interval.high)
+
+    @property
+    def over(self) -> bool:
+        """Whether the upper bound of a budget's percentile is above the limit."""
+        return self.name.startswith("budget") and 1.0 < self.interval.high < math.inf
+
+    @property
+    def alone(self) -> bool:
+        """Whether the candidate is above the limit and the baseline is not."""
+        return self.over and not self.shared
 
 
 @dataclass(frozen=True)
@@ -196,7 +207,8 @@ def detectable(ratio: Interval, control: Interval, spec: CheckSpec) -> float:
 
 def noticed(slowdown: float) -> str:
     """What `detectable` means, in words: four nights of five, and a warning rather than a fail."""
-    return f"a slowdown of {_percent(slowdown, 1)} would have been noticed in four nights of five"
+    share = _percent(slowdown, 2 if slowdown < 0.01 else 1)
+    return f"a slowdown of {share} would have been noticed in four nights of five"
 
 
 @cache
@@ -311,8 +323,9 @@ def _budget_tail(session: Session, b: Measurement, again: Measurement, budget: B
     """The declared percentile against an absolute budget.
 
     Risen where the candidate's upper bound is above the limit, the baseline's is not, and the paired ratio shows the
-    candidate slower: a limit that two equal networks straddle is no fault of the candidate's. One that the baseline
-    misses too tonight is none either, and is shared. Where one of both has no bound it is unmeasured: infinite.
+    candidate slower: a limit that two equal networks straddle is no fault of the candidate's, and only `over`. One that
+    the baseline misses too tonight is none either, and is shared. Where one of both has no bound it is unmeasured:
+    infinite.
     """
     own, old = b.statistic(budget.percentile), again.statistic(budget.percentile)
     high = own.high_ms if math.isfinite(old.high_ms) else math.inf
@@ -333,7 +346,7 @@ def screen(stage1: Stage, spec: CheckSpec) -> Verdict | None:
     """
     if stage1.spoilt:
         return _inconclusive(stage1, (stage1,))
-    if _clear(stage1.ratio, spec) and not any(tail.risen or tail.unmeasured for tail in stage1.tails):
+    if _clear(stage1.ratio, spec) and not any(_unsettled(tail) for tail in stage1.tails):
         outcome = _with_budget("pass", stage1.tails)
         return Verdict(outcome, _reason("pass", stage1, spec), (stage1,))
     return None
@@ -351,6 +364,11 @@ def confirm(stage1: Stage, stage2: Stage, spec: CheckSpec) -> Verdict:
     risen = _reproduced(stage1, stage2)
     outcome = _decide(stage2.ratio, stage2.low, bool(risen), spec)
     return Verdict(_with_budget(outcome, stage2.tails), _reason(outcome, stage2, spec, risen), stages)
+
+
+def _unsettled(tail: Tail) -> bool:
+    """Whether a tail of stage 1 needs more samples."""
+    return tail.risen or tail.unmeasured or tail.alone
 
 
 def _clear(ratio: Interval, spec: CheckSpec) -> bool:
@@ -372,7 +390,7 @@ def _with_budget(outcome: Outcome, tails: Sequence[Tail]) -> Outcome:
     """The outcome beside a budget: what was not measured decides nothing but a fail, what does not hold warns."""
     if outcome != "fail" and any(tail.unmeasured for tail in tails):
         return "undecided"
-    return "warn" if outcome in ("pass", "improved") and any(tail.shared for tail in tails) else outcome
+    return "warn" if outcome in ("pass", "improved") and any(tail.over for tail in tails) else outcome
 
 
 def _reproduced(stage1: Stage, stage2: Stage) -> tuple[Tail, ...]:
@@ -410,8 +428,10 @@ def _budget_says(tails: Sequence[Tail]) -> str:
     for tail in tails:
         if tail.unmeasured:
             return f"not decided: too few inferences to bound the {tail.name}; "
-        if tail.shared:
-            return f"over its {tail.name} (upper bound at {tail.interval.high:.3f} of it), as is the baseline; "
+        if tail.over:
+            kept = "which the baseline keeps, though not shown slower in both stages"
+            beside = "as is the baseline" if tail.shared else kept
+            return f"over its {tail.name} (upper bound at {tail.interval.high:.4f} of it), {beside}; "
     return ""
 
 

@@ -3,7 +3,8 @@
     .deploy/engines/<key>/engine.plan, record.json     a built engine and what was done to build it
     .deploy/timing/<device and library>.cache          what the library has timed on this device
 
-`deploy gc` removes what was not used for a while.
+`deploy gc` removes what was not used for a while, save the engines of what is a baseline (`model` in a record names the
+network): what is built again is another engine.
 
 A key is the hash of the ONNX file's bytes and of every weight file beside it (so of weights, shapes and precision), of
 the options the builder was given, of the library's version and file, and of the device. Names of files, of graphs and

@@ -121,7 +121,7 @@ class Night:
 
     def finish(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
         try:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -316,6 +316,21 @@ def test_a_profile_of_the_users_own_is_given_as_its_file(night: Night):
     exit_code, out, _ = night.run("--profiles", "boards")
     assert (exit_code, night.targets()) == (0, [str(file), "local"])
     assert list(rows(out)) == ["mine", "local"]
+
+
+def test_the_file_that_a_baseline_was_accepted_with_is_checked_where_it_still_is(night: Night):
+    (night.folder / "boards").mkdir()
+    own, other = (night.folder / "boards" / name for name in ("arm2.toml", "mine.toml"))
+    for file in (own, other):
+        file.write_text('extends = "local"\n')
+    pins = {"my arm": str(own), "mine": str(own), "gone": "/nowhere/gone.toml", "local": None, "odd]$(oops)": "a\tb"}
+    told = [{"profile": name, "file": file} for name, file in pins.items()]
+    night.baselines(text=json.dumps({"baselines": told}))
+    for target in (str(own), str(other), "gone", "local", "odd]$(oops)"):
+        night.plan(target)
+    code, out, err = night.run("--profiles", "boards")
+    assert (code, err) == (0, "") and list(rows(out)) == list(pins)
+    assert night.targets() == [str(own), str(other), "gone", "local", "odd]$(oops)"]
 
 
 def test_on_github_what_does_not_pass_is_annotated_and_the_table_joins_the_summary(night: Night, tmp_path: Path):
@@ -542,3 +557,32 @@ def test_what_it_asks_of_deploy_is_what_deploy_knows(night: Night):
         assert command is not None
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in call if word.startswith("--")} <= known
+
+
+def test_a_profile_of_the_users_own_is_found_by_its_baseline_alone(night: Night):
+    boards = night.folder / "boards"
+    boards.mkdir()
+    (boards / "arm2.toml").write_text('extends = "simulated"\nname = "my arm"\n')
+    night.deploy.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline.cli "$@"\n')
+    model = write_net(night.folder / "a.onnx")
+    env = night.environment(PYTHONPATH=str(ROOT), HOME=str(night.folder))
+    words = [str(night.deploy), "baseline", "accept", str(model), "--target", "../boards/arm2.toml"]
+    subprocess.run(words, cwd=night.folder / "state", env=env, check=True, capture_output=True)
+    code, out, err = night.run(PYTHONPATH=str(ROOT), HOME=str(night.folder))
+    assert (code, err) == (0, "") and rows(out) == {"my arm": ["pass", "0"]}
+    (folder,) = night.reports()
+    assert json.loads((folder / "check.json").read_text())["profile"] == "my arm"
+
+
+def write_net(path: Path) -> Path:
+    """One convolution."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.ones((16, 16, 3, 3), np.float32), "w")
+    ports = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, 8, 8]) for name in "xy")
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4)
+    graph = helper.make_graph([node], "net", [next(ports)], [next(ports)], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path

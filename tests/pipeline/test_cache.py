@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from pipeline.cache import Cache, file_hash, locked, named, write_atomic
+from pipeline.nightly import baseline
+from pipeline.nouns import Pin
 from profiles.errors import DeployError
 from targets.runtimes import ort
 
@@ -182,6 +184,30 @@ def test_gc_refuses_while_a_build_uses_the_folder(cache: Cache):
     with cache.in_use(), pytest.raises(DeployError) as caught:
         cache.gc(0)
     assert caught.value.message == f"a build is using '{cache.root}'."
+
+
+def test_the_engine_of_a_baseline_outlives_collecting_until_another_is_accepted(tmp_path):
+    cache, old = Cache(tmp_path), time.time() - 10 * 86400
+    models = [cache.put_bytes(name) for name in (b"first", b"second", b"nobody's")]
+    for name, model in zip(("one", "two", "three"), models, strict=True):
+        folder = tmp_path / "engines" / name
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text(json.dumps({"model": {"": model, "w.bin": "0" * 64}, "sha256": "1" * 64}))
+    (tmp_path / "engines" / "damaged").mkdir()
+    (tmp_path / "engines" / "damaged" / "record.json").write_text("[]")
+    paths = []
+    for model in models[:2]:
+        path = tmp_path / f"{model[:4]}.onnx"
+        path.write_bytes(cache.get(model))
+        paths.append(path)
+    baseline.accept(tmp_path, "board", Pin("first", models[0], "first.onnx"), paths[0])
+    for path in (tmp_path / "engines").iterdir():
+        os.utime(path, (old, old))
+    cache.gc(keep_days=5)
+    assert [path.name for path in (tmp_path / "engines").iterdir()] == ["one"]
+    baseline.accept(tmp_path, "board", Pin("second", models[1], "second.onnx"), paths[1])
+    cache.gc(keep_days=5)
+    assert list((tmp_path / "engines").iterdir()) == []
 
 
 def test_collecting_removes_engines_and_timings_that_nobody_used(tmp_path):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import html
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+import tempfile
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +24,7 @@ from pipeline import check as nightly
 from pipeline.cli.frame import main
 from pipeline.nightly import baseline
 from pipeline.nightly.history import Nights
+from pipeline.nightly.records import from_table
 from pipeline.nouns import CheckRecord
 from pipeline.run import Interrupted
 from profiles.errors import DeployError, UndecidedError, UsageError
@@ -215,6 +222,80 @@ def test_a_baseline_compared_with_itself_says_so_in_every_form(place, capsys):
     assert "a (the same file)" in run(capsys, "history")[1]
 
 
+def breaks(error: BaseException):
+    """A `target` plug-in of a simulated device that measures nothing."""
+
+    def target(profile, state):
+        device = Breaking(profile, state)
+        device.error = error
+        return device
+
+    return target
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "said"),
+    [
+        ("bug", 1, "RuntimeError: a bug"),
+        ("scratch", 1, "'.deploy/scratch' cannot be used: file exists."),
+        ("object", 1, "is damaged: the SHA-256 of"),
+        ("candidate", 2, "there is no run, bundle or ONNX file 'c.onnx'."),
+        ("setting", 2, "prune.min_widht"),
+        ("newer", 1, "was written by a newer version (schema 99, this one knows 2)."),
+    ],
+)
+def test_no_report_of_a_check_that_ends_with_an_error_is_last_nights(place, capsys, monkeypatch, spoil, code, said):
+    pinned = pin(place, network(place / "a.onnx"))
+    words = ["check", "--target", "simulated", "--junit", "j.xml", "--markdown", "m.md", "--html", "p.html"]
+    assert run(capsys, *words)[0] == 0 and "pass" in (place / "p.html").read_text()
+    if spoil == "bug":
+        monkeypatch.setattr("targets.simulated.target", breaks(RuntimeError("a bug")))
+    elif spoil == "scratch":
+        (place / ".deploy" / "scratch").rmdir()
+        (place / ".deploy" / "scratch").write_text("")
+    elif spoil == "object":
+        kept = baseline.artifact_of(place / ".deploy", pinned)
+        kept.chmod(0o600)
+        kept.write_bytes(b"no network")
+    elif spoil == "newer":
+        with sqlite3.connect(place / ".deploy" / "nights.sqlite") as base:
+            base.execute("PRAGMA user_version=99")
+        base.close()
+    more = {"candidate": ["--candidate", "c.onnx"], "setting": ["--set", "prune.min_widht=4"]}.get(spoil, [])
+    ended, out, err = run(capsys, *words, *more)
+    assert ended == code and out == "" and said in err
+    root = ET.parse(place / "j.xml").getroot()
+    assert (root.get("errors"), root.find(".//testcase").get("classname")) == ("1", "deploy.check.simulated")
+    assert said in root.find(".//error").text
+    for report in ("m.md", "p.html"):
+        told = html.unescape((place / report).read_text()).replace("\\", "")
+        assert said in told and "not measured" in told and "no slowdown beyond" not in told
+
+
+def test_a_reader_that_left_costs_neither_the_reports_nor_the_exit_code(place):
+    pin(place, network(place / "a.onnx"))
+    slow = str(network(place / "b.onnx", layers=5))
+    words = ["check", "--target", "simulated", "--candidate", slow, "--junit", "j.xml", "--markdown", "m.md"]
+    for more in ([], ["--json"]):
+        ended, err = unread(*words, *more)
+        assert (ended, err) == (3, "")
+        assert ET.parse(place / "j.xml").getroot().get("failures") == "1" and "fail" in (place / "m.md").read_text()
+        (place / "j.xml").unlink()
+    assert unread("history") == (0, "")
+
+
+def unread(*words: str) -> tuple[int, str]:
+    """Exit code and stderr of a command whose stdout nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pipeline.cli", *words]
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
+
+
 # --- places that cannot be written ---------------------------------------------------------------------------------
 
 
@@ -353,6 +434,67 @@ def test_a_night_that_could_not_be_measured_is_a_night_of_the_history(place, cap
     assert told["reason"].endswith("the device does not answer.") and told["stages"] == []
 
 
+def test_a_check_that_broke_off_before_it_looked_for_a_candidate_names_none(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+    monkeypatch.setattr(Simulated, "fingerprint", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checked(place, None)
+    assert stored(place)[0].candidate.name == "not known" and " not known " in run(capsys, "history")[1]
+
+
+def test_the_first_check_says_that_no_control_was_kept_before_it(place, capsys):
+    pin(place, network(place / "a.onnx"))
+    assert "No control was kept before this check" in run(capsys, "check", "--target", "simulated")[1]
+    assert "0 of 1 controls so far" in run(capsys, "check", "--target", "simulated")[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--paced", "1e9"), ("--paced", "61s"), ("--paced", "nan"), ("--sustained", "1e9"), ("--sustained", "inf")],
+)
+def test_a_period_or_a_time_out_of_all_measure_is_a_mistake(place, capsys, words):
+    code, out, err = run(capsys, "measure", str(network(place / "a.onnx")), "--target", "simulated", *words)
+    assert code == 2 and out == "" and "Traceback" not in err and err.startswith("Error: ")
+
+
+def test_the_doctor_of_a_simulated_device_leases_nothing_and_what_is_fatal_is_exit_4(place, capsys):
+    code, out, _ = run(capsys, "doctor", "--target", "simulated", "--json")
+    assert code == 0 and [told["name"] for told in json.loads(out)["conditions"]] == ["device", "runtime", "providers"]
+    words = ["doctor", "--target", "simulated", "--set", 'providers=["NoSuchProvider"]']
+    code, out, _ = run(capsys, *words)
+    assert code == 4 and "NoSuchProvider" in out and "set providers to some of" in out
+    told = json.loads(run(capsys, *words, "--json")[1])
+    assert told["exit_code"] == 4 and not told["conditions"][-1]["ok"]
+
+
+def test_a_record_of_measure_is_longer_than_a_check_and_says_so(place, capsys):
+    model = network(place / "a.onnx")
+    told = json.loads(run(capsys, "measure", str(model), "--target", "simulated", "--json")[1])
+    assert told["spec"]["block_min_ms"] == pytest.approx(1e4 / (8 * 60)) and told["spec"]["least_s"] == 10.0
+    short = ("--set", "measure.least_s=0", "--json")
+    told = json.loads(run(capsys, "measure", str(model), "--target", "simulated", *short)[1])
+    assert told["spec"]["block_min_ms"] == 5.0
+    pin(place, model)
+    assert checked(place, None).sessions[0].spec.block_min_ms == 5.0
+
+
+def test_measure_holds_the_first_of_several_networks_against_itself(place, capsys):
+    models = [str(network(place / "a.onnx")), str(network(place / "a again.onnx", layers=5))]
+    words = ["--target", "simulated", "--out", "s.json", "--html", "m.html", "--json"]
+    told = json.loads(run(capsys, "measure", *models, *words)[1])
+    assert list(told["models"]) == ["a", "a again", "a again again"] and told["again"] == "a again again"
+    low, high = told["models"]["a again again"]["ratio_bounds"]
+    assert low < 1.0 < high and high - low < 0.02 and told["models"]["a again"]["ratio"] > 1.2
+    session = Session.from_json((place / "s.json").read_text())
+    assert session.measurement("a again again").sha256 == session.measurement("a").sha256
+    assert (
+        "a again again" in (place / "m.html").read_text()
+        and "a again again" in run(capsys, "measure", *models, *words[:2])[1]
+    )
+    for more in (models[:1], [*models, "--sustained", "2s"]):
+        assert json.loads(run(capsys, "measure", *more, *words)[1])["again"] is None
+
+
 class Updated(Simulated):
     """A simulated device whose kernel is another one from its second session on."""
 
@@ -384,10 +526,7 @@ def test_a_mistake_in_what_was_asked_is_no_night(place):
 def test_a_store_that_cannot_be_written_hides_no_verdict(place, capsys, monkeypatch):
     pin(place, network(place / "a.onnx"))
 
-    def full(*_: object) -> int:
-        raise DeployError("nights.sqlite cannot be used: disk is full.", "free disk space.")
-
-    monkeypatch.setattr(Nights, "add", full)
+    monkeypatch.setattr(Nights, "add", no_room)
     slow = network(place / "b.onnx", layers=5)
     words = ["check", "--target", "simulated", "--candidate", str(slow), "--junit", "j.xml"]
     code, out, err = run(capsys, *words)
@@ -397,6 +536,87 @@ def test_a_store_that_cannot_be_written_hides_no_verdict(place, capsys, monkeypa
     assert (told["outcome"], told["number"], told["exit_code"]) == ("fail", None, 1)
     with pytest.raises(DeployError, match="the agent was killed"):
         broken(place, 1, DeployError("the agent was killed."))
+
+
+@pytest.fixture
+def small(place):
+    """The `.deploy` of `place` on a file system of 8 MiB."""
+    (place / ".deploy").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place / ".deploy")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place / ".deploy")], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on the file system of a folder."""
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+class Full(Simulated):
+    """A simulated device whose disk is full as soon as anybody looks who it is."""
+
+    def fingerprint(self):
+        fill(self.state)
+        return super().fingerprint()
+
+
+def test_raw_samples_that_the_store_has_no_room_for_are_kept_beside_the_reports(small, capsys, monkeypatch):
+    pin(small, network(small / "a.onnx"))
+    keep = Nights.add
+
+    def filled(nights: Nights, *what) -> int:
+        fill(small / ".deploy")
+        return keep(nights, *what)
+
+    monkeypatch.setattr(Nights, "add", filled)
+    code, out, err = run(capsys, "check", "--target", "simulated", "--junit", "reports/j.xml")
+    assert code == 1 and out.startswith("pass: ") and "the verdict stands, but it could not be kept" in err
+    assert "database or disk is full" in err and "free disk space" in err
+    (aside,) = (small / "reports").glob("check-simulated-*.json")
+    assert f"Its record and raw samples are in '{aside}'." in err
+    told = json.loads(aside.read_text())
+    (session,) = (Session.from_json(json.dumps(each)) for each in told["sessions"])
+    record = from_table(told["record"])
+    assert record.verdict.outcome == "pass"
+    assert session.ratio(CANDIDATE, BASELINE) == record.verdict.stages[0].ratio
+    (small / ".deploy" / "filler").unlink()
+    assert stored(small) == []
+
+
+def test_a_check_that_is_kept_without_its_change_points_is_not_said_to_be_lost(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+    monkeypatch.setattr(Nights, "amend", no_room)
+    code, out, err = run(capsys, "check", "--target", "simulated", "--junit", "j.xml")
+    assert code == 1 and out.startswith("pass: ") and len(stored(place)) == 1 and not list(place.glob("*.json"))
+    assert "check 1 is kept, but what past nights say beside it could not be kept: nights.sqlite cannot" in err
+
+
+def test_without_reports_raw_samples_go_to_the_temporary_folder_and_nowhere_is_said(place, capsys, monkeypatch):
+    pin(place, network(place / "a.onnx"))
+    monkeypatch.setattr(Nights, "add", no_room)
+    monkeypatch.setattr(tempfile, "tempdir", str(place / "tmp"))
+    (place / "tmp").mkdir()
+    assert "Its record and raw samples are in" in run(capsys, "check", "--target", "simulated")[2]
+    assert len(list((place / "tmp").glob("check-simulated-*.json"))) == 1
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    assert "Its raw samples are lost" in run(capsys, "check", "--target", "simulated")[2]
+
+
+def no_room(*_: object) -> int:
+    raise DeployError("nights.sqlite cannot be used: disk is full.", "free disk space.")
+
+
+def test_a_disk_that_is_full_before_anything_is_measured_leaves_no_verdict_to_stand(small, capsys, monkeypatch):
+    pin(small, network(small / "a.onnx"))
+    monkeypatch.setattr("targets.simulated.target", Full)
+    code, out, err = run(capsys, "check", "--target", "simulated", "--junit", "j.xml")
+    assert code == 1 and out == "" and "No space left on device" in err and "verdict" not in err
+    assert "warning: the record of this check could not be kept" in err
+    assert ET.parse(small / "j.xml").getroot().get("errors") == "1" and not list(small.glob("*.json"))
 
 
 # --- what is compared, and by what it is judged --------------------------------------------------------------------
@@ -473,6 +693,35 @@ def test_a_step_that_tonight_makes_certain_is_told_tonight_and_in_the_history(pl
     assert len(json.loads(run(capsys, "history", "--json")[1])["changes"]) == 1
 
 
+class Dated(Simulated):
+    """A simulated device with the kernel that a file names."""
+
+    def _fingerprint(self, spec):
+        return replace(super()._fingerprint(spec), kernel=(self.state / "kernel").read_text())
+
+
+def test_the_night_of_a_new_kernel_is_told_that_night_and_marked_in_the_history(place, capsys, monkeypatch):
+    monkeypatch.setattr("targets.simulated.target", Dated)
+    (place / ".deploy").mkdir()
+    (place / ".deploy" / "kernel").write_text("Linux 1")
+    pin(place, network(place / "a.onnx"))
+    assert "Since the check before" not in run(capsys, "check", "--target", "simulated")[1]
+    (place / ".deploy" / "kernel").write_text("Linux 2")
+    _, out, _ = run(capsys, "check", "--target", "simulated", "--html", "p.html")
+    said = "kernel was Linux 1, is Linux 2; the baseline's p50 was "
+    assert f"Since the check before: {said}" in out and "over 1 night and is" in out
+    assert said in html.unescape((place / "p.html").read_text())
+    _, out, _ = run(capsys, "check", "--target", "simulated")
+    assert "since the baseline was accepted: kernel" in out and "Since the check before" not in out
+    _, out, _ = run(capsys, "history", "--html", "h.html")
+    assert "\n2*  " in out and "1*" not in out and "3*" not in out
+    assert f"Check 2*: {said}" in out and "over 2 nights since" in out
+    assert said in html.unescape((place / "h.html").read_text()) and "device changed" in (place / "h.html").read_text()
+    (told,) = json.loads(run(capsys, "history", "--last", "2", "--json")[1])["device_changes"]
+    assert told["number"] == 2 and told["nights"] == [1, 2] and told["fields"]["kernel"]["now"] == "Linux 2"
+    assert json.loads(run(capsys, "history", "--last", "1", "--json")[1])["device_changes"] == []
+
+
 class Shaky(Simulated):
     """A simulated device on which one process of the candidate never becomes steady."""
 
@@ -506,6 +755,8 @@ def test_two_profiles_of_one_name_that_share_a_baseline_are_told(place, capsys):
     said = f"Not in order: the baseline was accepted with the profile '{place / 'x' / 'arm.toml'}'"
     assert said in run(capsys, "check", "--target", "y/arm.toml")[1]
     assert said not in run(capsys, "check", "--target", "x/arm.toml")[1]
+    (pinned,) = json.loads(run(capsys, "baseline", "show", "--json")[1])["baselines"]
+    assert pinned["file"] == str(place / "x" / "arm.toml")
     told = run(capsys, "baseline", "accept", model, "--target", "y/arm.toml")[2]
     assert f"takes the place of one accepted with another file, '{place / 'x' / 'arm.toml'}'" in told
 

@@ -120,7 +120,13 @@ def test_a_check_that_never_measured_is_told_without_numbers():
     told = shown(made.record("inconclusive", absolute={}, changed={}, ledger=Ledger(0, 0, 1.0)))
     assert told.startswith("inconclusive: ")
     assert "could not have seen a slowdown of any size: it was not measured" in told
-    assert "No control has been kept yet" in told and "stage 1" not in told
+    assert "No control was kept before this check" in told and "stage 1" not in told
+
+
+@pytest.mark.parametrize("slowdown", [0.00748, 0.0099, 0.01, 0.0113, 0.2])
+def test_what_would_have_been_noticed_has_the_digits_that_the_table_has(slowdown):
+    share = noticed(slowdown).removeprefix("a slowdown of ").partition(" %")[0]
+    assert float(share) == float(numbers.share(slowdown).removesuffix(" %"))
 
 
 def test_deadline_misses_are_told_as_two_ratios_and_a_p_value():
@@ -134,6 +140,23 @@ def test_a_budget_that_the_baseline_misses_too_is_told_beside_its_numbers(failed
     stage = replace(failed.verdict.stages[0], tails=(tail,))
     (told,) = check.to_json(made.record("warn", [stage]))["stages"][0]["tails"]
     assert told["shared"] is True and told["risen"] is False
+
+
+def test_a_candidate_alone_over_its_budget_is_told_beside_its_numbers():
+    tail = Tail("budget 8ms@p99", Interval(1.1, 1.05, 1.2, 0.0, 8), False)
+    assert check_rows.tail_cell(tail) == "1.1000 [1.0500, 1.2000] over"
+    stage = replace(made.stage(made.arms(0.0), 1), tails=(tail,))
+    (told,) = check.to_json(made.record("warn", [stage]))["stages"][0]["tails"]
+    assert told["over"] is True and told["shared"] is False
+
+
+def test_two_engines_are_said_to_be_one_build_each(failed: CheckRecord):
+    said = check_rows.ONE_BUILD
+    for runtime, told in (("tensorrt", True), ("tensorrt-rtx", True), ("onnxruntime", False)):
+        own = replace(failed, baseline=replace(failed.baseline, fingerprint={"runtime": runtime}))
+        assert (said in check_rows.sentences(own)) == (said in check_page(own, [])) == told
+        same = replace(own, candidate=replace(own.candidate, sha256=own.baseline.sha256))
+        assert said not in check_rows.sentences(same), "one engine is compared with itself"
 
 
 def test_one_artifact_on_both_sides_is_called_a_check_of_the_environment(failed: CheckRecord):
@@ -458,7 +481,8 @@ def test_an_empty_history_says_so():
     history.show_history([], console)
     assert console.file.getvalue() == "no check has been made yet.\n"
     sealed(history.history_page([], []))
-    assert history.history_json([]) == {"version": 1, "outcomes": {}, "checks": [], "changes": []}
+    empty = {"version": 1, "outcomes": {}, "checks": [], "changes": [], "device_changes": []}
+    assert history.history_json([]) == empty
 
 
 def test_the_history_as_json_numbers_its_checks():

@@ -27,6 +27,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "numpy", "scipy", "matplotl
 SHORT = [
     "--set", "measure.accept_processes=2", "--set", "measure.accept_rounds=3", "--set", "measure.warmup_s=0.02",
     "--set", "measure.warmup_inferences=2", "--set", "measure.warmup_max_s=0.1", "--set", "measure.steady=0.9",
+    "--set", "measure.least_s=0",
 ]  # fmt: skip
 
 
@@ -350,9 +351,10 @@ def test_measure_compares_networks_in_one_session(capsys: pytest.CaptureFixture[
     assert told["reference"] == "wide" and told["models"]["wide"]["ratio"] == 1.0
     assert 0 < told["models"]["slim"]["ratio"] < 0.7 and told["models"]["slim"]["p50_ms"] > 0
     assert told["models"]["slim"]["p99_ms"] is None  # too few samples for a 99th percentile
+    assert told["again"] == "wide again" and 0.5 < told["models"]["wide again"]["ratio"] < 2
     from targets.harness.measurement import Session
 
-    assert set(Session.from_json((here / "raw.json").read_text()).measurements) == {"wide", "slim"}
+    assert set(Session.from_json((here / "raw.json").read_text()).measurements) == {"wide", "slim", "wide again"}
 
 
 def test_measure_prints_every_statistic_with_its_bounds_and_the_conditions(
@@ -361,7 +363,7 @@ def test_measure_prints_every_statistic_with_its_bounds_and_the_conditions(
     _, out, err = deploy(capsys, "measure", *models, "--target", "local", *SHORT)
     lines = out.splitlines()
     assert lines[0].startswith("model") and "ratio to wide" in lines[0]
-    assert [line.split()[0] for line in lines[1:3]] == ["wide", "slim"]
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["wide", "slim", "wide again"]
     assert "p99 needs 4096 inferences" in out and "back-to-back" in out
     assert all(line.startswith("note: ") for line in err.splitlines())
 

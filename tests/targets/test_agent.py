@@ -91,6 +91,19 @@ def test_a_block_holds_at_least_the_least_work_of_a_block():
     assert timed == {"fast": 250, "slow": 10}
 
 
+@pytest.mark.parametrize("ns", [20_000, 800_000, 5_000_000])
+def test_an_absolute_record_times_each_network_for_ten_seconds_and_a_decision_for_less(ns):
+    def timed_s(spec: MeasureSpec) -> float:
+        rounds, _, timed = plan.plan_blocks(bench.drive_job({}, {}, spec, "accept", ()), {"net": ns, "other": ns}, 1.0)
+        return spec.accept_processes * rounds * timed["net"] * ns * 1e-9
+
+    spec = MeasureSpec()
+    assert 10.0 <= timed_s(spec.lasting()) <= 40.0 and timed_s(spec) <= timed_s(spec.lasting())
+    assert timed_s(spec) < 10.0 or ns > 800_000
+    assert MeasureSpec(least_s=0).lasting() == MeasureSpec(least_s=0)
+    assert MeasureSpec(block_min_ms=50).lasting().block_min_ms == 50
+
+
 def test_blocks_shrink_before_rounds_where_the_cap_is_near():
     rounds, dropped, timed = plan.plan_blocks({**JOB, "max_seconds": 60.0}, {"big": 50_000_000}, 1.0)
     assert (rounds, dropped) == (30, 4)

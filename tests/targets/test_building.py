@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import json
 import os
@@ -57,6 +58,7 @@ def test_where_only_trtexec_is_there_the_engine_is_built_through_it(stand_in, tm
     built = runtime.built(path, tmp_path / "e.plan")
     assert built.record["way"] == "trtexec" and built.record["title"] == "trtexec of TensorRT 10.3.0"
     assert built.record["workspace_mib"] == 128 and (tmp_path / "e.plan").read_text() == "plan\n"
+    assert built.record["model"] == {"": hashlib.sha256(path.read_bytes()).hexdigest()}, "what gc keeps baselines' by"
     runs = len((tmp_path / "runs").read_text().splitlines())
     assert runtime.built(path, tmp_path / "again.plan").reused
     assert len((tmp_path / "runs").read_text().splitlines()) == runs + 1, "only asked for its help"

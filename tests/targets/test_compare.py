@@ -346,6 +346,24 @@ def test_a_budget_that_the_baseline_misses_too_warns_and_says_so():
     assert passed is not None and passed.outcome == "pass" and "budget" not in passed.reason
 
 
+@pytest.mark.parametrize(("percentile", "slower"), [("p90", 0.004), ("p99", 0.006)])
+def test_a_candidate_over_its_budget_is_never_a_silent_pass(percentile, slower):
+    told = Counter()
+    for seed in range(8):
+        one, two = drawn(2 * seed, slower=slower), drawn(2 * seed + 1, processes=16, slower=slower)
+        limit = 1.0001 * max(each.measurements[AGAIN].statistic(percentile).high_ms for each in (one, two))
+        budget = Budget(limit_ms=limit, percentile=percentile)
+        first, second = judged(one, budget=budget), judged(two, 2, budget=budget)
+        over = tail(two, f"budget {budget}", budget).interval.high > 1.0
+        assert screen(first, SPEC) is None or not tail(one, f"budget {budget}", budget).over
+        verdict = confirm(first, second, SPEC)
+        told[over, verdict.outcome] += 1
+        if over and verdict.outcome == "warn":
+            assert verdict.reason.startswith(f"over its budget {budget} (upper bound at 1.0")
+            assert " of it), which the baseline keeps, though not shown slower in both stages; " in verdict.reason
+    assert told[True, "pass"] == 0 and told[True, "warn"] >= 1, told
+
+
 def test_a_budget_that_two_equal_networks_straddle_breaks_nothing():
     for seed in range(20):
         equal = drawn(seed)

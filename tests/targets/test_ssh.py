@@ -176,7 +176,8 @@ def test_more_threads_than_cores_on_the_board_are_refused_and_the_job_is_ended(t
 
 
 def test_a_command_line_measures_with_a_users_own_file(board, conv, tmp_path):
-    path = board.file("robot-7", "[measure]", "accept_processes = 2", "accept_rounds = 5", "warmup_s = 0.1")
+    few = ("accept_processes = 2", "accept_rounds = 5", "warmup_s = 0.1", "least_s = 0")
+    path = board.file("robot-7", "[measure]", *few)
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", "measure", str(conv("net")), "--json",
                "--target", str(path)]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -135,7 +135,8 @@ def test_a_damaged_or_newer_record_is_refused_and_left_as_it_is(state: Path, tmp
     pin, path = from_run(write_net(tmp_path / "net.onnx", 8))
     accept(state, "local", pin, path)
     file = state / "baselines" / "local.json"
-    for text, said in (("{torn", "is damaged"), ('{"version": 1}', "is damaged"), ('{"version": 9}', "newer version")):
+    torn = ("{torn", '{"version": 1}', '{"version": 1, "baselines": ["x"]}', '{"version": 1, "baselines": [{"a": 1}]}')
+    for text, said in (*((text, "is damaged") for text in torn), ('{"version": 9}', "newer version")):
         file.write_text(text)
         for ask in (lambda: baseline_of(state, "local"), lambda: accept(state, "local", pin, path)):
             with pytest.raises(DeployError, match=said):

@@ -158,6 +158,22 @@ def test_control_arms_come_back_check_by_check_and_fill_the_ledger(path: Path):
         assert spec.fail == pytest.approx(CheckSpec().fail * ledger.widened)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"center": 0.0}', "null", "more"])
+def test_a_control_that_cannot_be_read_costs_its_check_and_no_other(path: Path, caplog, text: str):
+    more = json.dumps({**control_to_table(control()), "humidity": 0.4})
+    with Nights(path) as nights:
+        for _ in range(3):
+            nights.add(record(), [], [control(), control()])
+    base = sqlite3.connect(path)
+    base.execute("UPDATE control SET control=? WHERE night=2 AND position=1", (more if text == "more" else text,))
+    base.commit()
+    base.close()
+    with Nights(path) as nights:
+        assert nights.ledger(record().profile, M1, CheckSpec())[1] == Ledger(2, 0, 1.0)
+        assert nights.add(record(), [], [control()]) == 4
+    assert "the control of check 2 in" in caplog.text and "left out of the ledger" in caplog.text
+
+
 def test_a_new_kernel_or_runtime_does_not_empty_the_ledger(path: Path):
     new = replace(DEVICE, kernel="6.8", python="3.12.1", runtime_version="1.24.0", cpu_flags="0" * 64)
     with Nights(path) as nights:

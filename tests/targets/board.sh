@@ -108,7 +108,7 @@ boot() {
   mount --bind -o ro "$(cat "$dir/python_base")" "$dir/base"
   mount --bind -o ro "$(cat "$dir/python_site")" "$dir/site"
   for place in /root /home /run /tmp; do
-    mount -t tmpfs -o mode=755 board "$place"
+    mount -t tmpfs -o mode=755,size=64m board "$place"
   done
   chmod 1777 /tmp
   mkdir -p /run/sshd /run/lock

@@ -5,6 +5,7 @@ The boards are recordings (recordings/*/SOURCES.md); the commands that stand for
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,17 +16,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from boards import TestBoard
 
-from profiles.errors import DeployError, UsageError
+from pipeline.latency.store import Store
+from pipeline.latency.timing import PROTOCOL, Clock, key
+from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import Budget, MeasureSpec, load_profile, profile_names
 from targets.base import load_target
 from targets.harness.agent.board import jetson
 from targets.harness.agent.board.base import read_number, read_text
 from targets.harness.agent.board.worker import Watch
 from targets.harness.measurement import Session, judge
-from targets.jetson import Jetson
+from targets.jetson import Jetson, _board
+from targets.runtimes.tensorrt import TensorRT
 
 RECORDINGS = Path(__file__).parent / "recordings"
 BOARDS = sorted(path.parent.parent.name for path in RECORDINGS.glob("jetpack-*/etc/nv_tegra_release"))
@@ -269,11 +274,56 @@ def test_a_mode_that_takes_a_restart_is_not_restarted_into(make, orin, conv):
     assert not (orin.place / "restarted").exists() and orin.sound
 
 
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        ("36.4.3", "(JetPack 6.1 or 6.2)"),
+        ("32.5.1", "(not in this tool's table)"),
+        ("38.9.0", "(not in this tool's table)"),
+        ("39.4.0", "(newer than this tool's table)"),
+        ("40.1", "(newer than this tool's table)"),
+    ],
+)
+def test_a_release_that_the_table_lacks_is_called_newer_only_where_it_is(release, said):
+    assert _board({"machine": "M", "board": f"p3767-0005 L4T {release}"}) == f"M, p3767-0005 L4T {release} {said}"
+
+
+def test_a_board_that_does_not_say_its_release_is_named_without():
+    assert _board({"machine": "M", "board": "p3767-0005"}) == "M, p3767-0005"
+
+
 def test_the_doctor_says_who_it_is(make):
     doctor = {condition.name: condition for condition in make().doctor()}
     assert doctor["board"].ok and doctor["board"].value.endswith("p3767-0005 L4T 36.4.3 (JetPack 6.1 or 6.2)")
     assert doctor["power mode"].value.startswith("15W of ")
     assert not make("jetson-nano").doctor()[-1].ok
+
+
+@pytest.fixture
+def with_dla(orin):
+    """Gives the board two DLAs, of which one is switched off, as on the modules that have fewer."""
+    base = orin.place / "firmware" / "devicetree" / "base"
+    for number, status in enumerate(("okay", "disabled")):
+        node = base / "bus@0" / f"nvdla{number}@15880000"
+        node.mkdir(parents=True)
+        (node / "status").write_text(status + "\0")
+    yield
+    shutil.rmtree(base / "bus@0")
+
+
+def test_a_dla_core_that_the_board_lacks_is_refused_before_anything_is_built(make, orin, with_dla):
+    target = make()
+    assert {c.name: c.value for c in target.doctor()}["DLA cores"] == "1"
+    target.runtime = TensorRT("tensorrt")
+    facts = {**target._plain_facts(), "runtime": "tensorrt"}
+    for core, told in ((0, ""), (1, "has 1 DLA cores, and tensorrt.dla_core = 1 was asked for")):
+        spec = target.profile.tensorrt.model_copy(update={"dla_core": core})
+        target.profile = target.profile.model_copy(update={"tensorrt": spec})
+        assert target._lacking_dla(facts) == told
+    with pytest.raises(UsageError, match=r"'board' has 1 DLA cores") as error:
+        target._check(facts)
+    assert "tensorrt.dla_core" in error.value.hint
+    target._check({**facts, "dla_cores": None})
 
 
 def test_a_zone_that_is_switched_off_is_left_out(monkeypatch):
@@ -339,9 +389,11 @@ def test_a_gpu_that_leaves_its_held_clock_contaminates_a_session(make, orin, con
     assert session.contamination == "more than 20 % of the blocks of a network were disturbed"
 
 
-def test_over_current_voids_a_session(make, orin, conv):
+@pytest.mark.parametrize("throttling", ["1", "0"])
+def test_over_current_voids_a_session_whether_or_not_it_is_said_to_lower_the_clock(make, orin, conv, throttling):
     target = make(telemetry_ms=0)
     counter = orin.place / "sys_class" / "hwmon" / "hwmon3" / "oc1_event_cnt"
+    (counter.parent / "oc1_throt_en").write_text(throttling + "\n")
     moved: list[float] = []
 
     def overload(done: float) -> None:
@@ -351,9 +403,68 @@ def test_over_current_voids_a_session(make, orin, conv):
 
     session = target.measure({"a": conv("net"), "b": conv("net")}, LONG, "rank", overload)
     counter.write_text("0\n")
+    (counter.parent / "oc1_throt_en").write_text("1\n")
     assert moved and session.telemetry["overcurrent_events"] == 3.0
     judged = judge(session, "b", "a", Budget(ratio=2.0))
     assert judged.verdict == "undecided" and "overloaded 3 times" in str(judged.reason)
+
+
+def test_rows_under_over_current_are_no_result_and_nothing_of_them_is_kept(make, orin, conv, tmp_path):
+    target = make(telemetry_ms=0)
+    counter = orin.place / "sys_class" / "hwmon" / "hwmon3" / "oc3_event_cnt"
+    over = threading.Event()
+
+    def overload() -> None:
+        for count in itertools.count(1):
+            write_whole(counter, f"{count}\n")
+            if over.wait(0.002):
+                return
+
+    models = {key(data): data for data in (conv(f"row{n}", layers=n).read_bytes() for n in (1, 2, 3))}
+    thread = threading.Thread(target=overload)
+    with Store(tmp_path / "latency.sqlite") as store:
+        clock = Clock(target, store)
+        thread.start()
+        try:
+            with pytest.raises(UndecidedError, match=r"power supply was overloaded \d+ times meanwhile, 3 times in a"):
+                clock.ratios(models)
+        finally:
+            over.set()
+            thread.join()
+        assert store.rows(clock.device, PROTOCOL, list(models)) == {}
+        assert set(clock.ratios(models)) == set(models)
+    write_whole(counter, "0\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """So that whoever reads it meanwhile never sees an empty file."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def test_a_temporary_folder_that_is_full_does_not_keep_the_clocks_from_being_given_back(make, orin, conv):
+    target = make(power_mode="25W", clocks="locked", telemetry_ms=0)
+    filled: list[Path] = []
+
+    def fill(done: float) -> None:
+        if filled:
+            return
+        sshd = next(pid for pid in orin.board.do("pids").split() if psutil.Process(int(pid)).name() == "sshd")
+        filled.append(Path(f"/proc/{sshd}/root/tmp/filler"))
+        for pipe in filled[0].parent.glob("edge-deploy-*"):
+            pipe.unlink()
+        disk = os.statvfs(filled[0].parent)
+        with filled[0].open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize)
+        assert os.statvfs(filled[0].parent).f_bavail == 0
+
+    try:
+        target.measure({"a": conv("net")}, LONG, "rank", fill)
+        assert filled and orin.sound
+    finally:
+        for file in filled:
+            file.unlink()
 
 
 @pytest.mark.parametrize("guard", ["alive", "dead too"])

@@ -92,8 +92,8 @@ class Jetson(Ssh):
         found.append(Condition("board", _board(facts), not wrong, wrong and f"it {wrong}; {why}", mend, fatal=True))
         if facts.get("dla_cores") is not None:
             lacking = self._lacking_dla(facts)
-            why = f"the board {lacking}"
-            found.append(Condition("DLA cores", str(facts["dla_cores"]), not lacking, why, DLA_HINT, fatal=True))
+            cores = str(facts["dla_cores"])
+            found.append(Condition("DLA cores", cores, not lacking, lacking and f"it {lacking}", DLA_HINT, fatal=True))
         if self.spec.power_mode or self.spec.clocks == "locked":
             able = bool(seen.get("root"))
             why = "power mode and clocks cannot be set for a measurement"

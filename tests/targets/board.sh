@@ -34,7 +34,7 @@ make_jetson() {
   cp -a "$recording/device-tree" "$place/firmware/devicetree/base"
   [ ! -d "$recording/sys/class" ] || cp -a "$recording/sys/class/." "$place/class/"
   local found
-  find "$recording/sys/devices" -path '*/devfreq/*' -prune -type d -o -path '*/hwmon/hwmon*' -prune -type d |
+  find "$recording" -path '*/devfreq/*' -prune -type d -o -path '*/hwmon/hwmon*' -prune -type d |
     while read -r found; do
       install -d "$place/class/$(basename "$(dirname "$found")")"
       cp -a "$found" "$place/class/$(basename "$(dirname "$found")")/"

@@ -69,6 +69,14 @@ def recorded(monkeypatch):
     return use
 
 
+@pytest.mark.parametrize("folder", sorted(path.name for path in RECORDINGS.glob("jetpack-*")))
+def test_a_recording_names_its_public_source_or_says_that_it_has_no_address(folder):
+    said = (RECORDINGS / folder / "SOURCES.md").read_text()
+    assert "https://" in said or "**no address**" in said
+    for found in re.finditer("a public file", said):
+        assert "no address" in said[max(0, found.start() - 80) : found.start()], "without an address, and not said so"
+
+
 @dataclass(frozen=True)
 class Known:
     """What a recording has to be read as."""

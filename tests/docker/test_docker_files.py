@@ -128,7 +128,10 @@ def test_the_boards_image_has_a_stage_of_each_jetpack_that_is_known():
 def test_the_boards_user_takes_the_place_of_one_with_its_id(tmp_path: Path):
     """As on Ubuntu 24.04, whose images have a user 1000. The Dockerfile's own line, over stand-ins that note."""
     [line] = re.findall(r"^    && (if taken=.*; fi) \\$", BOARD.read_text(encoding="utf-8"), flags=re.M)
-    for name, answer in (("getent", '[ "$2" != 1000 ] && exit 2; echo ubuntu:x:1000:1000::/home/ubuntu:'), ("userdel", "")):
+    for name, answer in (
+        ("getent", '[ "$2" != 1000 ] && exit 2; echo ubuntu:x:1000:1000::/home/ubuntu:'),
+        ("userdel", ""),
+    ):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>"{tmp_path}/done"\n{answer}\n')
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}

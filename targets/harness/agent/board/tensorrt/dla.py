@@ -35,20 +35,20 @@ def by_layers(layers: Sequence[Table]) -> List[Tuple[str, str]]:
     return found
 
 
-def used(core: int, log: str, layers: Sequence[Table], model: OnnxFile) -> Tuple[Table, str]:
+def used(index: int, log: str, layers: Sequence[Table], model: OnnxFile) -> Tuple[Table, str]:
     """What runs where, and the same as a note. log: what the library said; layers: of the engine, where they are known.
 
     The table: core, known, and the names of parts on the DLA (`dla`) and on the GPU (`gpu`).
     """
     found = placed(log) or by_layers(layers)
     parts = {device: [name for where, name in found if where == device] for device in ("dla", "gpu")}
-    table: Table = dict(parts, core=core, known=bool(found))
+    table: Table = {"core": index, "known": bool(found), "dla": parts["dla"], "gpu": parts["gpu"]}
     if not found:
-        return table, "what runs on the DLA core %d is not known: the library does not tell" % core
+        return table, "what runs on the DLA core %d is not known: the library does not tell" % index
     if parts["dla"]:
         rest = "; the GPU runs %s" % named(parts["gpu"]) if parts["gpu"] else ""
-        return table, "the DLA core %d runs %s%s" % (core, named(parts["dla"]), rest)
-    note = "%s %d but everything on the GPU" % (NOTHING, core)
+        return table, "the DLA core %d runs %s%s" % (index, named(parts["dla"]), rest)
+    note = "%s %d but everything on the GPU" % (NOTHING, index)
     if "float16" not in model.elements and not model.quantized:
         note += ", since '%s' is float32 and a DLA computes in float16 and int8: precision = \"fp16\"" % model.path
     return table, note

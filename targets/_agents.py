@@ -161,7 +161,7 @@ class AgentTarget(Target):
         result = self._run("rows", self._in_runtime(job), limit_s, progress).result
         ms = np.array(result["rows"], dtype=np.float64).reshape(len(models), rounds) * 1e-6
         reference_ms = np.median(np.array(result["reference"], dtype=np.float64), axis=1) * 1e-6
-        return RowTimes(ms, reference_ms, np.array(result["group"], dtype=np.int64))
+        return RowTimes(ms, reference_ms, np.array(result["group"], dtype=np.int64), tuple(result["again"]))
 
     def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:
         """What the runtime's profiler counts, several short sessions of every artifact in turn."""

@@ -31,12 +31,14 @@ class RowTimes:
     ms: milliseconds, shape (models, rounds): the median of one block of inferences. reference_ms: shape (groups,
     rounds): the median over several sessions of the reference model in the same round, so that
     `ms / reference_ms[group]` is a ratio free of the drift between rounds. group: shape (models,): models that the
-    device cannot hold at once are measured in several groups, each beside the reference; equal paths share one.
+    device cannot hold at once are measured in several groups, each beside the reference; equal paths share one. again:
+    why groups were measured more than once, in words; nothing of what was disturbed is in here.
     """
 
     ms: NDArray[np.float64]
     reference_ms: NDArray[np.float64]
     group: NDArray[np.int64]
+    again: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ class Target(ABC):
 
     @abstractmethod
     def rows(self, models: Sequence[Path], reference: Path, rounds: int, progress: Progress | None = None) -> RowTimes:
-        """Time many small ONNX models and the reference in turn in one process, for the latency table."""
+        """Time many small ONNX models and the reference in turn in one process, for the latency table.
+
+        Raises UndecidedError where the device was disturbed so much that there is no result.
+        """
 
     @abstractmethod
     def layers(self, artifacts: Mapping[str, Path], spec: MeasureSpec) -> Mapping[str, tuple[LayerTime, ...]]:

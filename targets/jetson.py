@@ -11,6 +11,7 @@ from profiles.schema import JetsonSpec, Profile
 from targets._agents import Answer, Look, Table, Verb
 from targets.base import Progress, Target
 from targets.harness.device import Condition
+from targets.runtimes.tensorrt import TensorRT
 from targets.ssh import Ssh
 
 FACTS_LIMIT_S = 120.0
@@ -20,6 +21,7 @@ JETPACKS = {
     "38.4": "7.1", "39.2": "7.2",
 }  # fmt: skip
 """JetPack by the first two numbers of the L4T release, for people: nothing depends on it, a newer one is no error."""
+DLA_HINT = "leave out tensorrt.dla_core, or set it to one that the board has; they count from 0."
 
 
 class Jetson(Ssh):
@@ -64,7 +66,17 @@ class Jetson(Ssh):
                 f"'{self.profile.host}' has no power mode '{asked}'. {near_miss(asked, modes)}",
                 f"set jetson.power_mode to one of {', '.join(modes)}.",
             )
+        lacking = self._lacking_dla(facts)
+        if lacking:
+            raise UsageError(f"'{self.profile.host}' {lacking}.", DLA_HINT)
         self._known = True
+
+    def _lacking_dla(self, facts: Mapping[str, Any]) -> str:
+        """Why the board does not have the DLA core that the profile asks for, as the end of a sentence, or ""."""
+        there, asked = facts.get("dla_cores"), self.profile.tensorrt.dla_core
+        if there is None or asked is None or asked < there or not isinstance(self.runtime, TensorRT):
+            return ""
+        return f"has {there} DLA cores, and tensorrt.dla_core = {asked} was asked for"
 
     def doctor(self) -> list[Condition]:
         """What every board is asked, and who this one is, what was left behind and whether its state can be set."""
@@ -78,6 +90,10 @@ class Jetson(Ssh):
         wrong = _wrong_board(facts, self.profile.name, self.spec)
         why, mend = "the profile's settings are another board's", "use the profile of this board, or plain 'jetson'."
         found.append(Condition("board", _board(facts), not wrong, wrong and f"it {wrong}; {why}", mend, fatal=True))
+        if facts.get("dla_cores") is not None:
+            lacking = self._lacking_dla(facts)
+            cores = str(facts["dla_cores"])
+            found.append(Condition("DLA cores", cores, not lacking, lacking and f"it {lacking}", DLA_HINT, fatal=True))
         if self.spec.power_mode or self.spec.clocks == "locked":
             able = bool(seen.get("root"))
             why = "power mode and clocks cannot be set for a measurement"
@@ -101,8 +117,17 @@ def _board(facts: Mapping[str, Any]) -> str:
     board = str(facts.get("board", "")) or "no Jetson"
     release = board.partition("L4T ")[2]
     jetpack = JETPACKS.get(".".join(release.split(".")[:2]), "")
-    said = f" (JetPack {jetpack})" if jetpack else " (newer than this tool's table)" if release else ""
-    return f"{facts['machine']}, {board}{said}"
+    if not release:
+        return f"{facts['machine']}, {board}"
+    said = f"JetPack {jetpack}" if jetpack else f"{'newer than' if _newer(release) else 'not in'} this tool's table"
+    return f"{facts['machine']}, {board} ({said})"
+
+
+def _newer(release: str) -> bool:
+    """Whether an L4T release is newer than every one of the table."""
+    numbers = ([int(part) for part in known.split(".")[:2]] for known in (release, *JETPACKS))
+    own, *others = numbers
+    return own > max(others)
 
 
 def _wrong_board(facts: Mapping[str, Any], name: str, spec: JetsonSpec) -> str:

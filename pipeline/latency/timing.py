@@ -7,6 +7,7 @@ one device. PROTOCOL names how: it changes whenever a number taken before could 
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ SESSIONS, ROUNDS = 3, 4
 round alike, so sessions mend what rounds do not; rounds mend what the machine does meanwhile."""
 PROTOCOL = f"rows/3 {SESSIONS}x{ROUNDS}"
 PROCESS_MODELS = 240
+log = logging.getLogger(__name__)
 Progress = Callable[[float], None]
 
 
@@ -70,6 +72,8 @@ class Clock:
                 paths.append(folder / f"row-{index}.onnx")
                 paths[-1].write_bytes(model)
             times = self.target.rows(paths * SESSIONS, base, ROUNDS, progress)
+        for why in dict.fromkeys(times.again):
+            log.warning("rows were measured again: %s.", why)
         if progress:
             progress(1.0)
         ms = times.ms.reshape(SESSIONS, len(models), ROUNDS)

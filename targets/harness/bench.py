@@ -364,6 +364,9 @@ def mendable(event: Mapping[str, Any], paths: Mapping[str, str], version: str) -
     if kind == "long":
         hint = "raise measure.max_seconds; in a check, raise check.max_seconds."
         return UndecidedError(f"measuring takes too long: {message}.", hint)
+    if kind == "disturbed":
+        hint = "nothing of it was kept: check cooling and power supply, then build again; deploy doctor --target T"
+        return UndecidedError(f"rows of the latency table are no result: {message}.", hint)
     if kind == "disk":
         return DeployError(f"{message}.", "free space or choose another folder.")
     if kind == "killed":

@@ -6,6 +6,7 @@ The builder runs in a process of its own (`agent/board/tensorrt/job.py`), which 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 from profiles.errors import DeployError
 from targets.harness import pack
+from targets.harness.agent.board.tensorrt import dla
 from targets.harness.engines import Engines, engine_key, model_digest, timing_name
 
 INSTALL = {
@@ -30,6 +32,7 @@ BUILD_HINT = 'export the network again, or run it elsewhere: runtime = "ort".'
 KILLED_HINT = "lower tensorrt.workspace_mib, close what else holds memory, or add swap while building."
 Progress = Callable[[float], None]
 Table = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,9 @@ def build_each(
         assert found is not None
         _copy(found[0], out)
         made.append(Built(found[0], keys[onnx], found[1], keys[onnx] not in missing))
+    unused = [note for built in made for note in built.record.get("notes", ()) if note.startswith(dla.NOTHING)]
+    if unused:
+        log.warning("%s (%d of %d engines).", unused[0], len(unused), len(made))
     return made
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from targets.jetson import JETPACKS
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docker" / "nightly.sh"
 DOCKERFILE = ROOT / "docker" / "build.Dockerfile"
@@ -109,6 +111,39 @@ def test_the_shell_inside_the_workflow_is_clean_too(tmp_path: Path):
         file = tmp_path / f"{index}.sh"
         file.write_text(f"#!/bin/bash -e\n{script}\n")
         assert lint("shellcheck", file) == ""
+
+
+# --- the board's image -----------------------------------------------------------------------------------------------
+
+
+def test_the_boards_image_has_a_stage_of_each_jetpack_that_is_known():
+    text = BOARD.read_text(encoding="utf-8")
+    stages = dict(re.findall(r"^FROM (\S+:\S+) AS jetpack(\d+)$", text, flags=re.M))
+    assert set(stages.values()) == {version.split(".")[0] for version in JETPACKS.values()}
+    [default] = re.findall(r"^ARG JETPACK=(\d+)$", text, flags=re.M)
+    assert default in stages.values() and "ARG BASE=jetpack${JETPACK}\n" in text
+    assert re.findall(r"^FROM (\$\S+)$", text, flags=re.M) == ["${BASE}"], "the last stage is what is built"
+
+
+def test_the_boards_user_takes_the_place_of_one_with_its_id(tmp_path: Path):
+    """As on Ubuntu 24.04, whose images have a user 1000. The Dockerfile's own line, over stand-ins that note."""
+    [line] = re.findall(r"^    && (if taken=.*; fi) \\$", BOARD.read_text(encoding="utf-8"), flags=re.M)
+    for name, answer in (
+        ("getent", '[ "$2" != 1000 ] && exit 2; echo ubuntu:x:1000:1000::/home/ubuntu:'),
+        ("userdel", ""),
+    ):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>"{tmp_path}/done"\n{answer}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for uid, removed in (("1000", ["userdel --remove ubuntu"]), ("2000", [])):
+        (tmp_path / "done").write_text("")
+        subprocess.run(["/bin/sh", "-e", "-c", line], env={**env, "UID": uid}, check=True, timeout=60)
+        done = (tmp_path / "done").read_text().splitlines()
+        assert [each for each in done if each.startswith("userdel")] == removed
+
+
+def test_pip_may_install_where_the_system_keeps_its_packages_to_itself():
+    assert re.search(r"^ENV PIP_BREAK_SYSTEM_PACKAGES=1$", BOARD.read_text(encoding="utf-8"), flags=re.M)
 
 
 # --- the image -------------------------------------------------------------------------------------------------------

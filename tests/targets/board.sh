@@ -34,7 +34,7 @@ make_jetson() {
   cp -a "$recording/device-tree" "$place/firmware/devicetree/base"
   [ ! -d "$recording/sys/class" ] || cp -a "$recording/sys/class/." "$place/class/"
   local found
-  find "$recording/sys/devices" -path '*/devfreq/*' -prune -type d -o -path '*/hwmon/hwmon*' -prune -type d |
+  find "$recording" -path '*/devfreq/*' -prune -type d -o -path '*/hwmon/hwmon*' -prune -type d |
     while read -r found; do
       install -d "$place/class/$(basename "$(dirname "$found")")"
       cp -a "$found" "$place/class/$(basename "$(dirname "$found")")/"
@@ -108,7 +108,7 @@ boot() {
   mount --bind -o ro "$(cat "$dir/python_base")" "$dir/base"
   mount --bind -o ro "$(cat "$dir/python_site")" "$dir/site"
   for place in /root /home /run /tmp; do
-    mount -t tmpfs -o mode=755 board "$place"
+    mount -t tmpfs -o mode=755,size=64m board "$place"
   done
   chmod 1777 /tmp
   mkdir -p /run/sshd /run/lock

@@ -87,16 +87,21 @@ def whole_board() -> Iterator[TestBoard]:
 @pytest.fixture(scope="session")
 def whole_jetson() -> Iterator[TestBoard]:
     """A board that shows an Orin Nano's files and commands; skipped where none can be brought up."""
-    reason = lacking()
-    if reason:
-        pytest.skip(reason)
-    here = Path(__file__).parent
-    board = TestBoard(str(here / "recordings" / "jetpack-6.2-orin-nano"), str(here / "jetson_tools"))
+    board = jetson_board("jetpack-6.2-orin-nano")
     for name, text in {"mode": "0", "done": ""}.items():
         (board.folder / "jetson" / name).write_text(text)
         (board.folder / "jetson" / name).chmod(0o666)
     yield board
     board.down()
+
+
+def jetson_board(recording: str) -> TestBoard:
+    """A board that shows the files of a recording, and whose commands say what was recorded of it."""
+    reason = lacking()
+    if reason:
+        pytest.skip(reason)
+    here = Path(__file__).parent
+    return TestBoard(str(here / "recordings" / recording), str(here / "jetson_tools"))
 
 
 @pytest.fixture

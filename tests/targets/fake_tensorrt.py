@@ -31,8 +31,8 @@ LAYERS = {
 class Fake:
     """A module of one version. said: what happened, in order. cores: DLA cores; refuses: (flags) -> why a build fails.
 
-    broken: why there is no builder; complaints: what the parser says, as (node, name, operator, description);
-    launch: what runs an engine.
+    placed: what is logged of where layers run; broken: why there is no builder; complaints: what the parser says, as
+    (node, name, operator, description); launch: what runs an engine.
     """
 
     def __init__(self, version: str) -> None:
@@ -40,6 +40,7 @@ class Fake:
         self.version, self.names = table["version"], table["classes"]
         self.said: list[tuple[str, Any]] = []
         self.cores = 0
+        self.placed: list[str] = []
         self.broken = ""
         self.refuses: Callable[[dict[str, Any]], str] = lambda built: ""
         self.complaints: list[tuple[int, str, str, str]] = []
@@ -174,6 +175,8 @@ class Builder:
         if why:
             self._x_log.log(1, why)
             return None
+        for line in self.fake.placed:
+            self._x_log.log(3, line)
         monitor = _held(config, "progress_monitor")
         if monitor is not None:
             monitor.phase_start("Building Engine", None, 2)

@@ -50,6 +50,17 @@ def test_a_missing_library_says_how_to_get_it(tmp_path):
 
 
 @only_without
+def test_an_unused_dla_is_warned_of(stand_in, tmp_path, monkeypatch, caplog):  # noqa: F811
+    binary = stand_in(last="echo '[x] [I] [TRT] [GpuLayer] CONVOLUTION: conv'")
+    monkeypatch.setenv("PATH", str(Path(binary.path).parent), prepend=":")
+    runtime = TensorRT("tensorrt", TensorRTSpec(workspace_mib=128, dla_core=0), tmp_path / ".deploy")
+    runtime.built(write_conv(tmp_path / "a.onnx"), tmp_path / "e.plan")
+    said = [record.getMessage() for record in caplog.records if record.name == building.__name__]
+    assert len(said) == 1 and said[0].startswith("nothing runs on the DLA core 0 but everything on the GPU, since ")
+    assert said[0].endswith('a DLA computes in float16 and int8: precision = "fp16" (1 of 1 engines).')
+
+
+@only_without
 def test_where_only_trtexec_is_there_the_engine_is_built_through_it(stand_in, tmp_path, monkeypatch):  # noqa: F811
     binary = stand_in()
     monkeypatch.setenv("PATH", str(Path(binary.path).parent), prepend=":")

@@ -15,7 +15,7 @@ from fake_tensorrt import VERSIONS, Fake
 from onnx import TensorProto, helper, numpy_helper
 
 from profiles.schema import TensorRTSpec
-from targets.harness.agent.board.tensorrt import engine, layers, library, parsing, progress
+from targets.harness.agent.board.tensorrt import dla, engine, layers, library, onnxfile, parsing, progress
 from targets.harness.agent.board.tensorrt.errors import BoardError
 from targets.harness.agent.board.tensorrt.library import Library
 from targets.runtimes.tensorrt import builder_options
@@ -239,6 +239,47 @@ def test_a_dla_that_refuses_strong_typing_is_tried_with_weak_typing(make, tmp_pa
     fake.cores, fake.refuses = 1, lambda b: "not on a DLA" if "STRONGLY_TYPED" in b["network"] else ""
     _, built, record = make("10.3", half(tmp_path / "h.onnx"), fake=fake, dla_core=0)
     assert "FP16" in built["flags"] and record["notes"][0].startswith("with strong typing it did not build")
+
+
+ON_A_DLA = [
+    "---------- Layers Running on DLA ----------", "[DlaLayer] {ForeignNode[Conv_0...Relu_3]}",
+    "[DlaLayer] {ForeignNode[Gemm_9]}", "---------- Layers Running on GPU ----------", "[GpuLayer] POOLING: pool",
+]  # fmt: skip
+"""As in the README of github.com/NVIDIA-AI-IOT/jetson_dla_tutorial, without the time."""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_runs_on_a_dla_and_what_fell_back_is_told(version, make, tmp_path):
+    fake = Fake(version)
+    fake.cores, fake.placed = 1, ON_A_DLA
+    record = make(version, half(tmp_path / "h.onnx"), fake=fake, dla_core=0)[2]
+    parts = ["{ForeignNode[Conv_0...Relu_3]}", "{ForeignNode[Gemm_9]}"]
+    assert record["dla"] == {"core": 0, "known": True, "dla": parts, "gpu": ["POOLING: pool"]}
+    assert f"the DLA core 0 runs 2 parts ({', '.join(parts)}); the GPU runs 1 part (POOLING: pool)" in record["notes"]
+    assert make(version, half(tmp_path / "h.onnx"), fake=fake)[2]["dla"] == {}
+
+
+def test_a_dla_on_which_nothing_runs_is_told_with_what_would_mend_it(make, tmp_path):
+    fake = Fake("8.5")
+    fake.cores, fake.placed = 1, ["[GpuLayer] CONVOLUTION: conv"]
+    record = make("8.5", write_conv(tmp_path / "c.onnx"), fake=fake, dla_core=0)[2]
+    assert record["dla"]["dla"] == [] and record["dla"]["known"]
+    assert record["notes"][-1].startswith("nothing runs on the DLA core 0 but everything on the GPU, since ")
+    assert record["notes"][-1].endswith('is float32 and a DLA computes in float16 and int8: precision = "fp16"')
+    record = make("8.5", half(tmp_path / "h.onnx"), fake=fake, dla_core=0)[2]
+    assert record["notes"][-1] == "nothing runs on the DLA core 0 but everything on the GPU"
+
+
+def test_where_the_log_does_not_tell_the_layers_do():
+    told = [("{ForeignNode[a...b]}", ""), ("{ForeignNode[c...d]}", "Myelin"), ("pool", "CudaPooling"), ("e", "DLA")]
+    assert dla.by_layers([{"name": name, "op": op} for name, op in told]) == [
+        ("dla", "{ForeignNode[a...b]}"), ("gpu", "{ForeignNode[c...d]}"), ("gpu", "pool"), ("dla", "e")
+    ]  # fmt: skip
+
+
+def test_what_is_not_known_of_a_dla_is_not_taken_for_nothing(tmp_path):
+    table, note = dla.used(1, "", [], onnxfile.read(str(half(tmp_path / "h.onnx"))))
+    assert not table["known"] and note.startswith("what runs on the DLA core 1 is not known")
 
 
 # --- shapes ------------------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ The boards are recordings (recordings/*/SOURCES.md); the commands that stand for
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -15,17 +17,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from boards import TestBoard
+from conftest import jetson_board
 
-from profiles.errors import DeployError, UsageError
+from pipeline.latency.store import Store
+from pipeline.latency.timing import PROTOCOL, Clock, key
+from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import Budget, MeasureSpec, load_profile, profile_names
 from targets.base import load_target
-from targets.harness.agent.board import jetson
-from targets.harness.agent.board.base import read_number, read_text
+from targets.harness.agent.board import arrange, jetson
+from targets.harness.agent.board.base import AgentError, read_number, read_text
 from targets.harness.agent.board.worker import Watch
 from targets.harness.measurement import Session, judge
-from targets.jetson import Jetson
+from targets.jetson import Jetson, _board
+from targets.runtimes.tensorrt import TensorRT
 
 RECORDINGS = Path(__file__).parent / "recordings"
 BOARDS = sorted(path.parent.parent.name for path in RECORDINGS.glob("jetpack-*/etc/nv_tegra_release"))
@@ -60,6 +67,14 @@ def recorded(monkeypatch):
         return place
 
     return use
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in RECORDINGS.glob("jetpack-*")))
+def test_a_recording_names_its_public_source_or_says_that_it_has_no_address(folder):
+    said = (RECORDINGS / folder / "SOURCES.md").read_text()
+    assert "https://" in said or "**no address**" in said
+    for found in re.finditer("a public file", said):
+        assert "no address" in said[max(0, found.start() - 80) : found.start()], "without an address, and not said so"
 
 
 @dataclass(frozen=True)
@@ -149,28 +164,150 @@ def test_each_profile_takes_its_own_boards_and_no_others():
         assert fitting == {known.profile}, name
 
 
+ANSWERS = sorted(str(path.relative_to(RECORDINGS)) for path in RECORDINGS.glob("jetpack-*/nvpmodel-q*.txt"))
+FAILED = {
+    "jetpack-5.1-orin-nano/nvpmodel-m-failed.txt": "optMask is 1, no request for power mode",
+    "jetpack-5.1-xavier-nx/nvpmodel-failed.txt": "optMask is 3, no request for power mode",
+    "jetpack-6.2-agx-orin/nvpmodel-failed.txt": "optMask is 2, no request for power mode",
+    "jetpack-6.2-agx-orin/nvpmodel-m-reboot-yes.txt": "takes a restart of the board",
+    "jetpack-6.2-orin-nano/nvpmodel-m-reboot-declined.txt": "takes a restart of the board",
+    "jetpack-7.0-thor/nvpmodel-m-reboot-no-stdin.txt": "takes a restart of the board",
+    "jetpack-7.2-orin-nano-15w/nvpmodel-m-bad-mode.txt": "request for bad power mode 2",
+}
+"""What nvpmodel said where it did not set a mode -> what is told of it."""
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_every_recorded_answer_of_nvpmodel_is_read(name):
+    """The mode's name is one of its kind, its number stands alone on the line behind."""
+    text = (RECORDINGS / name).read_text()
+    mode, number = jetson.parse_mode(text)
+    assert re.fullmatch(r"(MODE_)?(\d+W\w*)|MAXN\w*", mode), mode
+    assert f"NV Power Mode: {mode}\n{number}\n" in text + "\n"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(str(path.relative_to(RECORDINGS)) for path in RECORDINGS.glob("jetpack-*/nvpmodel-*.txt"))
+)
+def test_every_recorded_word_of_nvpmodel_on_setting_a_mode_is_read(name, monkeypatch):
+    text = (RECORDINGS / name).read_text()
+    if name in ANSWERS or name.endswith("nvpmodel-p-verbose.txt"):
+        return
+    set_to: list[int] = []
+    monkeypatch.setattr(jetson, "run", lambda words, as_root: (set_to.append(words[-1]), (0, text))[1])
+    monkeypatch.setattr(jetson, "power_mode", lambda: ("", None if text else 2))
+    if not text:
+        jetson.set_mode(2, "15W")
+        assert set_to == ["2"]
+        return
+    with pytest.raises(AgentError, match=FAILED[name]) as error:
+        jetson.set_mode(2, "15W")
+    assert error.value.kind == "mode" and ("reboot" in error.value.more) == ("restart" in FAILED[name])
+
+
+def test_the_modes_that_a_recorded_nvpmodel_lists_are_those_of_its_file(recorded):
+    """Its configuration was recorded with fewer of them; ids and names agree."""
+    place = recorded("jetpack-5.1-xavier-nx")
+    listed = re.findall(r"ID=(\d+) NAME=(\S+)", (place / "nvpmodel-p-verbose.txt").read_text())
+    assert set(jetson.modes().items()) < {(name, int(number)) for number, name in listed}
+
+
+def test_every_recorded_word_of_jetson_clocks_is_read(recorded, tmp_path, monkeypatch):
+    """What it stored is compared with what is so now; what it refused is told in its own words."""
+    place = RECORDINGS / "jetpack-4.6-nano"
+    stored = place / "jetson_clocks-store.txt"
+    now = dict(line.split(":") for line in stored.read_text().splitlines())
+    monkeypatch.setattr(arrange, "read_text", lambda path: now.get(path) or read_text(path))
+    assert arrange.differing(str(stored)) == ""
+    held = place / "jetson_clocks-store-while-locked.txt"
+    core = "/sys/devices/system/cpu/cpu0/cpufreq/scaling_min_freq"
+    assert arrange.differing(str(held)) == f"{core} is 102000, it was 1428000"
+    (tmp_path / "arranged.json").write_text("{}")
+    for name, kind in (
+        ("jetpack-5.1-xavier-nx/jetson_clocks-restore-nothing-stored.txt", "mode"),
+        ("jetpack-5.1-xavier-nx/jetson_clocks-store-exists.txt", "mode"),
+        ("jetpack-7.2-agx-orin/jetson_clocks-show-not-root-stdout.txt", "root"),
+        ("jetpack-7.2-thor/jetson_clocks-show-not-root-stdout.txt", "root"),
+    ):
+        text = (RECORDINGS / name).read_text().strip()
+        monkeypatch.setattr(arrange, "run", lambda words, as_root, text=text: (1, text))
+        monkeypatch.setattr(arrange, "TRIES", 1)
+        for ask in (
+            lambda: arrange.restore(str(tmp_path / "clocks.conf")),
+            lambda: arrange.Arrangement(str(tmp_path), {}, print).store(("15W", 0)),
+        ):
+            with pytest.raises(AgentError, match=re.escape(f"ended with 1: {text}")) as error:
+                ask()
+            assert error.value.kind == kind
+    said = (RECORDINGS / "jetpack-5.1-xavier-nx/jetson_clocks-store-output.txt").read_text()
+    clocks = tmp_path / "clocks.conf"
+    monkeypatch.setattr(arrange, "run", lambda words, as_root: (clocks.write_text(stored.read_text()), (0, said))[1])
+    arrange.Arrangement(str(tmp_path), {}, print).store(("15W", 0))
+    assert json.loads((tmp_path / "arranged.json").read_text())["mode"] == "15W"
+
+
 # --- on a board -------------------------------------------------------------------------------------------------------
 
 
-class Orin:
-    """That board's own state, as this machine sees it. Mode 0 is 15W, 1 is 25W, 2 is MAXN_SUPER."""
+@dataclass(frozen=True)
+class Sample:
+    """A recorded board in its first mode, and another one of it. clocks: lowest and highest of the GPU in Hz, by mode.
 
-    FLOATING = ("306000000", "624750000")
+    Where they were not recorded: the GPU of the Xavier NX is that of 4.6; the Thor's lowest is what it idles at.
+    """
 
-    def __init__(self, board: TestBoard) -> None:
-        self.board, self.place = board, board.folder / "jetson"
-        self.gpu = self.place / "sys_class" / "devfreq" / "17000000.gpu"
+    recording: str
+    profile: str
+    board: str
+    gpu: str
+    modes: tuple[tuple[int, str], tuple[int, str]]
+    clocks: tuple[tuple[str, str], tuple[str, str]]
+    rail: str
+
+
+ORIN = Sample(
+    "jetpack-6.2-orin-nano", "jetson-orin-nano", "p3767-0005 L4T 36.4.3", "17000000.gpu", ((0, "15W"), (1, "25W")),
+    (("306000000", "624750000"), ("306000000", "918000000")), "VDD_IN",
+)  # fmt: skip
+SAMPLES = (
+    Sample(
+        "jetpack-4.6-nano", "jetson-nano", "p3448-0000 L4T 32.7.1", "57000000.gpu", ((0, "MAXN"), (1, "5W")),
+        (("76800000", "921600000"), ("76800000", "614400000")), "POM_5V_IN",
+    ),
+    Sample(
+        "jetpack-5.1-xavier-nx", "jetson-xavier-nx", "p3668-0001 L4T 35.4.1", "17000000.gv11b",
+        ((2, "MODE_15W_6CORE"), (8, "MODE_20W_6CORE")), (("114750000", "1109250000"),) * 2, "VDD_IN",
+    ),
+    ORIN,
+    Sample(
+        "jetpack-7.0-thor", "jetson-thor", "p3834-0008 L4T 38.2.0", "gpu-gpc-0", ((1, "120W"), (0, "MAXN")),
+        (("315000000", "1575000000"),) * 2, "VIN_SYS_5V0",
+    ),
+)  # fmt: skip
+"""A board of each JetPack."""
+
+
+class Shown:
+    """A board's own state, as this machine sees it. Of an Orin Nano mode 0 is 15W, 1 is 25W, 2 is MAXN_SUPER."""
+
+    def __init__(self, board: TestBoard, sample: Sample = ORIN) -> None:
+        self.board, self.sample, self.place = board, sample, board.folder / "jetson"
+        self.gpu = self.place / "sys_class" / "devfreq" / sample.gpu
+        self.floating = sample.clocks[0]
 
     def reset(self) -> None:
-        """Mode 15W, floating clocks, nothing done, nothing wrong."""
-        clocks = {"modes/0": "306000000 624750000", "modes/1": "306000000 918000000"}
-        for name, text in {"mode": "0", "done": "", **clocks}.items():
+        """Its first mode, floating clocks, nothing done, nothing wrong."""
+        modes = zip(self.sample.modes, self.sample.clocks, strict=True)
+        clocks = {f"modes/{number}": " ".join(span) for (number, _), span in modes}
+        for name, text in {"mode": str(self.sample.modes[0][0]), "done": "", **clocks}.items():
             (self.place / name).write_text(text and text + "\n")
             (self.place / name).chmod(0o666)
-        for name in ("no_sudo", "restart_modes", "restarted", "slow", "nvpmodel_warns", "idle_restores", "at_work"):
+        for name in ("no_sudo", "restart_modes", "restarted", "slow", "idle_restores", "at_work"):
             (self.place / name).unlink(missing_ok=True)
-        for name, value in zip(("min_freq", "max_freq", "cur_freq"), (*self.FLOATING, self.FLOATING[0]), strict=True):
+        self.gpu.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(("min_freq", "max_freq", "cur_freq"), (*self.floating, self.floating[0]), strict=True):
             (self.gpu / name).write_text(value + "\n")
+            (self.gpu / name).chmod(0o666)
 
     @property
     def mode(self) -> str:
@@ -188,7 +325,8 @@ class Orin:
     @property
     def sound(self) -> bool:
         """Whether it is as it was before."""
-        return self.mode == "0" and self.clocks == self.FLOATING and not (self.board.cache / "arranged.json").exists()
+        first = str(self.sample.modes[0][0])
+        return self.mode == first and self.clocks == self.floating and not (self.board.cache / "arranged.json").exists()
 
     def soon_sound(self, seconds: float = 40.0) -> bool:
         end = time.monotonic() + seconds
@@ -198,13 +336,30 @@ class Orin:
 
 
 @pytest.fixture
-def orin(whole_jetson) -> Iterator[Orin]:
+def orin(whole_jetson) -> Iterator[Shown]:
     """The board as it was recorded; afterwards it is so again, and nothing of ours runs on it."""
-    board = Orin(whole_jetson)
+    yield from in_order(whole_jetson, ORIN)
+
+
+@pytest.fixture(params=SAMPLES, ids=lambda sample: sample.recording)
+def shown(request, whole_jetson) -> Iterator[Shown]:
+    """A board of each JetPack in turn, in the same way."""
+    if request.param is ORIN:
+        yield from in_order(whole_jetson, ORIN)
+        return
+    board = jetson_board(request.param.recording)
+    try:
+        yield from in_order(board, request.param)
+    finally:
+        board.down()
+
+
+def in_order(whole: TestBoard, sample: Sample) -> Iterator[Shown]:
+    board = Shown(whole, sample)
     board.reset()
     yield board
-    whole_jetson.mend()
-    assert whole_jetson.quiet() and whole_jetson.jobs() == []
+    whole.mend()
+    assert whole.quiet() and whole.jobs() == []
     assert board.soon_sound()
 
 
@@ -225,14 +380,26 @@ def make(orin, tmp_path):
         target.board.close()
 
 
-def test_a_session_in_another_mode_with_locked_clocks_leaves_the_board_as_it_was(make, orin, conv):
-    target = make(power_mode="25W", clocks="locked", telemetry_ms=200)
-    session = target.measure({"a": conv("net")}, SHORT, "rank")
-    fingerprint = session.fingerprint
-    assert (fingerprint.board, fingerprint.power_mode) == ("p3767-0005 L4T 36.4.3", "25W")
-    assert fingerprint == target.fingerprint() and fingerprint.machine.startswith("NVIDIA Jetson Orin Nano")
-    assert session.telemetry["power_mw VDD_IN mean"] > 0 and session.telemetry["overcurrent_events"] == 0.0
-    assert orin.sound and orin.done == ["nvpmodel 1", "lock", "restore", "nvpmodel 0", "restore"] * 2
+def test_a_session_in_another_mode_with_locked_clocks_leaves_the_board_as_it_was(shown, conv, tmp_path):
+    """On a board of each JetPack, whose commands say what was recorded of it."""
+    sample, (first, second) = shown.sample, shown.sample.modes
+    keys = f'jetson = {{ power_mode = "{second[1]}", clocks = "locked", telemetry_ms = 200 }}'
+    file = shown.board.file("sample", 'runtime = "ort"', keys, extends=sample.profile)
+    (tmp_path / ".deploy").mkdir()
+    target = load_target(load_profile(str(file)), tmp_path / ".deploy")
+    assert isinstance(target, Jetson)
+    try:
+        held: list[tuple[str, str]] = []
+        session = target.measure({"a": conv("net")}, SHORT, "rank", lambda done: held.append(shown.clocks))
+        model = (RECORDINGS / sample.recording / "device-tree" / "model").read_text().rstrip("\0")
+        fingerprint = session.fingerprint
+        assert (fingerprint.board, fingerprint.power_mode, fingerprint.machine) == (sample.board, second[1], model)
+        assert fingerprint == target.fingerprint() and session.telemetry[f"power_mw {sample.rail} mean"] > 0
+        assert {(sample.clocks[1][1],) * 2} == set(held), "held at the highest of the mode meanwhile"
+    finally:
+        target.board.close()
+    restored = ["restore", f"nvpmodel {first[0]}", "restore"]
+    assert shown.sound and shown.done == [f"nvpmodel {second[0]}", "lock", *restored] * 2
 
 
 def test_nothing_is_changed_where_nothing_is_asked_for(make, orin, conv):
@@ -269,11 +436,56 @@ def test_a_mode_that_takes_a_restart_is_not_restarted_into(make, orin, conv):
     assert not (orin.place / "restarted").exists() and orin.sound
 
 
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        ("36.4.3", "(JetPack 6.1 or 6.2)"),
+        ("32.5.1", "(not in this tool's table)"),
+        ("38.9.0", "(not in this tool's table)"),
+        ("39.4.0", "(newer than this tool's table)"),
+        ("40.1", "(newer than this tool's table)"),
+    ],
+)
+def test_a_release_that_the_table_lacks_is_called_newer_only_where_it_is(release, said):
+    assert _board({"machine": "M", "board": f"p3767-0005 L4T {release}"}) == f"M, p3767-0005 L4T {release} {said}"
+
+
+def test_a_board_that_does_not_say_its_release_is_named_without():
+    assert _board({"machine": "M", "board": "p3767-0005"}) == "M, p3767-0005"
+
+
 def test_the_doctor_says_who_it_is(make):
     doctor = {condition.name: condition for condition in make().doctor()}
     assert doctor["board"].ok and doctor["board"].value.endswith("p3767-0005 L4T 36.4.3 (JetPack 6.1 or 6.2)")
     assert doctor["power mode"].value.startswith("15W of ")
-    assert not make("jetson-nano").doctor()[-1].ok
+    assert not {condition.name: condition for condition in make("jetson-nano").doctor()}["board"].ok
+
+
+@pytest.fixture
+def with_dla(orin):
+    """Gives the board two DLAs, of which one is switched off, as on the modules that have fewer."""
+    base = orin.place / "firmware" / "devicetree" / "base"
+    for number, status in enumerate(("okay", "disabled")):
+        node = base / "bus@0" / f"nvdla{number}@15880000"
+        node.mkdir(parents=True)
+        (node / "status").write_text(status + "\0")
+    yield
+    shutil.rmtree(base / "bus@0")
+
+
+def test_a_dla_core_that_the_board_lacks_is_refused_before_anything_is_built(make, orin, with_dla):
+    target = make()
+    assert {c.name: c.value for c in target.doctor()}["DLA cores"] == "1"
+    facts = target._plain_facts()
+    target.runtime = TensorRT("tensorrt")
+    for core, told in ((0, ""), (1, "has 1 DLA cores, and tensorrt.dla_core = 1 was asked for")):
+        spec = target.profile.tensorrt.model_copy(update={"dla_core": core})
+        target.profile = target.profile.model_copy(update={"tensorrt": spec})
+        assert target._lacking_dla(facts) == told
+    with pytest.raises(UsageError, match=r"'board' has 1 DLA cores") as error:
+        target._check(facts)
+    assert "tensorrt.dla_core" in error.value.hint
+    target._check({**facts, "dla_cores": None})
 
 
 def test_a_zone_that_is_switched_off_is_left_out(monkeypatch):
@@ -339,9 +551,12 @@ def test_a_gpu_that_leaves_its_held_clock_contaminates_a_session(make, orin, con
     assert session.contamination == "more than 20 % of the blocks of a network were disturbed"
 
 
-def test_over_current_voids_a_session(make, orin, conv):
+@pytest.mark.parametrize("throttling", ["1", "0"])
+def test_over_current_voids_a_session_whether_or_not_it_is_said_to_lower_the_clock(make, orin, conv, throttling):
     target = make(telemetry_ms=0)
+    assert target.measure({"a": conv("net")}, SHORT, "rank").telemetry["overcurrent_events"] == 0.0
     counter = orin.place / "sys_class" / "hwmon" / "hwmon3" / "oc1_event_cnt"
+    (counter.parent / "oc1_throt_en").write_text(throttling + "\n")
     moved: list[float] = []
 
     def overload(done: float) -> None:
@@ -351,9 +566,68 @@ def test_over_current_voids_a_session(make, orin, conv):
 
     session = target.measure({"a": conv("net"), "b": conv("net")}, LONG, "rank", overload)
     counter.write_text("0\n")
+    (counter.parent / "oc1_throt_en").write_text("1\n")
     assert moved and session.telemetry["overcurrent_events"] == 3.0
     judged = judge(session, "b", "a", Budget(ratio=2.0))
     assert judged.verdict == "undecided" and "overloaded 3 times" in str(judged.reason)
+
+
+def test_rows_under_over_current_are_no_result_and_nothing_of_them_is_kept(make, orin, conv, tmp_path):
+    target = make(telemetry_ms=0)
+    counter = orin.place / "sys_class" / "hwmon" / "hwmon3" / "oc3_event_cnt"
+    over = threading.Event()
+
+    def overload() -> None:
+        for count in itertools.count(1):
+            write_whole(counter, f"{count}\n")
+            if over.wait(0.002):
+                return
+
+    models = {key(data): data for data in (conv(f"row{n}", layers=n).read_bytes() for n in (1, 2, 3))}
+    thread = threading.Thread(target=overload)
+    with Store(tmp_path / "latency.sqlite") as store:
+        clock = Clock(target, store)
+        thread.start()
+        try:
+            with pytest.raises(UndecidedError, match=r"power supply was overloaded \d+ times meanwhile, 3 times in a"):
+                clock.ratios(models)
+        finally:
+            over.set()
+            thread.join()
+        assert store.rows(clock.device, PROTOCOL, list(models)) == {}
+        assert set(clock.ratios(models)) == set(models)
+    write_whole(counter, "0\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """So that whoever reads it meanwhile never sees an empty file."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def test_a_temporary_folder_that_is_full_does_not_keep_the_clocks_from_being_given_back(make, orin, conv):
+    target = make(power_mode="25W", clocks="locked", telemetry_ms=0)
+    filled: list[Path] = []
+
+    def fill(done: float) -> None:
+        if filled:
+            return
+        sshd = next(pid for pid in orin.board.do("pids").split() if psutil.Process(int(pid)).name() == "sshd")
+        filled.append(Path(f"/proc/{sshd}/root/tmp/filler"))
+        for pipe in filled[0].parent.glob("edge-deploy-*"):
+            pipe.unlink()
+        disk = os.statvfs(filled[0].parent)
+        with filled[0].open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize)
+        assert os.statvfs(filled[0].parent).f_bavail == 0
+
+    try:
+        target.measure({"a": conv("net")}, LONG, "rank", fill)
+        assert filled and orin.sound
+    finally:
+        for file in filled:
+            file.unlink()
 
 
 @pytest.mark.parametrize("guard", ["alive", "dead too"])

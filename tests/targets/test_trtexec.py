@@ -114,6 +114,17 @@ def test_tf32_that_cannot_be_turned_off_is_refused(tmp_path):
 def test_a_dla_is_asked_for_with_the_gpu_for_the_rest(tmp_path):
     command = build("8.5", write_conv(tmp_path / "c.onnx"), dla_core=1)
     assert {"--useDLACore=1", "--allowGPUFallback"} <= set(command)
+    old = Trtexec("trtexec", recorded("help-8.5.txt").replace("--allowGPUFallback", "--other"))
+    model, options = onnxfile.read(str(tmp_path / "c.onnx")), {**engine.OPTIONS, "dla_core": 1}
+    with pytest.raises(BoardError, match="has no --allowGPUFallback, which dla_core needs"):
+        old.build_command(model, "e.plan", options, "")
+
+
+@pytest.mark.parametrize("version", HELPS)
+def test_a_dla_is_tried_with_weak_typing_where_a_binary_has_both(version):
+    known, on_dla = binary(version), {**engine.OPTIONS, "dla_core": 0}
+    assert known.ways(engine.OPTIONS) == [version in ("10", "11")]
+    assert known.ways(on_dla) == {"10": [True, False], "11": [True]}.get(version, [False])
 
 
 @pytest.mark.parametrize(
@@ -301,6 +312,27 @@ def test_a_binary_that_fails_is_told_in_its_own_words(stand_in, tmp_path):
     with pytest.raises(BoardError, match=r"failed on '.*c\.onnx': Error\[1\]: no such tactic"):
         job = {"onnx": str(write_conv(tmp_path / "c.onnx")), "out": str(tmp_path / "e"), "options": {}}
         trtexec.build(found, job, [].append)
+
+
+ONLY_WEAK = """
+case "$*" in *--stronglyTyped*) echo '[x] [E] Error[4]: a DLA takes no strongly typed network'; exit 1;; esac
+echo '[x] [I] [TRT] [DlaLayer] {ForeignNode[Conv_0...Relu_1]}'
+echo '[x] [I] [TRT] [GpuLayer] SHUFFLE: Reshape_2 + (Unnamed Layer* 7) [Shuffle]'
+"""
+
+
+def test_a_dla_that_refuses_strong_typing_is_tried_with_weak_typing_and_told(stand_in, tmp_path):
+    out = tmp_path / "e.plan"
+    job = {"onnx": str(half(tmp_path / "h.onnx")), "out": str(out), "options": {"dla_core": 0}}
+    record = trtexec.build(stand_in(last=ONLY_WEAK), job, [].append)
+    assert "--fp16" in record["flags"] and "--stronglyTyped" not in record["flags"]
+    assert record["dla"]["dla"] == ["{ForeignNode[Conv_0...Relu_1]}"]
+    assert record["dla"]["gpu"] == ["SHUFFLE: Reshape_2 + (Unnamed Layer* 7) [Shuffle]"]
+    first, second, third = record["notes"]
+    assert first.startswith("with strong typing it did not build (") and "takes no strongly typed network" in first
+    assert second.startswith("trtexec permits float16 everywhere") and third.startswith("the DLA core 0 runs 1 part")
+    with pytest.raises(BoardError, match="takes no strongly typed network"):
+        trtexec.build(stand_in(last=ONLY_WEAK), {**job, "options": {}}, [].append)
 
 
 def test_it_is_found_where_it_is_put(stand_in, tmp_path, monkeypatch):

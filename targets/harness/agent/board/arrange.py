@@ -17,6 +17,7 @@ from typing import Any, Callable, Optional
 from . import jetson
 from .base import AgentError, Table, boot_id, program, read_text
 from .files import write_file
+from .system import run
 
 TRIES = 3
 RECORD, CLOCKS, LOCK = "arranged.json", "clocks.conf", "arranged.lock"
@@ -55,7 +56,7 @@ class Arrangement(object):
         if number is not None:
             jetson.set_mode(number, str(name))
         if lock:
-            code, said = jetson.run(["jetson_clocks"], as_root=True)
+            code, said = run(["jetson_clocks"], as_root=True)
             if code or jetson.gpu_locked() is False:
                 raise jetson.refused("jetson_clocks", code, said)
 
@@ -63,7 +64,7 @@ class Arrangement(object):
         """Write down what there is; the clocks too where only the mode changes, since that resets them."""
         clocks = os.path.join(self.home, CLOCKS)
         remove(clocks)
-        code, said = jetson.run(["jetson_clocks", "--store", clocks], as_root=True)
+        code, said = run(["jetson_clocks", "--store", clocks], as_root=True)
         if code or not os.path.exists(clocks):
             raise jetson.refused("jetson_clocks --store", code, said)
         record = {"boot": boot_id(), "mode": before[0], "mode_id": before[1]}
@@ -115,7 +116,7 @@ def mend(home: str) -> None:
         held = record.get("boot") == boot_id() and os.path.exists(clocks)
         if number is not None and jetson.power_mode()[1] != number:
             if held:  # a lock of one mode may lie above what the other allows
-                jetson.run(["jetson_clocks", "--restore", clocks], as_root=True)
+                run(["jetson_clocks", "--restore", clocks], as_root=True)
             jetson.set_mode(int(number), str(record.get("mode")))
         if held:
             restore(clocks)
@@ -129,7 +130,7 @@ def restore(clocks: str) -> None:
     """Have jetson_clocks set what it stored, and look whether it is so: it ends with 0 where a line of it failed."""
     said, wrong = "", ""
     for _ in range(TRIES):
-        code, said = jetson.run(["jetson_clocks", "--restore", clocks], as_root=True)
+        code, said = run(["jetson_clocks", "--restore", clocks], as_root=True)
         wrong = "" if code else differing(clocks)
         if not code and not wrong:
             return

@@ -11,7 +11,7 @@ Table = Dict[str, Any]
 
 
 class AgentError(Exception):
-    """What ends a job. kind: model, memory, disk, killed, lost, late, long, job, full, busy, astray, absent or runtime.
+    """What ends a job. kind: model, memory, disk, killed, lost, late, long, disturbed, job, full, busy, astray, …
 
     model: which one it is, or None; more: numbers that belong to it.
     """

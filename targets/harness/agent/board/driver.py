@@ -15,7 +15,7 @@ from . import jetson
 from .base import CLOCK, AgentError, Table, program, tell
 from .files import sha256
 from .flags import flag
-from .machine import processor_ticks, temperatures, throttle_counts
+from .machine import OVERCURRENT, moved, processor_ticks, temperatures, throttle_counts
 from .plan import Plan, plan_blocks, plan_sustained
 
 PROTOCOL = "ort-interleaved-1"
@@ -168,9 +168,8 @@ def telemetry(
         "steal_percent": 100.0 * (after[1] - before[1]) / ticks,
         "load_end": os.getloadavg()[0],
     }
-    moved = {path: count - throttled.get(path, 0) for path, count in throttle_counts().items() if "/oc" in path}
-    if moved:
-        seen["overcurrent_events"] = float(sum(moved.values()))
+    if any(OVERCURRENT in path for path in throttled):
+        seen["overcurrent_events"] = float(moved(throttled, throttle_counts(), OVERCURRENT))
     if warm and hot:
         seen.update(hottest_start_c=max(warm.values()), hottest_end_c=max(hot.values()))
     return seen

@@ -24,9 +24,13 @@ def flag(repeats: List[Table], names: Sequence[str]) -> None:
         limit = middle + max(FLAG_SWITCHES, 4.0 * middle**0.5)
         for repeat in repeats:
             for block in repeat["blocks"][name]:
-                pairs = [p for kind in CLOCKS for side in block.get(kind, ()) for p in zip(side, usual[kind])]
-                off = any(abs(khz - own) > CLOCK_CHANGE * own for khz, own in pairs)
+                off = any(strayed(block.get(kind, ()), usual[kind]) for kind in CLOCKS)
                 block["flagged"] = bool(block["switches"] > limit or block["throttle"] != 0 or off)
+
+
+def strayed(readings: Sequence[Sequence[int]], usual: Sequence[int]) -> bool:
+    """Whether a locked clock differs in some reading from its usual one."""
+    return any(abs(khz - own) > CLOCK_CHANGE * own for reading in readings for khz, own in zip(reading, usual))
 
 
 def usual_clocks(readings: Sequence[Sequence[int]]) -> List[int]:

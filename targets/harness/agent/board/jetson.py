@@ -6,18 +6,15 @@ for the GPU's clock, `tegrastats` for power and memory (Jetson Linux Developer G
 recordings of each JetPack with their sources lie beside the tests).
 """
 
-import errno
-import fcntl
 import glob
 import os
 import re
-import shutil
 import subprocess
 import tempfile
-import time
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .base import AgentError, Table, die_with_parent, read_number, read_text
+from .system import command, run
 
 TREES = ("/proc/device-tree", "/sys/firmware/devicetree/base")
 RELEASE = "/etc/nv_tegra_release"
@@ -26,8 +23,6 @@ STATUS = "/var/lib/nvpmodel/status"
 DEVFREQ = "/sys/class/devfreq"
 GPU_NAMES = ("gpu-gpc-0", "*.gpu", "*.gpusysfs", "*.gp10b", "*.gv11b", "*.ga10b")
 """devfreq's names of a Jetson's GPU: Thor's, Orin's and Nano's, then the chips' by name on older kernels."""
-PLACES = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin", "/bin")
-COMMAND_S = 30.0
 
 
 def tree(name: str) -> str:
@@ -62,66 +57,6 @@ def chip() -> str:
     """Name of the chip, as tegra234, or ""."""
     found = re.findall(r"nvidia,(tegra\d+)", tree("compatible"))
     return str(found[-1]) if found else ""
-
-
-def command(name: str) -> Optional[str]:
-    """Path of a system command, also where the login's PATH leaves out the system's folders."""
-    path = os.environ.get("PATH", "")
-    return shutil.which(name, path=os.pathsep.join([path] + list(PLACES)))
-
-
-def run(words: Sequence[str], as_root: bool = False) -> Tuple[int, str]:
-    """Exit code and all output of a system command. as_root: it changes the board; its questions are answered "NO"."""
-    path = command(words[0])
-    if path is None:
-        return 127, "%s: not found" % words[0]
-    asked = [path] + list(words[1:])
-    if as_root and os.geteuid() != 0:
-        sudo = command("sudo")
-        if sudo is None:
-            return 126, "%s needs root, and there is no sudo" % words[0]
-        asked = [sudo, "-n"] + asked
-    with tempfile.TemporaryFile() as said:
-        try:
-            with answers() if as_root else open(os.devnull, "rb") as fed:
-                process = subprocess.Popen(asked, stdin=fed, stdout=said, stderr=subprocess.STDOUT)
-        except OSError as error:
-            return 126, "%s: %s" % (words[0], error.strerror)
-        try:
-            process.wait(COMMAND_S)
-        except subprocess.TimeoutExpired:
-            try:
-                process.kill()
-            except PermissionError:
-                pass  # sudo has made itself root; nobody waits for it, and the next command waits for its answers
-            return 124, "%s did not end within %.0f s" % (words[0], COMMAND_S)
-        said.seek(0)
-        return process.returncode, said.read().decode("utf-8", "replace").strip()
-
-
-def answers() -> Any:
-    """What a command that changes the board reads: "NO" to all questions. One such command runs at a time.
-
-    The file is locked for as long as the command, or whoever it has become through sudo, has it open: one that outlives
-    the job that started it has ended before the next one begins, so that nothing is changed after it was given back.
-    Raises OSError where the last one does not end.
-    """
-    path = os.path.join(tempfile.gettempdir(), "edge-deploy-answers-%d" % os.getuid())
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "r+b", 0)
-    end = time.monotonic() + 2.0 * COMMAND_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > end:
-                file.close()
-                raise OSError(errno.ETIMEDOUT, "an earlier command does not end") from None
-            time.sleep(0.1)
-    file.truncate(0)
-    file.write(b"NO\n" * 8)
-    file.seek(0)
-    return file
 
 
 def may_be_root() -> bool:
@@ -203,10 +138,12 @@ def clocks(cpu: str) -> str:
     return "locked" if gpu and cpu != "floating" else "floating"
 
 
-def dla_cores() -> int:
-    """Deep-learning accelerators of the board."""
-    roots = [root for root in TREES if os.path.isdir(root)]
-    return max([len(glob.glob(root + "/**/nvdla[0-9]*@*", recursive=True)) for root in roots] or [0])
+def dla_cores() -> Optional[int]:
+    """Deep-learning accelerators of the board that are not switched off, or None where the device tree is hidden."""
+    if not tree("compatible"):
+        return None
+    found = [glob.glob(root + "/**/nvdla[0-9]*@*", recursive=True) for root in TREES]
+    return max(sum(read_text(node + "/status") != "disabled" for node in nodes) for nodes in found)
 
 
 def facts() -> Table:

@@ -17,6 +17,8 @@ from .files import sha256
 BUSY_CORES = 0.2
 WATCH_S = 0.3
 FACTS_S = 100.0
+OVERCURRENT = "/oc"
+"""What tells a Jetson's over-current counters from other throttle counters, in their paths."""
 
 
 def processor() -> Tuple[str, str]:
@@ -91,9 +93,12 @@ def quota_stops(folders: Sequence[str]) -> int:
 
 
 def throttle_paths() -> List[str]:
-    """Files that count how often the hardware lowered its clock; over-current that only counts is none of them."""
-    found = glob.glob("/sys/class/hwmon/hwmon*/oc*_event_cnt")
-    found = [path for path in found if read_number(path.replace("event_cnt", "throt_en")) != 0]
+    """Files that count how often the hardware lowered its clock, all of a Jetson's over-current counters among them.
+
+    Whether one of those lowers the clock (oc*_throt_en) is not asked: it is 1 on every board of which it is known, and
+    a supply at its limit spoils a number either way.
+    """
+    found = glob.glob("/sys/class/hwmon/hwmon*/%s*_event_cnt" % OVERCURRENT[1:])
     return sorted(found + glob.glob("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count"))
 
 
@@ -268,9 +273,18 @@ def busy_processes(before: Dict[int, int], seconds: float) -> List[Table]:
     return [{"pid": pid, "command": command_of(pid), "cores": round(cores, 2)} for cores, pid in busy]
 
 
-def throttle_counts() -> Dict[str, int]:
-    """Path of each hardware throttle counter -> how often it has moved since the system started."""
-    return {path: read_number(path) or 0 for path in throttle_paths()}
+def throttle_counts(paths: Optional[Sequence[str]] = None) -> Dict[str, int]:
+    """Path of each hardware throttle counter that can be read -> how often it has moved since the system started.
+
+    paths: what `throttle_paths` has found before.
+    """
+    found = {path: read_number(path) for path in (throttle_paths() if paths is None else paths)}
+    return {path: count for path, count in found.items() if count is not None}
+
+
+def moved(before: Dict[str, int], after: Dict[str, int], kind: str = "") -> int:
+    """How often the counters with `kind` in their path moved between two readings, of those that are in both."""
+    return sum(max(0, count - before[path]) for path, count in after.items() if kind in path and path in before)
 
 
 def state(folder: str, watch_s: float = WATCH_S) -> Table:
@@ -299,7 +313,7 @@ def state(folder: str, watch_s: float = WATCH_S) -> Table:
         "clocks_khz": [read_number(f + "/scaling_cur_freq") for f in clock_folders()],
         "temperatures": temperatures(),
         "throttle": counts,
-        "throttle_moved": sum(counts.values()) - sum(throttled.values()),
+        "throttle_moved": moved(throttled, counts),
         "busy": busy,
         "memory_free_mib": free_memory_mib(),
         "disk_free_mib": int(disk.f_bavail * disk.f_frsize // 2**20),

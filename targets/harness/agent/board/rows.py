@@ -3,6 +3,10 @@
 What counts is the ratio of a model to the reference in the same round. So models are taken in groups: those of a group
 and several sessions of the reference, which stay open from group to group, infer in turn; a group's models are closed
 before the next ones are opened. Where all fit, there is one group.
+
+A row is kept for good, so what would make a session no result does so for a group too: over-current at any time, or
+more than a fifth of its stretches in which a hardware throttle counter moved or a held clock was another than usual.
+Such a group is measured again while it is open, and after TRIES the whole job has no result.
 """
 
 import gc
@@ -15,12 +19,13 @@ import tempfile
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import providers
-from .base import AgentError, Table, median, program, tell
+from .base import CLOCK, AgentError, Table, median, program, tell
 from .driver import died
 from .files import write_file
-from .machine import free_memory_mib
+from .flags import CLOCKS, strayed, usual_clocks
+from .machine import OVERCURRENT, free_memory_mib, moved
 from .model import open_model
-from .worker import quiet_collector
+from .worker import Watch, quiet_collector
 
 OPEN_SHARE, SPARE_MIB = 0.5, 256
 """A group may take this share of the memory that is free beside the reference, and leaves so many MiB."""
@@ -29,6 +34,10 @@ MOST_ENGINES = 64
 memory shows."""
 BUILDING = 0.9
 """Share of a job's time that building engines takes, about."""
+TRIES, STRETCH_NS, DISTURBED = 3, 100_000_000, 0.2
+"""How often a group is measured; how long blocks follow each other until counters and clocks are read again (a board
+takes half a millisecond for each core's); the share of such stretches that may be disturbed, as of a session's blocks.
+"""
 Opened = List[Tuple[int, Any]]
 """Models with their positions in the job."""
 
@@ -36,22 +45,23 @@ Opened = List[Tuple[int, Any]]
 def rows(job: Table, folder: str) -> Table:
     """Block medians in ns of every model in every round, and of the reference's sessions in the rounds of each group.
 
-    `group`: the group that each model was in. Of a job with `build`, which is what a builder is asked for, the models
-    are ONNX files: engines are made of them first, in the folder.
+    `group`: the group that each model was in; `again`: why groups were measured again. Of a job with `build`, which is
+    what a builder is asked for, the models are ONNX files: engines are made of them first, in the folder.
     """
     paths, reference, begun = list(job["models"]), job["reference"], 0.0
     if "build" in job:
         made, begun = engines(dict(job["build"], models=list(dict.fromkeys(paths + [reference]))), folder), BUILDING
         paths, reference = [made[path] for path in paths], made[reference]
     references = [open_model(reference, job["options"]) for _ in range(job["sessions"])]
-    room, rng = Room(job["options"]), random.Random(job["seed"])
+    room, rng, watch = Room(job["options"]), random.Random(job["seed"]), Watch()
+    again: List[str] = []
     times: List[List[int]] = [[] for _ in paths]
     groups: List[List[List[int]]] = []
     group = [0] * len(paths)
     left = alike(paths)
     while left or not groups:
         opened = room.fill(paths, left)
-        found = timed(job, [model for _, model in opened] + references, rng)
+        found = undisturbed(job, [model for _, model in opened] + references, rng, watch, again)
         positions = [position for position, _ in opened]
         for position, row in zip(positions, found):
             times[position], group[position] = row, len(groups)
@@ -59,7 +69,7 @@ def rows(job: Table, folder: str) -> Table:
         while opened:
             close(opened.pop()[1])
         tell({"event": "progress", "done": 1.0 - (1.0 - begun) * len(left) / max(1, len(set(paths)))})
-    return {"rows": times, "group": group, "reference": groups}
+    return {"rows": times, "group": group, "reference": groups, "again": again}
 
 
 def alike(paths: Sequence[str]) -> List[List[int]]:
@@ -119,8 +129,43 @@ def close(model: Any) -> None:
     getattr(model, "close", lambda: None)()
 
 
-def timed(job: Table, models: Sequence[Any], rng: random.Random) -> List[List[int]]:
-    """Block medians of models that infer in turn, ns: one a model and round, after a round that does not count."""
+def undisturbed(
+    job: Table, models: Sequence[Any], rng: random.Random, watch: Watch, again: List[str]
+) -> List[List[int]]:
+    """What `timed` finds when nothing disturbs it. again: told why it is not the first try.
+
+    Raises AgentError where each of TRIES was disturbed.
+    """
+    for _ in range(TRIES):
+        readings = [watch.read()]
+        found = timed(job, models, rng, watch, readings)
+        why = disturbance(readings)
+        if not why:
+            return found
+        again.append(why)
+    raise AgentError("disturbed", "%s, %d times in a row" % (again[-1], TRIES))
+
+
+def disturbance(readings: Sequence[Table]) -> str:
+    """What makes the times between several readings of a `Watch` no result, in words, or ""."""
+    events = moved(readings[0]["throttle"], readings[-1]["throttle"], OVERCURRENT)
+    if events:
+        return "the board's power supply was overloaded %d times meanwhile" % events
+    usual = {kind: usual_clocks([reading[kind] for reading in readings]) for kind in CLOCKS}
+    pairs = list(zip(readings, readings[1:]))
+    lowered = sum(moved(a["throttle"], b["throttle"]) > 0 for a, b in pairs)
+    off = sum(any(strayed((a[kind], b[kind]), usual[kind]) for kind in CLOCKS) for a, b in pairs)
+    most = DISTURBED * len(pairs)
+    return "a throttle counter moved again and again" if lowered > most else "a held clock moved" if off > most else ""
+
+
+def timed(
+    job: Table, models: Sequence[Any], rng: random.Random, watch: Watch, readings: List[Table]
+) -> List[List[int]]:
+    """Block medians of models that infer in turn, ns: one a model and round, after a round that does not count.
+
+    readings: filled with what the watch reads, after every stretch of blocks and every round.
+    """
     if hasattr(gc, "unfreeze"):
         gc.unfreeze()
     quiet_collector()
@@ -132,10 +177,15 @@ def timed(job: Table, models: Sequence[Any], rng: random.Random) -> List[List[in
     times: List[List[int]] = [[] for _ in models]
     for turn in range(job["rounds"] + 1):
         rng.shuffle(order)
+        begin = CLOCK()
         for index in order:
             middle = median(models[index].block(job["dropped"], counts[index]))
             if turn:
                 times[index].append(middle)
+            if CLOCK() - begin > STRETCH_NS:
+                readings.append(watch.read())
+                begin = CLOCK()
+        readings.append(watch.read())
     return times
 
 

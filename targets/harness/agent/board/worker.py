@@ -9,7 +9,7 @@ from typing import Any, Dict, List
 
 from . import jetson
 from .base import AgentError, Table, die_with_parent, read_number, read_text
-from .machine import clock_folders, clocks, group_folders, quota_stops, throttle_paths
+from .machine import clock_folders, clocks, group_folders, moved, quota_stops, throttle_counts, throttle_paths
 from .model import open_model
 
 
@@ -32,7 +32,7 @@ class Watch(object):
             self.membership, self.groups = membership, group_folders()
         return {
             "switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
-            "throttle": sum(read_number(path) or 0 for path in self.paths),
+            "throttle": throttle_counts(self.paths),
             "stops": quota_stops(self.groups),
             "khz": [read_number(path) or 0 for path in self.clocks],
             "gpu_khz": [hertz // 1000 for hertz in (read_number(self.gpu + "/cur_freq"),) if hertz] if self.gpu else [],
@@ -86,9 +86,9 @@ def answer_request(request: Table, models: Dict[str, Any], watch: Watch) -> Tabl
         else:
             ns = models[name].block(dropped, timed)
         after = watch.read()
-        moved = {key: after[key] - before[key] for key in ("switches", "throttle", "stops")}
+        counts = {key: after[key] - before[key] for key in ("switches", "stops")}
         rates = {key: [before[key], after[key]] for key in ("khz", "gpu_khz")}
-        found = dict(moved, ns=ns, missed=missed, **rates)
+        found = dict(counts, throttle=moved(before["throttle"], after["throttle"]), ns=ns, missed=missed, **rates)
         events = getattr(models[name], "events", None)
         return dict(found, gpu_ns=events) if events else found
     raise AgentError("job", "unknown request '%s'" % verb)

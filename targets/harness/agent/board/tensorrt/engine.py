@@ -12,7 +12,7 @@ import os
 import time
 from typing import Any, Dict, List, Optional, Tuple
 
-from . import layers, library, onnxfile, parsing
+from . import dla, layers, library, onnxfile, parsing
 from .errors import BoardError, Table
 from .library import Library
 from .onnxfile import OnnxFile
@@ -57,8 +57,9 @@ class Way(object):
 def build(job: Table, tell: Tell, loaded: Optional[Library] = None) -> Table:
     """Build an engine and write it; returns what was done. loaded: the library, loaded by its name if left out.
 
-    The result: title, way, flags, workspace_mib, free_mib, timing_cache, seconds, bytes, notes, layers and ports; the
-    last two are empty, with a note, where an engine cannot be opened here. Raises BoardError.
+    The result: title, way, flags, workspace_mib, free_mib, timing_cache, seconds, bytes, notes, dla (what runs on a
+    DLA core, {} where none was asked for), layers and ports; the last two are empty, with a note, where an engine
+    cannot be opened here. Raises BoardError.
     """
     begin = time.monotonic()
     lib = loaded or library.load(job["library"])
@@ -84,7 +85,7 @@ class Attempt(object):
         self.workspace, self.free = workspace(options)
         self.table: Table = {
             "notes": self.notes, "flags": self.flags, "workspace_mib": self.workspace, "free_mib": self.free,
-            "timing_cache": "none", "layers": [], "ports": [],
+            "timing_cache": "none", "dla": {}, "layers": [], "ports": [],
         }  # fmt: skip
 
     def run(self) -> bytes:
@@ -92,7 +93,7 @@ class Attempt(object):
         tried = ways(self.lib, self.model, self.options)
         for index, way in enumerate(tried):
             self.flags[:] = []
-            del self.lib.errors[:]
+            del self.lib.errors[:], self.lib.placed[:]
             plan = self.build(way)
             if plan is not None:
                 self.table["way"] = str(way)
@@ -125,6 +126,10 @@ class Attempt(object):
         self.keep(config, cache)
         data = bytes(memoryview(plan))
         self.describe(data)
+        if self.options["dla_core"] is not None:
+            said = "\n".join(self.lib.placed)
+            self.table["dla"], note = dla.used(self.options["dla_core"], said, self.table["layers"], self.model)
+            self.notes.append(note)
         return data
 
     def network(self, builder: Any, way: Way) -> Any:

@@ -10,6 +10,7 @@ import re
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..files import sha256
+from . import dla
 from .errors import BoardError, Table
 
 MODULES = {
@@ -30,16 +31,25 @@ Importer = Callable[[str], Any]
 
 
 class Library(object):
-    """A loaded module. name: of the runtime, tensorrt or tensorrt-rtx; api: the module; log: what it says."""
+    """A loaded module. name: of the runtime, tensorrt or tensorrt-rtx; api: the module.
+
+    errors, warnings: what it says; placed: its lines on what runs on a DLA and what on the GPU.
+    """
 
     def __init__(self, name: str, api: Any) -> None:
         self.name, self.api = name, api
         self.warnings: List[str] = []
         self.errors: List[str] = []
+        self.placed: List[str] = []
         self.logger = make_logger(api, self._said)
 
-    def _said(self, severe: bool, text: str) -> None:
-        kept = self.errors if severe else self.warnings
+    def _said(self, level: int, text: str) -> None:
+        severities = self.api.ILogger
+        if level > int(severities.WARNING):
+            if dla.PLACED.search(text):
+                self.placed.append(text)
+            return
+        kept = self.errors if level <= int(severities.ERROR) else self.warnings
         if len(kept) < LINES:
             kept.append(text.strip())
 
@@ -87,8 +97,8 @@ def load(name: str, importer: Optional[Importer] = None) -> Library:
     raise BoardError("library", "%s is not installed here: %s" % (TITLES[name], "; ".join(dict.fromkeys(reasons))))
 
 
-def make_logger(api: Any, said: Callable[[bool, str], None]) -> Any:
-    """An ILogger of the library that hands on warnings and errors and prints nothing."""
+def make_logger(api: Any, said: Callable[[int, str], None]) -> Any:
+    """An ILogger of the library that hands on every line with its severity and prints nothing."""
 
     class Log(api.ILogger):  # type: ignore[misc]
         """Told of every line."""
@@ -98,9 +108,7 @@ def make_logger(api: Any, said: Callable[[bool, str], None]) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             """One line of the library."""
-            level = int(severity)
-            if level <= int(api.ILogger.WARNING):
-                said(level <= int(api.ILogger.ERROR), msg)
+            said(int(severity), msg)
 
     return Log()
 

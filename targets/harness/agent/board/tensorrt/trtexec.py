@@ -21,7 +21,7 @@ from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple
 from ..base import die_with_parent, median
 from ..files import sha256
 from ..timing import Timed
-from . import layers, onnxfile, parsing
+from . import dla, layers, onnxfile, parsing
 from .errors import BoardError, Table
 from .progress import Beat, Tell
 
@@ -63,15 +63,20 @@ class Trtexec(object):
 
     # --- command lines
 
-    def build_command(self, model: onnxfile.OnnxFile, plan: str, options: Table, cache: str) -> List[str]:
-        """The command that builds an engine. Raises BoardError for what was asked for and this binary has not."""
+    def build_command(
+        self, model: onnxfile.OnnxFile, plan: str, options: Table, cache: str, strong: Optional[bool] = None
+    ) -> List[str]:
+        """The command that builds an engine. Raises BoardError for what was asked for and this binary has not.
+
+        strong: whether it is strongly typed; left out, the first of `ways`.
+        """
         command = [self.path, "--onnx=" + model.path, "--saveEngine=" + plan]
         command += self._first(("--skipInference", "--buildOnly"))
         command += ["--profilingVerbosity=detailed"] if self.has("--profilingVerbosity") else []
         if options["workspace_mib"] is not None:
             pool = "--memPoolSize=workspace:%d" if self.has("--memPoolSize") else "--workspace=%d"
             command.append(pool % options["workspace_mib"])
-        command += self._precision(model)
+        command += self._precision(model, self.ways(options)[0] if strong is None else strong)
         command += [] if options["tf32"] else [self._need("--noTF32", "tf32")]
         command += ["--timingCacheFile=" + cache] if cache else []
         if options["version_compatible"]:
@@ -84,7 +89,8 @@ class Trtexec(object):
             flag = self._need("--builderOptimizationLevel", "optimization_level")
             command.append("%s=%d" % (flag, options["optimization_level"]))
         if options["dla_core"] is not None:
-            command += ["%s=%d" % (self._need("--useDLACore", "dla_core"), options["dla_core"]), "--allowGPUFallback"]
+            command.append("%s=%d" % (self._need("--useDLACore", "dla_core"), options["dla_core"]))
+            command.append(self._need("--allowGPUFallback", "dla_core"))
         if options["compute_capability"] is not None:
             self._need("--computeCapabilities", "compute_capability")
             command.append("--computeCapabilities=" + options["compute_capability"])
@@ -100,10 +106,19 @@ class Trtexec(object):
         hint = "leave out tensorrt.%s." % option
         raise BoardError("option", "%s has no %s, which %s needs" % (self.title, flag, option), hint, option=option)
 
-    def _precision(self, model: onnxfile.OnnxFile) -> List[str]:
+    def ways(self, options: Table) -> List[bool]:
+        """Whether to try strong typing, best first, as `engine.ways`: with a DLA weak typing comes after it.
+
+        A binary without --fp16 and without --stronglyTyped knows strong typing only: its word for it is that of none.
+        """
+        strong, weak = self.has("--stronglyTyped"), self.has("--fp16")
+        found = [True] if strong or not weak else []
+        return found + ([False] if weak and (not strong or options["dla_core"] is not None) else [])
+
+    def _precision(self, model: onnxfile.OnnxFile, strong: bool) -> List[str]:
         """Flags for the types that the file holds: one for strong typing, else those that permit them."""
-        if self.has("--stronglyTyped"):
-            return ["--stronglyTyped"]
+        if strong:
+            return self._first(("--stronglyTyped",))
         wanted = [flag for kind, flag in (("float16", "--fp16"), ("bfloat16", "--bf16")) if kind in model.elements]
         wanted += ["--int8"] if model.quantized else []
         return [flag for flag in wanted if self.has(flag)]
@@ -292,14 +307,25 @@ def build(binary: Trtexec, job: Table, tell: Tell) -> Table:
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(job["out"]))) as folder:
         asked = job.get("timing_cache", "")
         cache = TimingCache(asked if binary.has("--timingCacheFile") else "", os.path.join(folder, "timing"))
-        command = binary.build_command(model, job["out"], options, cache.begin())
-        if "--fp16" in command:
-            notes.append("trtexec permits float16 everywhere: layers that the file keeps in float32 may run in it too")
-        with Beat(tell, None):
-            status, log = run(command, PATIENCE_S)
-            if status or not os.path.isfile(job["out"]):
-                raise failure(binary, log, job["onnx"], model)
+        copy, tried = cache.begin(), binary.ways(options)
+        for strong in tried:
+            command = binary.build_command(model, job["out"], options, copy, strong)
+            with Beat(tell, None):
+                status, log = run(command, PATIENCE_S)
+            if not status and os.path.isfile(job["out"]):
+                break
+            error = failure(binary, log, job["onnx"], model)
+            if strong == tried[-1] or error.kind != "model":
+                raise error
+            notes.append("with strong typing it did not build (%s)" % error.message)
         used = cache.end()
+    half = not {"--stronglyTyped", "--int8"} & set(command) and options["dla_core"] is not None
+    if half or "--fp16" in command:  # for a DLA it turns float16 on by itself, unless int8 is on
+        notes.append("trtexec permits float16 everywhere: layers that the file keeps in float32 may run in it too")
+    placed: Table = {}
+    if options["dla_core"] is not None:
+        placed, note = dla.used(options["dla_core"], log, (), model)
+        notes.append(note)
     if used == "discarded":
         notes.append(engine.BEGUN_ANEW)
     if asked and used == "none":
@@ -307,7 +333,7 @@ def build(binary: Trtexec, job: Table, tell: Tell) -> Table:
     return {
         "title": binary.title, "notes": notes,
         "flags": command[3:], "workspace_mib": options["workspace_mib"], "free_mib": free, "way": "trtexec",
-        "bytes": os.path.getsize(job["out"]), "timing_cache": used, "layers": [], "ports": [],
+        "bytes": os.path.getsize(job["out"]), "timing_cache": used, "dla": placed, "layers": [], "ports": [],
     }  # fmt: skip
 
 

@@ -3,29 +3,31 @@
 # A Jetson's end of the link, for boards whose own Python is not to be touched: an sshd with what the agent needs, and
 # nothing of `deploy` itself, which pushes the agent when it comes. docker/README.md.
 #
-#   docker build --file docker/jetson.Dockerfile --build-arg JETPACK=6 --tag edge-board .
+#   docker build --file docker/jetson.Dockerfile --build-arg REGISTRY=HOST --build-arg JETPACK=6 --tag edge-board .
 #   docker run --detach --runtime nvidia --network host --volume /run/lock:/run/lock \
 #     --volume "$HOME/.ssh/authorized_keys:/etc/ssh/authorized_keys:ro" --volume edge-board-keys:/keys edge-board
 #
+# REGISTRY is the host of NVIDIA's container registry, as its catalogue (NGC) writes it before `/nvidia/l4t-tensorrt`.
 # JETPACK is the first number of the board's own JetPack: its image brings TensorRT with its Python module, and the driver
 # below is the host's. BASE takes another image in its place, for a version between: an engine runs under the version
 # that built it. BASE=ubuntu:22.04 with RUNTIME=onnxruntime gives the processor.
 
+ARG REGISTRY=registry-of-nvidia
 ARG JETPACK=6
 ARG BASE=jetpack${JETPACK}
 
 # L4T 32.7, TensorRT 8.2, Ubuntu 18.04; the key of the package list that it comes with has expired
-FROM nvcr.io/nvidia/l4t-tensorrt:r8.2.1-runtime AS jetpack4
+FROM ${REGISTRY}/nvidia/l4t-tensorrt:r8.2.1-runtime AS jetpack4
 RUN rm -f /etc/apt/sources.list.d/cuda.list
 
 # L4T 35, TensorRT 8.5, Ubuntu 20.04
-FROM nvcr.io/nvidia/l4t-tensorrt:r8.5.2-runtime AS jetpack5
+FROM ${REGISTRY}/nvidia/l4t-tensorrt:r8.5.2-runtime AS jetpack5
 
-# L4T 36.4 and later, TensorRT 10.3, Ubuntu 22.04; 36.2 and 36.3 want BASE=nvcr.io/nvidia/l4t-tensorrt:r8.6.2-runtime
-FROM nvcr.io/nvidia/l4t-tensorrt:r10.3.0-runtime AS jetpack6
+# L4T 36.4 and later, TensorRT 10.3, Ubuntu 22.04; 36.2 and 36.3 want BASE=HOST/nvidia/l4t-tensorrt:r8.6.2-runtime
+FROM ${REGISTRY}/nvidia/l4t-tensorrt:r10.3.0-runtime AS jetpack6
 
 # L4T 38 and later, TensorRT 10.13, Ubuntu 24.04: from here on a Jetson takes the images of Arm servers
-FROM nvcr.io/nvidia/tensorrt:25.08-py3 AS jetpack7
+FROM ${REGISTRY}/nvidia/tensorrt:25.08-py3 AS jetpack7
 
 # hadolint ignore=DL3006
 FROM ${BASE}

@@ -183,6 +183,12 @@ def providers_condition(asked: Sequence[str], there: Sequence[str]) -> Condition
     return Condition("providers", ", ".join(asked), not lacking, why, mend, fatal=True)
 
 
+def gpu_condition(facts: Mapping[str, Any], mend: str) -> Condition:
+    """Whether there is a GPU that engines can run on. facts: what `agent.facts` reads where a runtime of engines is."""
+    gpu = str(facts["gpu"])
+    return Condition("gpu", gpu, gpu != "none", "engines are run and timed on it", mend, fatal=True)
+
+
 def _load(seen: dict[str, Any], spec: MeasureSpec) -> Condition:
     load, cores = float(seen["load"]), int(seen["cores"])
     why = "the machine was busy in the last minute, so absolute times may be high"

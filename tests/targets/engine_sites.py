@@ -27,7 +27,7 @@ from fake_tensorrt import Fake
 _cuda = ctypes.CDLL(glob.glob(os.path.join(os.path.dirname(__file__), "nvidia", "*", "lib", "libcudart.so"))[0])
 _cuda.fake_reset.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
 _cuda.fake_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_cuda.fake_reset(0, 200_000, 0, 0)
+_cuda.fake_reset(int(os.environ.get("FAKE_STATUS", "0")), 200_000, 0, 0)
 _cuda.fake_memory(ENGINE_MIB)
 _fake = Fake("10.3")
 _fake.refuses = lambda built: os.kill(os.getpid(), 9) if os.environ.get("FAKE_CRASH") else ""

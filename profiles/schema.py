@@ -36,7 +36,7 @@ class Budget(Spec):
     """A latency limit: absolute (`limit_ms`) or relative to the dense network of the same session (`ratio`).
 
     Text form: `8ms`, `0.5x`, `0.5x@p90`. At `p50` a relative budget is met when the 99 % upper bound of the
-    interleaved ratio is at most `ratio`.
+    interleaved ratio is at most `ratio`. Neither, and the text `none`, where none was asked of what is only built.
     """
 
     limit_ms: float | None = Field(default=None, gt=0)
@@ -60,6 +60,8 @@ class Budget(Spec):
         return cls(limit_ms=value * {"ms": 1.0, "us": 1e-3, "s": 1e3}[match["unit"]], percentile=at)
 
     def __str__(self) -> str:
+        if self.ratio is None and self.limit_ms is None:
+            return "none"
         head = f"{self.ratio:g}x" if self.ratio is not None else f"{self.limit_ms:g}ms"
         return head if self.percentile == "p50" else f"{head}@{self.percentile}"
 

@@ -96,6 +96,10 @@ class Condition:
     mend: str = ""
     fatal: bool = False
 
+    def undecided(self, profile: str) -> UndecidedError:
+        """The error for what cannot be measured on a profile's device because of it."""
+        return UndecidedError(f"nothing can be measured for '{profile}': {self.why}.", self.mend)
+
 
 @dataclass(frozen=True)
 class Preflight:

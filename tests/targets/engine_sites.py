@@ -36,14 +36,17 @@ globals().update(vars(_fake.api))
 '''
 
 
-def make_site(folder: Path, engine_mib: int = 0) -> Path:
-    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler."""
+def make_site(folder: Path, engine_mib: int = 0, module: str = "tensorrt") -> Path:
+    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler.
+
+    module: what TensorRT is called there.
+    """
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler for the test's CUDA runtime")
     place = folder / "nvidia" / "cuda_runtime" / "lib"
     place.mkdir(parents=True)
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", place / "libcudart.so", HERE / "cudart.c"], check=True)
-    (folder / "tensorrt.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
+    (folder / f"{module}.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
     shutil.copy(HERE / "fake_tensorrt.py", folder)
     shutil.copytree(HERE / "recordings" / "tensorrt", folder / "recordings" / "tensorrt")
     return folder

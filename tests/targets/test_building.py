@@ -119,7 +119,9 @@ def test_a_misspelt_key_of_the_table_names_its_near_miss():
             load_profile("local", {"tensorrt": wrong})
 
 
-@pytest.mark.parametrize(("written", "read"), [("8.6", "8.6"), (8.6, "8.6"), (12, "12.0"), (12.0, "12.0"), (None, None)])
+@pytest.mark.parametrize(
+    ("written", "read"), [("8.6", "8.6"), (8.6, "8.6"), (12, "12.0"), (12.0, "12.0"), (None, None)]
+)
 def test_a_compute_capability_is_text_or_a_number(written, read):
     spec = load_profile("local", {"tensorrt": {"compute_capability": written}}).tensorrt
     assert spec.compute_capability == read

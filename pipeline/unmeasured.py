@@ -67,7 +67,7 @@ def release(work: Work, device: Target, engine: Engine) -> BuildResult:
         artifacts={f"model{engine.suffix}": engine.path},
     )
     write_bundle(folder, contents)
-    return outcome.close(work, data, folder)
+    return outcome.close(work, data, None)
 
 
 def _report(

@@ -37,11 +37,12 @@ MANIFEST_BYTES = 16 << 20
 TEXT_BYTES = 512 << 20
 FILE_BYTES = 4 << 30
 TOTAL_BYTES = 16 << 30
-REQUIRED = (
-    "model.onnx", "dense.onnx", "plan.json", "sample.safetensors", "passes.json", "report.html", "LICENSES.txt",
-)  # fmt: skip
 SAMPLES = "measurement.json"
 """Required where a latency is told, and refused where none is."""
+REQUIRED = (
+    "model.onnx", "dense.onnx", "plan.json", "sample.safetensors", SAMPLES, "passes.json", "report.html",
+    "LICENSES.txt",
+)  # fmt: skip
 
 ROUNDING = 1e-12
 """By how much an accuracy may seem to miss its limit, as at the gate of a build."""
@@ -137,8 +138,9 @@ def _read_manifest(bundle: Path) -> tuple[Manifest | None, list[str]]:
 def _files(bundle: Path, manifest: Manifest) -> list[str]:
     try:
         required = {*REQUIRED, f"pruned{load_encoder(manifest.encoder).SUFFIX}"}
-        if manifest.latency is not None:
-            required.add(SAMPLES)
+        if manifest.latency is None:
+            required.remove(SAMPLES)
+        else:
             Budget.parse(manifest.latency.budget)
     except UsageError as error:
         return [f"manifest.json: {error.message}"]

@@ -54,7 +54,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuildResult]:
 @pytest.fixture
 def folder(made: tuple[Path, BuildResult], tmp_path: Path) -> Path:
     """A copy of it, to be spoilt."""
-    return Path(shutil.copytree(str(made[1].bundle), tmp_path / "built"))
+    return Path(shutil.copytree(str(built(made[1])), tmp_path / "built"))
+
+
+def built(result: BuildResult) -> Path:
+    """The folder that such a build leaves."""
+    return Path(result.summary["built"])
 
 
 def deploy(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -69,8 +74,8 @@ def test_an_engine_is_built_and_said_to_be_unmeasured(made: tuple[Path, BuildRes
     summary = result.summary
     assert (result.exit_code, summary["verdict"]) == (4, "built, not measured")
     assert summary["bundle"] is None and summary["rejected"] is None
-    assert summary["built"] == str(run_of(result) / "built") == str(result.bundle)
-    assert not (run_of(result) / "bundle").exists()
+    assert summary["built"] == str(run_of(result) / "built")
+    assert result.bundle is None and not (run_of(result) / "bundle").exists()
     measured = ("budget_ms", "dense_ms", "measured_ms", "measured_ms_interval", "latency_ratio")
     assert all(summary[key] is None for key in measured) and summary["budget"] == "none"
     assert summary["accuracy"] == summary["accuracy_dense"] > 0.85 and summary["parameters"] > 0
@@ -82,19 +87,19 @@ def test_an_engine_is_built_and_said_to_be_unmeasured(made: tuple[Path, BuildRes
 
 def test_the_folder_holds_the_engine_and_no_latency(made: tuple[Path, BuildResult]):
     project, result = made
-    assert result.bundle is not None and problems(result.bundle, "local") == []
-    assert (result.bundle / "model.plan").stat().st_size > (result.bundle / "model.onnx").stat().st_size // 4
-    assert not (result.bundle / "measurement.json").exists()
-    manifest = read_manifest(result.bundle)
+    assert problems(built(result), "local") == []
+    assert (built(result) / "model.plan").stat().st_size > (built(result) / "model.onnx").stat().st_size // 4
+    assert not (built(result) / "measurement.json").exists()
+    manifest = read_manifest(built(result))
     assert manifest.latency is None and "not of the engine" in manifest.unmeasured and "model.plan" in manifest.files
     assert manifest.device["gpu"] == "compute capability 8.6"
     assert manifest.device["machine"] == "a card that is not here"
     assert manifest.runtime.startswith("tensorrt-rtx 1.") and manifest.precision == "fp32"
     assert [link.stage for link in manifest.chain] == ["dense", "engine", "evaluate dense"]
-    plan = PruningPlan.from_json((result.bundle / "plan.json").read_text())
+    plan = PruningPlan.from_json((built(result) / "plan.json").read_text())
     assert plan.edits == ()
     loaded = load_project(project)
-    again = rebuilt(loaded, plan, load_file(result.bundle / "pruned.safetensors"), PruneSpec())
+    again = rebuilt(loaded, plan, load_file(built(result) / "pruned.safetensors"), PruneSpec())
     images = torch.from_numpy(np.random.default_rng(1).normal(size=(4, 1, 8, 8)).astype(np.float32))
     with torch.inference_mode():
         assert torch.allclose(again(images), loaded.model()(images), atol=1e-5)
@@ -107,15 +112,14 @@ def test_no_gate_lets_it_pass(
     monkeypatch: pytest.MonkeyPatch,
 ):
     _, result = made
-    assert result.bundle is not None
     monkeypatch.chdir(tmp_path)
-    code, told = deploy(capsys, "verify", str(result.bundle))
+    code, told = deploy(capsys, "verify", str(built(result)))
     assert (code, told["problems"], told["verdict"]) == (4, [], BUILT)
     simulated = load_target(load_profile("simulated"), tmp_path / ".deploy")
     with pytest.raises(UndecidedError, match="was built and not measured, so it tells no budget to judge"):
-        measure_again(result.bundle, simulated, tmp_path)
+        measure_again(built(result), simulated, tmp_path)
     with pytest.raises(UsageError, match="was built and not measured, so it met no budget"):
-        from_run(result.bundle)
+        from_run(built(result))
     with pytest.raises(UsageError, match="ended built: it has no network that meets its budget"):
         from_run(run_of(result))
     assert newest(run_of(result).parent, "rtx") is None
@@ -139,7 +143,7 @@ def test_what_needs_a_latency_is_refused_with_the_next_step(
     command: str,
 ):
     monkeypatch.chdir(tmp_path)
-    places = {"MODEL": f"{made[1].bundle}/model.onnx", "BUILT": str(made[1].bundle), "PROJECT": str(made[0])}
+    places = {"MODEL": f"{built(made[1])}/model.onnx", "BUILT": str(built(made[1])), "PROJECT": str(made[0])}
     code, told = deploy(capsys, *(places.get(word, word) for word in command.split()), "--target", "rtx")
     assert code == told["exit_code"] == 4
     assert told["error"].startswith(NOTHING) and told["hint"]
@@ -167,9 +171,9 @@ def test_a_manifest_that_pretends_is_found_out(folder: Path):
 def test_in_half_precision_the_accuracy_of_the_network_in_half_is_judged(tmp_path: Path):
     project = write_project(tmp_path / "tiny")
     result = build(request(project, tmp_path / "root", target="rtx", budget="0.5x", overrides={"precision": "fp16"}))
-    assert result.exit_code == 4 and result.bundle is not None and problems(result.bundle, "local") == []
-    assert result.summary["budget"] == "0.5x" and read_manifest(result.bundle).precision == "fp16"
-    kinds = {tensor.data_type for tensor in onnx.load(result.bundle / "model.onnx").graph.initializer}
+    assert result.exit_code == 4 and problems(built(result), "local") == []
+    assert result.summary["budget"] == "0.5x" and read_manifest(built(result)).precision == "fp16"
+    kinds = {tensor.data_type for tensor in onnx.load(built(result) / "model.onnx").graph.initializer}
     assert onnx.TensorProto.FLOAT16 in kinds
     stages = read_state(run_of(result))["stages"]
     assert {"halve dense", "engine", "evaluate dense", "evaluate dense fp16"} <= stages.keys()
@@ -181,9 +185,12 @@ def test_an_accuracy_that_is_lost_before_any_card_is_asked_is_missed(tmp_path: P
     replace(project / "deploy.toml", "max_drop = 0.05", "max_drop = 0.0")
     result = build(request(project, tmp_path / "root", target="rtx", budget=None, overrides={"precision": "fp16"}))
     assert (result.exit_code, result.summary["verdict"]) == (3, "accuracy missed")
-    assert result.summary["rejected"] == str(run_of(result) / "rejected") == str(result.bundle)
-    assert result.bundle is not None and problems(result.bundle, "local") == []
-    assert recorded(result.bundle)[0] == "accuracy missed" and read_state(run_of(result))["status"] == "missed"
+    assert result.summary["rejected"] == str(run_of(result) / "rejected")
+    assert problems(run_of(result) / "rejected", "local") == []
+    assert (
+        recorded(run_of(result) / "rejected")[0] == "accuracy missed"
+        and read_state(run_of(result))["status"] == "missed"
+    )
 
 
 FALLING = """def evaluate(predict):

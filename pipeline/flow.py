@@ -102,6 +102,7 @@ def build(request: BuildRequest) -> BuildResult:
     elif timed:
         _require_outputs(target)
     else:
+        target.fingerprint()  # what builds the engine is there, or that is said before any work
         notes = unmeasured.notes(target)
     model = project.model()
     samples = _samples(project, profile.prune)

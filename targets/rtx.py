@@ -27,10 +27,10 @@ MEND = "run it on a machine with such a card and its driver: there it is measure
 class Elsewhere(Target):
     """A card of the compute capability that the profile names, which is not in this machine."""
 
-    def __init__(self, profile: Profile, state: Path) -> None:
+    def __init__(self, profile: Profile, state: Path, site: building.Here) -> None:
         super().__init__(profile, state)
         self.runtime = TensorRT(RUNTIME, profile.tensorrt, state)
-        self._site = building.Here(state)
+        self._site = site
 
     @property
     def _card(self) -> str:
@@ -60,18 +60,18 @@ class Elsewhere(Target):
 
     def latency(self) -> Condition:
         """It cannot be measured here."""
-        seen, mend = "there is no GPU here", MEND
+        seen, mend, value = "there is no GPU here", MEND, "not measurable here"
         try:
             here = self._site.facts(RUNTIME)
-        except DeployError:
-            here = {"gpu": {"none": ""}, "capabilities": []}
+        except DeployError as error:
+            return Condition("latency", value, False, error.message.rstrip("."), error.hint, fatal=True)
         if "none" not in here["gpu"]:
             own = here["gpu"]["capability"]
             seen = f"the GPU here is {here['gpu']['name']} of {own}"
             if own in here["capabilities"]:
                 mend = f"--set tensorrt.compute_capability={own} takes the GPU here."
         why = f"the engine is for a card of {self._card}, and {seen}"
-        return Condition("latency", "not measurable here", False, why, mend, fatal=True)
+        return Condition("latency", value, False, why, mend, fatal=True)
 
     def outputs(self) -> Condition:
         """They cannot be read here."""
@@ -133,11 +133,12 @@ def target(profile: Profile, state: Path) -> Target:
     if asked is None:
         message = f"the profile '{profile.name}' does not say for which card engines are built."
         raise UsageError(message, "--set tensorrt.compute_capability=8.6, or that of your card.")
+    site = building.Here(state)
     try:
-        here = building.facts(RUNTIME)["gpu"].get("capability")
+        here = site.facts(RUNTIME)["gpu"].get("capability")
     except DeployError:
         here = None  # the library is not there: the doctor says so, and so does whatever is asked for next
     if here != asked:
-        return Elsewhere(profile, state)
+        return Elsewhere(profile, state, site)
     native = profile.tensorrt.model_copy(update={"compute_capability": None})
     return Local(profile.model_copy(update={"tensorrt": native}), state)

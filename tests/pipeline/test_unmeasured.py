@@ -28,10 +28,10 @@ from pipeline.project import load_project
 from pipeline.release.verify import measure_again, read_manifest, recorded
 from pipeline.run import read_state
 from pipeline.work import rebuilt
-from profiles.errors import UndecidedError, UsageError
+from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import PruneSpec, load_profile
 from targets.base import load_target
-from targets.harness.agent.board.tensorrt import job
+from targets.harness.agent.board.tensorrt import job, library
 
 if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
     pytest.skip("TensorRT for RTX is not installed: pip install 'edge-deploy[tensorrt-rtx]'", allow_module_level=True)
@@ -206,6 +206,17 @@ FALLING = """def evaluate(predict):
 
 def unused(predict):
 """
+
+
+def test_without_the_library_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "site").mkdir()
+    for module in library.MODULES["tensorrt-rtx"]:
+        (tmp_path / "site" / f"{module}.py").write_text("raise ImportError('away')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    with pytest.raises(DeployError, match=r"^TensorRT for RTX is not installed here: away\.") as error:
+        build(request(write_project(tmp_path / "tiny"), tmp_path / "root", target="rtx", budget=None))
+    assert error.value.hint == "pip install 'edge-deploy[tensorrt-rtx]'"
+    assert not (tmp_path / "root" / "runs").exists()
 
 
 RESNET = """

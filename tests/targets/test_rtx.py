@@ -17,7 +17,7 @@ from profiles.schema import MeasureSpec, load_profile
 from targets.base import load_target
 from targets.harness import building
 from targets.harness import lease as leases
-from targets.harness.agent.board.tensorrt import job
+from targets.harness.agent.board.tensorrt import job, library
 from targets.local import Local
 from targets.rtx import MEND, Elsewhere
 
@@ -89,12 +89,20 @@ def test_its_doctor_says_what_can_be_done_here_and_what_cannot(elsewhere, tmp_pa
     assert not unknown.ok and unknown.fatal and unknown.mend.startswith("set tensorrt.compute_capability to 7.5, 8.0, ")
 
 
-@pytest.mark.skipif(INSTALLED, reason="TensorRT for RTX is installed")
-def test_without_the_library_the_doctor_says_how_to_get_it(tmp_path):
-    (condition,) = rtx(tmp_path).doctor()
-    assert not condition.ok and condition.fatal and condition.mend == "pip install 'edge-deploy[tensorrt-rtx]'"
-    with pytest.raises(DeployError, match="TensorRT for RTX is not installed here"):
-        rtx(tmp_path).fingerprint()
+def test_without_the_library_whatever_is_asked_says_how_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    for module in library.MODULES["tensorrt-rtx"]:
+        (tmp_path / "site" / f"{module}.py").write_text("raise ImportError('away')", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    target, install = rtx(tmp_path), "pip install 'edge-deploy[tensorrt-rtx]'"
+    (condition,) = target.doctor()
+    assert not condition.ok and condition.fatal and condition.mend == install
+    with pytest.raises(UndecidedError) as error:
+        target.require_latency()
+    away = "TensorRT for RTX is not installed here: away"
+    assert (error.value.message, error.value.hint) == (f"nothing can be measured for 'rtx': {away}.", install)
+    with pytest.raises(DeployError, match=f"^{away}"):
+        target.fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,13 @@ class CheckResult:
 def check(request: CheckRequest, target: Target, progress: Callable[[str], Progress] | None = None) -> CheckResult:
     """Measure, judge and keep one check.
 
-    progress: gives a bar for a step's name. Raises UndecidedError without a baseline, on another device, for a network
+    progress: gives a bar for a step's name. Raises UndecidedError on a device that nothing can be timed on, without a
+    baseline, on another device, for a network
     of other shapes, and for what makes measuring meaningless; DeployError for what cannot be run; Interrupted. What is
     raised after the baseline was found, save a mistake in what was asked, is kept as an inconclusive check.
     """
     name = request.profile.name
+    target.require_latency()
     pin = baseline.baseline_of(request.state, name)
     if pin is None:
         message = f"profile '{name}' has no baseline, so there is nothing to compare with."

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import fx
 
-from pipeline import outcome, precision, prepare
+from pipeline import outcome, precision, prepare, unmeasured
 from pipeline.cache import named
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.graph.export import export
@@ -65,6 +65,7 @@ from profiles.errors import DeployError, UsageError
 from profiles.schema import Budget, Profile, PruneSpec, RecoverSpec, load_profile
 from targets.base import Target, load_target
 from targets.harness.measurement import Judgement, Session, judge
+from targets.runtimes.base import load_runtime
 
 TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
 RANK_SAMPLES, VALUE_SAMPLES, FEWEST_SAMPLES = 512, 384, 48
@@ -92,11 +93,17 @@ def build(request: BuildRequest) -> BuildResult:
     project = load_project(request.project)
     profile, notes = _asked(project, load_profile(request.target, merged(project.overrides, request.overrides)))
     budget = Budget.parse(request.budget) if request.budget else profile.budget
-    if budget is None:
-        raise DeployError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
     target = load_target(profile, request.root / ".deploy")
-    if not request.dry_run:
+    timed = target.latency().ok
+    if timed and budget is None:
+        raise DeployError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
+    if request.dry_run:
+        target.require_latency()
+    elif timed:
         _require_outputs(target)
+    else:
+        target.fingerprint()  # what builds the engine is there, or that is said before any work
+        notes = unmeasured.notes(target)
     model = project.model()
     samples = _samples(project, profile.prune)
     run = Run.resume(request.root, request.out, console=request.console) if request.resume else None
@@ -109,12 +116,15 @@ def build(request: BuildRequest) -> BuildResult:
         network = found.network
         offered = f"{len(network.topology.offered)} groups, {len(network.topology.removable)} blocks proved"
         run.finished("capture", run.seconds - begun, offered)
-        for note in found.notes:
+        for note in found.notes if timed else ():
             _say(run, f"note: {note}")
         if request.dry_run and profile.prepare.epochs:
             _say(run, "note: a dry run trains nothing: this is the plan for the network as it was given.")
         samples = samples.first(repair_limit(network))
-        work = Work(run, profile, budget, target, project, network, samples, (*notes, *found.notes))
+        notes = (*notes, *(found.notes if timed else ()))
+        work = Work(run, profile, budget or Budget(), target, project, network, samples, notes)
+        if not timed:
+            return _only_built(work)
         return _dry(work) if request.dry_run else _release(work)
 
 
@@ -250,6 +260,36 @@ def _finish(work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_d
     return outcome.Ending(
         dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy, agreement, notes
     )
+
+
+def _only_built(work: Work) -> BuildResult:
+    """The steps that need no measuring, for a device that is not here: the network as it is, and its engine."""
+    exact = _dense(work)
+    final = precision.lowered(work, exact, "dense")
+    engine = _engine(work, final)
+    here = replace(work, target=load_target(load_profile("local"), work.target.state))
+    dense = _accuracy(here, exact.path("onnx"), "dense")
+    built = dense if final is exact else _accuracy(here, final.path("onnx"), f"dense {work.profile.precision}")
+    agreement = _agreement(here, exact, final)
+    suffix = load_runtime(work.profile.runtime).suffix
+    made = unmeasured.Engine(exact, final, engine.path("engine"), suffix, dense, built, agreement)
+    return unmeasured.release(here, work.target, made)
+
+
+def _engine(work: Work, final: Outcome) -> Outcome:
+    """What the device's runtime builds of a network, opened nowhere."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        return {"engine": _built(work, {DENSE: final.path("onnx")}, folder)[DENSE]}
+
+    return work.run.stage(
+        Stage("engine"), {}, {"model": final.files["onnx"]}, make,
+        fingerprint=work.target.fingerprint().digest(), detail=lambda done: _size(done.path("engine")),
+    )  # fmt: skip
+
+
+def _size(file: Path) -> str:
+    return f"{file.stat().st_size / 1e6:.2f} MB"
 
 
 def _dry(work: Work) -> BuildResult:

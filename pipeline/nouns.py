@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from profiles.schema import CheckSpec
 from targets.harness.compare import Verdict
 
+BUILT = "built, not measured"
+"""The verdict on a network that was built for a device on which nothing could be measured: never `met`."""
 Units = NDArray[np.int32]
 """Unit id of every position along one axis, or -1. Shape (length of the axis,)."""
 

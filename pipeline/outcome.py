@@ -22,12 +22,12 @@ from torch import fx
 
 from pipeline.cache import named, write_atomic
 from pipeline.latency.operations import Operations
-from pipeline.nouns import LatencyTable, PruningPlan, Solution
+from pipeline.nouns import BUILT, LatencyTable, PruningPlan, Solution
 from pipeline.project.project import predict_torch
 from pipeline.prune.repair import repair
 from pipeline.prune.surgery import prune
-from pipeline.release.bundle import Contents, licence_texts, write_bundle
-from pipeline.release.manifest import Accuracy, Sample, latency_of
+from pipeline.release.bundle import Contents, Unmeasured, licence_texts, write_bundle
+from pipeline.release.manifest import Accuracy, Latency, Sample, latency_of
 from pipeline.release.manifest import Agreement as AgreementEntry
 from pipeline.release.verify import tensor_specs
 from pipeline.report import numbers
@@ -56,7 +56,9 @@ from targets.harness.measurement import STATISTICS, Judgement, Measurement, Sess
 
 PLOTTED = 2000
 SIMULATED = "Run on the simulated device: no number here is real."
-EXIT = {"met": 0, "missed": 3, "accuracy missed": 3, "undecided": 4}
+EXIT = {"met": 0, "missed": 3, "accuracy missed": 3, "undecided": 4, BUILT: 4}
+STATUS = {"met": "done", BUILT: "built"}
+"""What a run is called that ended with a verdict, `missed` if with another."""
 
 
 @dataclass(frozen=True)
@@ -93,27 +95,33 @@ def agreement(dense: NDArray[Any], pruned: NDArray[Any], on: str) -> Agreement:
 
 def release(work: Work, ending: Ending) -> BuildResult:
     """Judge, report, and write the bundle or the rejected point."""
-    verdict, reason = _gate(work, ending)
+    judged = ending.judged
+    known = ending.accuracy_dense, ending.accuracy, ending.agreement
+    verdict, reason = gate(work, judged.verdict, judged.reason, *known)
     folder = work.run.path / ("bundle" if verdict == "met" else "rejected")
     data = _report(work, ending, verdict, reason, folder)
     if verdict != "met":
         data = replace(data, notes=(*data.notes, *_cheapest(work, ending.found)))
     write_bundle(folder, _contents(work, ending, data))
-    return _close(work, data, folder if verdict == "met" else None)
+    return close(work, data, folder if verdict == "met" else None)
 
 
-def _gate(work: Work, ending: Ending) -> tuple[str, str]:
-    """The verdict on latency, then on accuracy where a metric judges it, with the numbers of both."""
-    allowed, verdict = work.project.max_drop, str(ending.judged.verdict)
-    if ending.accuracy_dense is None or ending.accuracy is None:
+def gate(
+    work: Work, verdict: str, reason: str, dense: float | None, pruned: float | None, agreed: Agreement | None
+) -> tuple[str, str]:
+    """The verdict on latency, then on accuracy where a metric judges it, with the numbers of both.
+
+    verdict, reason: on latency; dense, pruned: accuracies, None without a metric, when `agreed` is told.
+    """
+    allowed = work.project.max_drop
+    if dense is None or pruned is None:
         told = f"accuracy not judged: {work.project.lacks('evaluate')}"
-        if ending.agreement is not None:
-            told = f"{told}; outputs agree with the dense network's: {numbers.agreement(ending.agreement)}"
-        return verdict, f"{ending.judged.reason}; {told}"
-    if verdict == "met" and ending.accuracy_dense - ending.accuracy > allowed + 1e-12:
+        if agreed is not None:
+            told = f"{told}; outputs agree with the dense network's: {numbers.agreement(agreed)}"
+        return verdict, f"{reason}; {told}"
+    if verdict in ("met", BUILT) and dense - pruned > allowed + 1e-12:
         verdict = "accuracy missed"
-    told = f"accuracy {ending.accuracy:.4f} against {ending.accuracy_dense:.4f} dense, allowed drop {allowed:g}"
-    return verdict, f"{ending.judged.reason}; {told}"
+    return verdict, f"{reason}; accuracy {pruned:.4f} against {dense:.4f} dense, allowed drop {allowed:g}"
 
 
 def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float | None, found: Found, ratio: float) -> BuildResult:
@@ -132,10 +140,10 @@ def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float | None, found
         budget_ms=budget_ms, verdict="missed", dense=figures, pruned=pruned,
         reason=said, run=str(work.run.path), percentile=work.budget.percentile, max_drop=work.project.max_drop,
         unjudged=work.project.lacks("evaluate"), loss_name=_loss_name(work),
-        seconds=work.run.seconds, rounds=_rounds(found, unit), stages=_stages(work),
+        seconds=work.run.seconds, rounds=_rounds(found, unit), stages=stages(work),
         notes=(*_said(work), "More rounds may find one: --rounds.", *_cheapest(work, found)),
     )  # fmt: skip
-    return _close(work, data, None)
+    return close(work, data, None)
 
 
 def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float) -> BuildResult:
@@ -159,12 +167,13 @@ def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float) -> Bu
     return BuildResult(told, None, None, 0)
 
 
-def _close(work: Work, data: ReportData, folder: Path | None) -> BuildResult:
+def close(work: Work, data: ReportData, folder: Path | None) -> BuildResult:
+    """Write the report, and end the run with its summary. folder: that of the bundle, where there is one."""
     code = EXIT[data.verdict]
     write_atomic(work.run.path / "report.json", data.to_json().encode() + b"\n")
     write_atomic(work.run.path / "report.html", render(data).encode())
     told = summary(data)
-    work.run.finish("done" if code == 0 else "missed", told)
+    work.run.finish(STATUS.get(data.verdict, "missed"), told)
     return BuildResult(told, data, folder, code)
 
 
@@ -172,29 +181,58 @@ def _close(work: Work, data: ReportData, folder: Path | None) -> BuildResult:
 
 
 def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
-    inputs, outputs = _sample(work, ending.final.path("onnx"))
-    model = onnx.load_model(str(ending.final.path("onnx")), load_external_data=False)
-    return Contents(
-        network=data.network,
-        target=data.target,
-        model=ending.final.path("onnx"),
-        dense=ending.dense.path("onnx"),
+    known = ending.accuracy_dense, ending.accuracy, ending.agreement
+    return contents(
+        work,
+        data,
+        ending.dense,
+        ending.final,
         plan=PruningPlan((*(work.prepared.growth if work.prepared else ()), *ending.plan.edits)),
         weights=load_file(ending.final.path("weights")),
         session=ending.session,
-        passes={"dense": _untimed(ending.dense["passes"]), "pruned": _untimed(ending.final["passes"])},
+        latency=latency_of(ending.session, work.budget, PRUNED, DENSE),
+        accuracy=accuracy_entry(work, data, *known),
+    )
+
+
+def contents(
+    work: Work,
+    data: ReportData,
+    dense: Outcome,
+    final: Outcome,
+    *,
+    plan: PruningPlan,
+    weights: Mapping[str, NDArray[Any]],
+    session: Session | Unmeasured,
+    latency: Latency | None,
+    accuracy: Accuracy,
+    artifacts: Mapping[str, Path] | None = None,
+) -> Contents:
+    """What a bundle holds, its sample run by the work's target. data: what its report says; the rest: as `Contents`."""
+    inputs, outputs = _sample(work, final.path("onnx"))
+    model = onnx.load_model(str(final.path("onnx")), load_external_data=False)
+    return Contents(
+        network=data.network,
+        target=data.target,
+        model=final.path("onnx"),
+        dense=dense.path("onnx"),
+        plan=plan,
+        weights=weights,
+        session=session,
+        passes={"dense": _untimed(dense["passes"]), "pruned": _untimed(final["passes"])},
         report=render(data.timeless()),
         sample_inputs=inputs,
         sample_outputs=outputs,
         inputs=tensor_specs(model.graph.input),
         outputs=tensor_specs(model.graph.output),
-        latency=latency_of(ending.session, work.budget, PRUNED, DENSE),
-        accuracy=_accuracy(work, ending, data),
+        latency=latency,
+        accuracy=accuracy,
         versions=work.run.versions,
         sources={"project": work.project.digest()},
         chain=work.run.chain(),
-        precision=_precision(ending.final["passes"]),
-        sample=_reproduced(ending.final["passes"], outputs),
+        artifacts=artifacts or {},
+        precision=_precision(final["passes"]),
+        sample=_reproduced(final["passes"], outputs),
         licences=licence_texts(work.project.folder),
     )
 
@@ -212,14 +250,17 @@ def _reproduced(log: Mapping[str, Any], outputs: Mapping[str, NDArray[Any]]) -> 
     return Sample(atol=log["precision"]["allowed"] * largest)
 
 
-def _accuracy(work: Work, ending: Ending, data: ReportData) -> Accuracy:
+def accuracy_entry(
+    work: Work, data: ReportData, dense: float | None, pruned: float | None, agreed: Agreement | None
+) -> Accuracy:
+    """What the manifest tells of the accuracy."""
     return Accuracy(
         metric=data.metric,
-        dense=ending.accuracy_dense,
-        pruned=ending.accuracy,
+        dense=dense,
+        pruned=pruned,
         max_drop=work.project.max_drop,
         unjudged=data.unjudged,
-        agreement=AgreementEntry(**asdict(ending.agreement)) if ending.agreement else None,
+        agreement=AgreementEntry(**asdict(agreed)) if agreed else None,
     )
 
 
@@ -284,9 +325,9 @@ def _report(work: Work, ending: Ending, verdict: str, reason: str, folder: Path)
         points=_points(ending, dense_ms[0], work.slower),
         distributions=tuple(_distribution(m) for m in session.measurements.values()),
         repairs=_repairs(work),
-        passes=_passes(ending.final["passes"]),
+        passes=passes(ending.final["passes"]),
         candidates=_candidates(ending.final["passes"]),
-        stages=_stages(work),
+        stages=stages(work),
         conditions=_conditions(session)
         | {"dense against itself": f"{control.center:.4f}x ({control.low:.4f} to {control.high:.4f})"},
         versions=work.run.versions,
@@ -401,7 +442,8 @@ def _repairs(work: Work) -> tuple[RepairRow, ...]:
     )
 
 
-def _passes(log: Mapping[str, Any]) -> tuple[PassRow, ...]:
+def passes(log: Mapping[str, Any]) -> tuple[PassRow, ...]:
+    """What each pass of a log changed and refused."""
     rows = []
     for name in log["passes"]:
         steps = [step for step in log["steps"] if step["name"] == name]
@@ -442,7 +484,8 @@ def _said(work: Work) -> tuple[str, ...]:
     return (*work.notes, *work.precision)
 
 
-def _stages(work: Work) -> tuple[StageRow, ...]:
+def stages(work: Work) -> tuple[StageRow, ...]:
+    """What the run has done so far."""
     return tuple(StageRow(name, row["seconds"], row["detail"]) for name, row in work.run.stages.items())
 
 

@@ -38,11 +38,11 @@ from profiles.errors import DeployError, MissedError, UsageError
 from profiles.schema import Profile
 
 TOOLS = (
-    "edge-deploy", "torch", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "scipy",
-    "safetensors",
+    "edge-deploy", "torch", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+    "tensorrt-rtx-cu13-libs", "numpy", "scipy", "safetensors",
 )  # fmt: skip
 OPEN = ("running", "interrupted", "failed")
-"""States of a run that can be resumed; `done` and `missed` are the end."""
+"""States of a run that can be resumed; `done`, `missed` and `built` (and not measured) are the end."""
 
 
 class Interrupted(DeployError):

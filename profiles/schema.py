@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from profiles.errors import UsageError, near_miss
 
@@ -36,7 +36,7 @@ class Budget(Spec):
     """A latency limit: absolute (`limit_ms`) or relative to the dense network of the same session (`ratio`).
 
     Text form: `8ms`, `0.5x`, `0.5x@p90`. At `p50` a relative budget is met when the 99 % upper bound of the
-    interleaved ratio is at most `ratio`.
+    interleaved ratio is at most `ratio`. Neither, and the text `none`, where none was asked of what is only built.
     """
 
     limit_ms: float | None = Field(default=None, gt=0)
@@ -60,6 +60,8 @@ class Budget(Spec):
         return cls(limit_ms=value * {"ms": 1.0, "us": 1e-3, "s": 1e3}[match["unit"]], percentile=at)
 
     def __str__(self) -> str:
+        if self.ratio is None and self.limit_ms is None:
+            return "none"
         head = f"{self.ratio:g}x" if self.ratio is not None else f"{self.limit_ms:g}ms"
         return head if self.percentile == "p50" else f"{head}@{self.percentile}"
 
@@ -278,6 +280,12 @@ class JetsonSpec(Spec):
     telemetry_ms: int = Field(default=1000, ge=0, description="pause between two readings of power; 0: none")
 
 
+def _capability(value: Any) -> Any:
+    """A compute capability written as a number, 8.6 or 12, as text with one decimal; the rest as it is."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value == round(value, 1)
+    return f"{value:.1f}" if number else value
+
+
 class TensorRTSpec(Spec):
     """How engines are built, and how they are run and timed, by TensorRT or TensorRT for RTX: docs/boards.md.
 
@@ -293,8 +301,8 @@ class TensorRTSpec(Spec):
         default="none", description="engines that other GPUs run too"
     )
     dla_core: int | None = Field(default=None, ge=0, description="the DLA core that runs what it can, the GPU the rest")
-    compute_capability: str | None = Field(
-        default=None, pattern=r"^\d+\.\d$", description="as 8.6: of another GPU than this one's; built, not measured"
+    compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$"), BeforeValidator(_capability)] | None = Field(
+        default=None, description="as 8.6: of another GPU than this one's; built, not measured"
     )
     optimization_level: int | None = Field(default=None, ge=0, le=5, description="of the builder; left out, its own")
     tf32: bool = Field(default=True, description="float32 products may round their operands to 10 bits, as is usual")

@@ -122,6 +122,16 @@ class Target(ABC):
         """Whether outputs can be read on the device; where they cannot, networks are timed there and never judged."""
         return Condition("outputs", "can be read", True)
 
+    def latency(self) -> Condition:
+        """Whether networks can be timed on the device; where they cannot, they are built for it and never measured."""
+        return Condition("latency", "can be measured", True)
+
+    def require_latency(self) -> None:
+        """Raise UndecidedError where nothing can be timed on the device."""
+        seen = self.latency()
+        if not seen.ok:
+            raise seen.undecided(self.profile.name)
+
     @abstractmethod
     def doctor(self) -> list[Condition]:
         """Everything that should be in order before using the device, what is missing included."""

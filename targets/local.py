@@ -20,6 +20,7 @@ from targets.runtimes.base import Opened, infer
 from targets.runtimes.tensorrt import TensorRT
 
 OPEN_SESSIONS = 4
+NO_GPU = "measure where an NVIDIA GPU and its driver are; --target rtx builds engines for a card that is elsewhere."
 
 
 class Local(AgentTarget):
@@ -75,7 +76,9 @@ class Local(AgentTarget):
         found = [*self._leasing(), *self.preflight().conditions, self._runtime()]
         if not found[-1].ok:
             return found
-        return [*found, self.placed() if self.profile.runtime == "ort" else self.outputs()]
+        if self.profile.runtime == "ort":
+            return [*found, self.placed()]
+        return [*found, device.gpu_condition(self._facts(), NO_GPU), self.outputs()]
 
     def _leasing(self) -> list[Condition]:
         """Whether the device can be leased, and who holds it."""

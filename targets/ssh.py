@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from profiles.errors import DeployError, UsageError
-from profiles.schema import Profile
+from profiles.schema import Profile, profile_names
 from targets._agents import AgentTarget, Answer, Look, Table, Verb
 from targets.base import Array, Progress, Target
 from targets.harness import building, device, lease
@@ -30,10 +30,9 @@ class Ssh(AgentTarget):
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
         if profile.host is None:
-            raise UsageError(
-                f"the profile '{profile.name}' names no board.",
-                'write a file robot-7.toml with extends = "ssh" and host = "robot-7", then --target robot-7.toml',
-            )
+            file = f'write a file robot-7.toml with extends = "{profile.name}" and host = "robot-7"'
+            hint = f"{file}, then --target robot-7.toml" if profile.name in profile_names() else 'add host = "robot-7".'
+            raise UsageError(f"the profile '{profile.name}' names no board.", hint)
         self.board = Board(Place(profile.host, profile.ssh))
         self.board.runtime, self.board.providers = self.runtime.name, list(profile.providers)
         self._site = BoardSite(self.board)
@@ -106,11 +105,9 @@ class Ssh(AgentTarget):
             why = "nothing can be measured without it"
             return [*found, Condition("runtime", error.message.rstrip("."), False, why, error.hint, fatal=True)]
         found += [Condition("runtime", f"{facts['runtime']} {facts['runtime_version']}", True)]
-        if "gpu" in facts:
-            gpu = str(facts["gpu"])
-            why = "engines are built and run on it"
-            found.append(Condition("gpu", gpu, gpu != "none", why, "look at its driver on the board.", fatal=True))
-        return [*found, self.placed() if self.profile.runtime == "ort" else self.outputs()]
+        if self.profile.runtime == "ort":
+            return [*found, self.placed()]
+        return [*found, device.gpu_condition(facts, "look at its driver on the board."), self.outputs()]
 
 
 class BoardSite:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.frame import app, everywhere, exists, overrides_of, print_json, target_name, terminal, with_settings
+from pipeline.cli.frame import (
+    STATE,
+    app,
+    everywhere,
+    exists,
+    overrides_of,
+    print_json,
+    target_name,
+    terminal,
+    with_settings,
+)
 from profiles.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +38,10 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Groups, table and solved plan; no training, no bundle.")
 @everywhere
 def build(as_json: bool, resume: bool, out: Path | None, **options: Any) -> int:
-    """Prune a project's network to a latency budget and write the release bundle."""
+    """Prune a project's network to a latency budget and write the release bundle.
+
+    For a card that is not here (--target rtx) the network is built as it is, and said not to be measured: exit code 4.
+    """
     from pipeline.run import BuildRequest, latest_unfinished
 
     if resume:
@@ -61,6 +74,7 @@ def _request(
     """A checked `BuildRequest`: every name in it exists, before anything heavy is imported."""
     from pipeline.run import BuildRequest
     from profiles.schema import Budget, load_profile
+    from targets.base import load_target
 
     overrides = overrides_of(settings)
     chosen = {"criterion": criterion, "solver": solver, "repair": repair, "rounds": rounds}
@@ -76,7 +90,7 @@ def _request(
         exists("candidates", name)
     for name in (*profile.prepare.hooks, *profile.recover.hooks):
         exists("hooks", name)
-    if budget is None and profile.budget is None:
+    if budget is None and profile.budget is None and load_target(profile, STATE).latency().ok:
         raise UsageError(f"there is no budget: profile '{profile.name}' has none.", "--budget 0.5x, or --budget 8ms.")
     if not (project / "deploy.toml").is_file():
         raise UsageError(f"there is no project file '{project / 'deploy.toml'}'.", "deploy build --project DIR")

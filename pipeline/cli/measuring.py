@@ -73,6 +73,7 @@ def measure(
     profile = load_profile(target_name(target), overrides)
     writable(out, html)
     device = load_target(profile, STATE)
+    device.require_latency()
     names = _names(models)
     with tempfile.TemporaryDirectory() as work, bar("measure", not as_json) as progress:
         places = {model: Path(work) / f"{name}.artifact" for name, model in names.items()}
@@ -132,10 +133,11 @@ def verify(bundle: Path, target: str | None, settings: tuple[str, ...], as_json:
     """Check a bundle: checksums, schema, graphs, the sample's output, and whether its raw samples keep the budget.
 
     With --target both networks are measured again, and the budget is judged on that. Exit code 1 for a bundle that is
-    not whole, 3 for a budget or an accuracy that was missed, 4 where the samples decide nothing.
+    not whole, 3 for a budget or an accuracy that was missed, 4 where the samples decide nothing or there are none.
     """
     import tempfile
 
+    from pipeline.nouns import BUILT
     from pipeline.release import verify as check
     from profiles.schema import load_profile
     from targets.base import load_target
@@ -152,7 +154,7 @@ def verify(bundle: Path, target: str | None, settings: tuple[str, ...], as_json:
                 judged, _ = check.measure_again(bundle, device, Path(work))
             verdict, reason = judged.verdict, judged.reason
         told |= {"verdict": verdict, "reason": reason}
-        code = {"met": 0, "undecided": 4}.get(verdict, 3)
+        code = {"met": 0, "undecided": 4, BUILT: 4}.get(verdict, 3)
     told["exit_code"] = code
     if as_json:
         print_json(told)

@@ -70,6 +70,7 @@ def accept(run: Path, target: str | None, settings: tuple[str, ...], as_json: bo
     profile = load_profile(name, overrides_of(settings))
     pin, path = pinned.from_run(run)
     device = load_target(profile, STATE)
+    device.require_latency()
     pin = replace(pin, fingerprint=device.fingerprint().to_table(), profile=pinned.profile_file(name))
     earlier = pinned.baseline_of(STATE, profile.name)
     if earlier is not None and earlier.profile and pin.profile and earlier.profile != pin.profile:

@@ -259,6 +259,9 @@ def _bundle(bundle: Path, name: str, run: Path | None = None) -> tuple[Pin, Path
     try:
         manifest = json.loads((bundle / "manifest.json").read_bytes())
         told = {str(file): str(entry["sha256"]) for file, entry in manifest["files"].items()}
+        if manifest["latency"] is None:
+            message = f"'{bundle}' was built and not measured, so it met no budget."
+            raise UsageError(message, "name a run that is done.")
         sha256, _, device = told["model.onnx"], told["measurement.json"], dict(manifest["device"])
         latency, accuracy = dict(manifest["latency"]), dict(manifest["accuracy"])
         drop = 0.0

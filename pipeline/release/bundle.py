@@ -2,11 +2,11 @@
 
     manifest.json        checksums, chain of inputs, versions, device, precision, budget, latency, accuracy, layouts
     model.onnx           the network that was measured; dense.onnx: the one it is compared with
-    engine files         what the runtime built of them, where it builds any
+    engine files         what the runtime built of them, where it builds any: `model.plan`
     plan.json            what the network grew by, if it did, and which units stay, as indices into it
     pruned.safetensors   weights of the pruned network (the suffix is the encoder's)
     sample.safetensors   an input and the output that belongs to it: `input.<name>`, `output.<name>`
-    measurement.json     every raw sample of the accepting session, with its conditions
+    measurement.json     every raw sample of the accepting session, with its conditions; not where nothing was measured
     passes.json          what each graph pass changed and refused
     report.html          the page for people
     LICENSES.txt         licences of what is in the bundle
@@ -34,9 +34,21 @@ from pipeline.release.encoders.base import load_encoder
 from pipeline.release.manifest import NAME, Accuracy, FileEntry, Latency, Link, Manifest, Sample, TensorSpec
 from profiles.errors import UsageError
 from profiles.schema import Precision
+from targets.harness.device import Fingerprint
 from targets.harness.measurement import Session
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """What stands in the place of a session where nothing could be measured.
+
+    fingerprint: of what the engine was built for; why: nothing was measured, a sentence without its full stop.
+    """
+
+    fingerprint: Fingerprint
+    why: str
 
 
 @dataclass(frozen=True)
@@ -44,10 +56,10 @@ class Contents:
     """Everything that goes into a bundle. Paths are copied, never moved.
 
     weights: parameter and buffer name -> array of the pruned network. session: the accepting measurement, raw samples
-    included; latency.network and latency.reference name two of its networks. passes: plain data of the pass log.
-    sample_inputs, sample_outputs: name -> array, as model.onnx computes. artifacts: file name -> built by the runtime.
-    sources: name -> SHA-256 of what the user gave. chain: as `Run.chain` gives it. licences: name -> text.
-    precision: of model.onnx.
+    included; latency.network and latency.reference name two of its networks; None without a session. passes: plain data
+    of the pass log. sample_inputs, sample_outputs: name -> array, as model.onnx computes. artifacts: file name -> built
+    by the runtime. sources: name -> SHA-256 of what the user gave. chain: as `Run.chain` gives it. licences: name ->
+    text. precision: of model.onnx.
     """
 
     network: str
@@ -56,14 +68,14 @@ class Contents:
     dense: Path
     plan: PruningPlan
     weights: Mapping[str, NDArray[Any]]
-    session: Session
+    session: Session | Unmeasured
     passes: Any
     report: str
     sample_inputs: Mapping[str, NDArray[Any]]
     sample_outputs: Mapping[str, NDArray[Any]]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    latency: Latency
+    latency: Latency | None
     accuracy: Accuracy
     versions: Mapping[str, str]
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -110,9 +122,10 @@ def licence_texts(project: Path) -> dict[str, str]:
 def _texts(contents: Contents) -> dict[str, bytes]:
     sample = {f"input.{name}": array for name, array in contents.sample_inputs.items()}
     sample |= {f"output.{name}": array for name, array in contents.sample_outputs.items()}
-    return {
+    session = contents.session
+    raw = {"measurement.json": session.to_json().encode() + b"\n"} if isinstance(session, Session) else {}
+    return raw | {
         "plan.json": contents.plan.to_json().encode() + b"\n",
-        "measurement.json": contents.session.to_json().encode() + b"\n",
         "passes.json": _json(contents.passes),
         "report.html": contents.report.encode(),
         "sample.safetensors": bytes(save({name: np.asarray(sample[name], order="C") for name in sorted(sample)})),
@@ -128,21 +141,28 @@ def _licences(texts: Mapping[str, str]) -> str:
 
 
 def _manifest(contents: Contents, files: Mapping[str, FileEntry]) -> Manifest:
-    measured = contents.session.measurement(contents.latency.network)
+    session, latency = contents.session, contents.latency
+    device = session.fingerprint
+    runtime, why = f"{device.runtime} {device.runtime_version}", ""
+    if isinstance(session, Unmeasured):
+        why = session.why
+    elif latency is not None:
+        runtime = session.measurement(latency.network).runtime
     return Manifest(
         tool=f"edge-deploy {contents.versions.get('edge-deploy', 'unknown')}",
         network=contents.network,
         target=contents.target,
-        runtime=measured.runtime,
+        runtime=runtime,
         precision=contents.precision,
         encoder=contents.encoder,
         files=dict(files),
         sources=dict(contents.sources),
         chain=tuple(Link.model_validate(link) for link in contents.chain),
         versions=dict(contents.versions),
-        device=contents.session.fingerprint.to_table(),
-        device_sha256=contents.session.fingerprint.digest(),
-        latency=contents.latency,
+        device=device.to_table(),
+        device_sha256=device.digest(),
+        latency=latency,
+        unmeasured=why,
         accuracy=contents.accuracy,
         inputs=contents.inputs,
         outputs=contents.outputs,

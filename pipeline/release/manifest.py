@@ -126,7 +126,8 @@ class Sample(Spec):
 class Manifest(Spec):
     """manifest.json. sources: name -> hash of what the user gave (weights, project file, …). device: fingerprint.
 
-    precision: of model.onnx, where any of it is in half; None in bundles of versions that did not tell it.
+    precision: of model.onnx, where any of it is in half; None in bundles of versions that did not tell it. latency:
+    None where nothing was measured; then `unmeasured` says why.
     """
 
     version: Literal[1] = 1
@@ -142,11 +143,18 @@ class Manifest(Spec):
     versions: dict[str, str]
     device: dict[str, Any]
     device_sha256: Sha256
-    latency: Latency
+    latency: Latency | None
+    unmeasured: str = ""
     accuracy: Accuracy
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     sample: Sample = Sample()
+
+    @model_validator(mode="after")
+    def _measured_or_said(self) -> Manifest:
+        if (self.latency is None) != bool(self.unmeasured):
+            raise ValueError("latency is a table, or null with the reason in unmeasured")
+        return self
 
     @field_validator("files")
     @classmethod

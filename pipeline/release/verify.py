@@ -23,21 +23,24 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from pipeline.nouns import PruningPlan
+from pipeline.nouns import BUILT, PruningPlan
 from pipeline.release.encoders.base import load_encoder
-from pipeline.release.manifest import Accuracy, Manifest, Sample, TensorSpec, latency_of
-from profiles.errors import DeployError, UsageError
+from pipeline.release.manifest import Accuracy, Latency, Manifest, Sample, TensorSpec, latency_of
+from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import Budget, explain
 from targets.base import Target
 from targets.harness.agent.board.model import runtime_errors
+from targets.harness.device import Fingerprint
 from targets.harness.measurement import Judgement, Session, judge
 
 MANIFEST_BYTES = 16 << 20
 TEXT_BYTES = 512 << 20
 FILE_BYTES = 4 << 30
 TOTAL_BYTES = 16 << 30
+SAMPLES = "measurement.json"
+"""Required where a latency is told, and refused where none is."""
 REQUIRED = (
-    "model.onnx", "dense.onnx", "plan.json", "sample.safetensors", "measurement.json", "passes.json", "report.html",
+    "model.onnx", "dense.onnx", "plan.json", "sample.safetensors", SAMPLES, "passes.json", "report.html",
     "LICENSES.txt",
 )  # fmt: skip
 
@@ -79,12 +82,14 @@ def read_manifest(bundle: Path) -> Manifest:
 def recorded(bundle: Path) -> tuple[str, str]:
     """The verdict of a whole bundle and its reason, by its own samples and the accuracy that its manifest tells."""
     manifest = read_manifest(bundle)
-    session = Session.from_json((bundle / "measurement.json").read_text(encoding="utf-8"))
-    latency = manifest.latency
-    judged = judge(session, latency.network, latency.reference, Budget.parse(latency.budget))
-    told = manifest.accuracy
-    if judged.verdict != "met" or not _fell_too_far(told):
-        return judged.verdict, judged.reason
+    latency, told = manifest.latency, manifest.accuracy
+    verdict, reason = BUILT, manifest.unmeasured
+    if latency is not None:
+        session = Session.from_json((bundle / SAMPLES).read_text(encoding="utf-8"))
+        judged = judge(session, latency.network, latency.reference, Budget.parse(latency.budget))
+        verdict, reason = judged.verdict, judged.reason
+    if verdict not in ("met", BUILT) or not _fell_too_far(told):
+        return verdict, reason
     return "accuracy missed", f"{told.pruned:g} against {told.dense:g} dense, allowed drop {told.max_drop:g}"
 
 
@@ -97,9 +102,14 @@ def _fell_too_far(accuracy: Accuracy) -> bool:
 def measure_again(bundle: Path, target: Target, work: Path) -> tuple[Judgement, Session]:
     """Measure both networks in one accepting session on a target and judge the released budget on it.
 
-    work: folder for what the target builds. Raises what the target raises.
+    work: folder for what the target builds. Raises UndecidedError where nothing can be timed on the target, or where
+    the bundle has no budget to judge; else what the target raises.
     """
     manifest = read_manifest(bundle)
+    target.require_latency()
+    if manifest.latency is None:
+        message = f"'{bundle}' was built and not measured, so it tells no budget to judge: {manifest.unmeasured}."
+        raise UndecidedError(message, "deploy build, on a machine where the target can be measured.")
     files = {manifest.latency.network: bundle / "model.onnx", manifest.latency.reference: bundle / "dense.onnx"}
     built = {name: work / f"{name}.artifact" for name in files}
     target.build_each({path: built[name] for name, path in files.items()})
@@ -128,7 +138,10 @@ def _read_manifest(bundle: Path) -> tuple[Manifest | None, list[str]]:
 def _files(bundle: Path, manifest: Manifest) -> list[str]:
     try:
         required = {*REQUIRED, f"pruned{load_encoder(manifest.encoder).SUFFIX}"}
-        Budget.parse(manifest.latency.budget)
+        if manifest.latency is None:
+            required.remove(SAMPLES)
+        else:
+            Budget.parse(manifest.latency.budget)
     except UsageError as error:
         return [f"manifest.json: {error.message}"]
     there, listed = {path.name: path for path in bundle.iterdir()}, manifest.files.keys()
@@ -174,16 +187,31 @@ def _texts(bundle: Path, manifest: Manifest) -> list[str]:
         encoder.decode((bundle / f"pruned{encoder.SUFFIX}").read_bytes())
     except DeployError as error:
         problems.append(error.message)
+    if manifest.latency is None:
+        return problems + _unmeasured(manifest)
     try:
-        problems += _latency(Session.from_json((bundle / "measurement.json").read_text(encoding="utf-8")), manifest)
+        session = Session.from_json((bundle / SAMPLES).read_text(encoding="utf-8"))
+        problems += _latency(session, manifest, manifest.latency)
     except (DeployError, ValueError, RecursionError) as error:
         problems.append(f"measurement.json: {error}")
     return problems
 
 
-def _latency(session: Session, manifest: Manifest) -> list[str]:
+def _unmeasured(manifest: Manifest) -> list[str]:
+    """What contradicts a manifest that tells no latency."""
+    problems = []
+    if SAMPLES in manifest.files:
+        problems.append(f"the manifest tells that nothing was measured, and {SAMPLES} is there.")
+    try:
+        same = Fingerprint.from_table(manifest.device).digest() == manifest.device_sha256
+    except (TypeError, KeyError):
+        same = False
+    return problems if same else [*problems, "the manifest's device is not the one that its device_sha256 tells."]
+
+
+def _latency(session: Session, manifest: Manifest, latency: Latency) -> list[str]:
     """The released numbers against the raw samples."""
-    latency, problems = manifest.latency, []
+    problems = []
     for name, other in ((latency.network, "dense.onnx"), (latency.reference, "model.onnx")):
         if name not in session.measurements:
             return [f"measurement.json holds no network named '{name}'."]

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from pipeline.nouns import BUILT
+
 Interval = tuple[float, float]
 
 
@@ -176,7 +178,8 @@ class ReportData:
 
     network: the factory, as the project file names it. budget: as asked, `0.5x@p90`; budget_ms: in this session,
     None where it is a share of what too few samples could give.
-    verdict: `met`, `missed`, `accuracy missed` or `undecided`, with the sentence that explains it in `reason`.
+    verdict: `met`, `missed`, `accuracy missed`, `undecided` or `built, not measured`, with the sentence that explains
+    it in `reason`.
     ratio, ratio_interval: measured / dense of the accepting session; process_ratios: one a fresh process.
     conditions: device fingerprint and what was found before measuring, by label. leaves: (module, why channels stay).
     notes: what a release engineer should know, one sentence each. bundle: path of the bundle or of the rejected point.
@@ -246,7 +249,8 @@ def summary(data: ReportData) -> dict[str, Any]:
     """The one JSON object that `deploy build --json` prints."""
     return {
         "bundle": data.bundle if data.verdict == "met" else None,
-        "rejected": None if data.verdict == "met" else data.bundle,
+        "rejected": None if data.verdict in ("met", BUILT) else data.bundle,
+        "built": data.bundle if data.verdict == BUILT else None,
         "verdict": data.verdict,
         "budget": data.budget,
         "budget_ms": data.budget_ms,

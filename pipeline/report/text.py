@@ -9,17 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.nouns import BUILT
 from pipeline.report import numbers
 from pipeline.report.data import ReportData
 
-VERDICTS = {"met": "green", "missed": "red", "accuracy missed": "red", "undecided": "yellow"}
+VERDICTS = {"met": "green", "missed": "red", "accuracy missed": "red", "undecided": "yellow", BUILT: "yellow"}
+PLACES = {"met": "bundle", BUILT: "built"}
+"""What the folder is called that a build leaves; else it holds the nearest point."""
 
 
 def closing_table(data: ReportData) -> Table:
     """Dense beside pruned: accuracy, parameters, MACs, predicted and measured latency with its interval, budget."""
     dense, pruned = data.dense, data.pruned
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("", "dense", "pruned", "change"):
+    for column in ("", "dense", "built" if data.verdict == BUILT else "pruned", "change"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     drop = numbers.difference(dense.accuracy, pruned.accuracy)
     table.add_row("accuracy", *(_score(data, figures.accuracy) for figures in (dense, pruned)), drop)
@@ -35,7 +38,8 @@ def closing_table(data: ReportData) -> Table:
     ratio_bounds = numbers.bounds(data.ratio_interval, "x") if data.ratio_interval else ""
     table.add_row("  interval", _bounds(dense.interval_ms), _bounds(pruned.interval_ms), ratio_bounds)
     relative = data.budget.partition("@")[0]
-    table.add_row("budget", "", numbers.ms(data.budget_ms), relative if relative.endswith("x") else "")
+    limit = data.budget if data.budget == "none" else numbers.ms(data.budget_ms)
+    table.add_row("budget", "", limit, relative if relative.endswith("x") else "")
     return table
 
 
@@ -49,7 +53,7 @@ def show(data: ReportData, console: Console) -> None:
     for note in data.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
     if data.bundle:
-        console.print(Text(f"{'bundle' if data.verdict == 'met' else 'nearest point'}  {data.bundle}"), soft_wrap=True)
+        console.print(Text(f"{PLACES.get(data.verdict, 'nearest point')}  {data.bundle}"), soft_wrap=True)
 
 
 def dry_table(summary: Mapping[str, Any]) -> Table:

@@ -49,7 +49,7 @@ class Site(Protocol):
     """A device on which engines are built. All methods raise DeployError in one sentence for what is refused there."""
 
     def facts(self, name: str) -> Table:
-        """The library of a runtime (`library`) and the GPU (`gpu`)."""
+        """The library of a runtime (`library`), the GPU (`gpu`) and for which others it builds (`capabilities`)."""
 
     def timing(self, name: str) -> str:
         """How a builder there is told of the timing cache of this name."""

@@ -98,6 +98,10 @@ class Condition:
     mend: str = ""
     fatal: bool = False
 
+    def undecided(self, profile: str) -> UndecidedError:
+        """The error for what cannot be measured on a profile's device because of it."""
+        return UndecidedError(f"nothing can be measured for '{profile}': {self.why}.", self.mend)
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -183,6 +187,12 @@ def providers_condition(asked: Sequence[str], there: Sequence[str]) -> Condition
     lacking = [name for name in asked if name not in there]
     why, mend = "the runtime would run elsewhere than asked", f"set providers to some of {', '.join(there)}."
     return Condition("providers", ", ".join(asked), not lacking, why, mend, fatal=True)
+
+
+def gpu_condition(facts: Mapping[str, Any], mend: str) -> Condition:
+    """Whether there is a GPU that engines can run on. facts: what `agent.facts` reads where a runtime of engines is."""
+    gpu = str(facts["gpu"])
+    return Condition("gpu", gpu, gpu != "none", "engines are run and timed on it", mend, fatal=True)
 
 
 def _load(seen: dict[str, Any], spec: MeasureSpec) -> Condition:

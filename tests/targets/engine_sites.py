@@ -27,7 +27,7 @@ from fake_tensorrt import Fake
 _cuda = ctypes.CDLL(glob.glob(os.path.join(os.path.dirname(__file__), "nvidia", "*", "lib", "libcudart.so"))[0])
 _cuda.fake_reset.argtypes = [ctypes.c_int, ctypes.c_longlong, ctypes.c_int, ctypes.c_int]
 _cuda.fake_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_cuda.fake_reset(0, 200_000, 0, 0)
+_cuda.fake_reset(int(os.environ.get("FAKE_STATUS", "0")), 200_000, 0, 0)
 _cuda.fake_memory(ENGINE_MIB)
 _fake = Fake("10.3")
 _fake.refuses = lambda built: os.kill(os.getpid(), 9) if os.environ.get("FAKE_CRASH") else ""
@@ -58,10 +58,13 @@ def make_gpu_site(folder: Path, card: str = "Orin", tensorrt: int = 100300, cudn
     return folder
 
 
-def make_site(folder: Path, engine_mib: int = 0) -> Path:
-    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler."""
+def make_site(folder: Path, engine_mib: int = 0, module: str = "tensorrt") -> Path:
+    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler.
+
+    module: what TensorRT is called there.
+    """
     compile_library(folder / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so", HERE / "cudart.c")
-    (folder / "tensorrt.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
+    (folder / f"{module}.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
     shutil.copy(HERE / "fake_tensorrt.py", folder)
     shutil.copytree(HERE / "recordings" / "tensorrt", folder / "recordings" / "tensorrt")
     return folder

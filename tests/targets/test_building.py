@@ -132,6 +132,20 @@ def test_a_misspelt_key_of_the_table_names_its_near_miss():
             load_profile("local", {"tensorrt": wrong})
 
 
+@pytest.mark.parametrize(
+    ("written", "read"), [("8.6", "8.6"), (8.6, "8.6"), (12, "12.0"), (12.0, "12.0"), (None, None)]
+)
+def test_a_compute_capability_is_text_or_a_number(written, read):
+    spec = load_profile("local", {"tensorrt": {"compute_capability": written}}).tensorrt
+    assert spec.compute_capability == read
+
+
+@pytest.mark.parametrize("wrong", [8.65, True, "sm86", [8.6]])
+def test_what_is_no_compute_capability_is_refused_with_its_key(wrong):
+    with pytest.raises(UsageError, match=r"^the command line: tensorrt\.compute_capability is "):
+        load_profile("local", {"tensorrt": {"compute_capability": wrong}})
+
+
 def test_every_key_of_the_table_is_for_building_running_or_the_cache():
     spec = TensorRTSpec()
     assert set(builder_options(spec)) | set(running_options(spec)) | {"timing_cache"} == set(TensorRTSpec.model_fields)

@@ -216,6 +216,16 @@ def test_a_library_that_is_not_there_is_one_sentence(tmp_path):
         target.fingerprint()
 
 
+def test_the_doctor_of_a_machine_says_whether_engines_can_run_on_it(tmp_path, monkeypatch):
+    target = here(tmp_path, monkeypatch, 0)
+    doctor = {condition.name: condition for condition in target.doctor()}
+    assert doctor["gpu"].ok and doctor["gpu"].value == "Orin 8.7, CUDA 12.6, driver 12.8"
+    monkeypatch.setenv("FAKE_STATUS", "100")
+    doctor = {condition.name: condition for condition in target.doctor()}
+    assert doctor["runtime"].ok and doctor["gpu"].value == "none"
+    assert doctor["gpu"].fatal and not doctor["gpu"].ok and "--target rtx" in doctor["gpu"].mend
+
+
 def test_what_a_builder_has_not_is_one_sentence_with_the_key(target, tmp_path):
     object.__setattr__(target.runtime.spec, "dla_core", 3)
     with pytest.raises(DeployError) as error:

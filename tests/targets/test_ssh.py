@@ -214,13 +214,18 @@ def fails(make, **ssh) -> DeployError:
     return error.value
 
 
-def test_a_profile_without_a_board_says_how_to_write_one(tmp_path):
+@pytest.mark.parametrize("name", ["ssh", "jetson", "jetson-orin-nano"])
+def test_a_profile_without_a_board_says_how_to_write_one(name, tmp_path):
     with pytest.raises(UsageError) as error:
-        load_target(load_profile("ssh"), tmp_path)
+        load_target(load_profile(name), tmp_path)
     assert str(error.value) == (
-        "the profile 'ssh' names no board.\n"
-        'write a file robot-7.toml with extends = "ssh" and host = "robot-7", then --target robot-7.toml'
+        f"the profile '{name}' names no board.\n"
+        f'write a file robot-7.toml with extends = "{name}" and host = "robot-7", then --target robot-7.toml'
     )
+    (tmp_path / "arm-3.toml").write_text(f'extends = "{name}"\n', encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        load_target(load_profile(str(tmp_path / "arm-3.toml")), tmp_path)
+    assert str(error.value) == "the profile 'arm-3' names no board.\nadd host = \"robot-7\"."
 
 
 @pytest.mark.parametrize("host", ["-oProxyCommand=touch x", "a b", ""])

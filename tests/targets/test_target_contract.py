@@ -18,6 +18,9 @@ from targets.harness.measurement import Session
 from targets.runtimes.base import Runtime, load_runtime
 
 TARGETS = plugins.names("targets")
+ABSENT = ("rtx",)
+"""Targets of a device that need not be here: test_rtx.py is about them, here and elsewhere."""
+TIMED = [name for name in TARGETS if name not in ABSENT]
 BOARDS = {"ssh": "board", "jetson": "whole_jetson"}
 """Fixtures of the boards that stand behind a target's link."""
 
@@ -27,7 +30,8 @@ def target(request, tmp_path, monkeypatch):
     (tmp_path / "lock").mkdir()
     monkeypatch.setattr(leases, "lease_folder", lambda: tmp_path / "lock")
     if request.param not in BOARDS:
-        yield load_target(load_profile("local", {"target": request.param}), tmp_path / ".deploy")
+        name = request.param if request.param in ABSENT else "local"
+        yield load_target(load_profile(name, {"target": request.param}), tmp_path / ".deploy")
         return
     file = request.getfixturevalue(BOARDS[request.param]).file("contract", 'runtime = "ort"', extends=request.param)
     target = load_target(load_profile(str(file)), tmp_path / ".deploy")
@@ -40,7 +44,7 @@ def test_the_folder_lists_its_targets():
     assert {"local", "simulated"} <= set(TARGETS)
 
 
-@pytest.mark.parametrize("target", TARGETS, indirect=True)
+@pytest.mark.parametrize("target", TIMED, indirect=True)
 def test_every_target_measures_interleaved_and_says_who_it_is(target, conv, quick):
     assert isinstance(target, Target)
     artifact = target.build(conv("net"), target.state / "model.onnx")
@@ -51,7 +55,7 @@ def test_every_target_measures_interleaved_and_says_who_it_is(target, conv, quic
     assert Session.from_json(session.to_json()).ratio("a", "b") == session.ratio("a", "b")
 
 
-@pytest.mark.parametrize("target", TARGETS, indirect=True)
+@pytest.mark.parametrize("target", TIMED, indirect=True)
 def test_every_target_times_rows_and_infers(target, conv):
     times = target.rows([conv("net"), conv("net")], conv("net"), 4)
     assert times.ms.shape == (2, 4) and (times.ms > 0).all() and (times.reference_ms > 0).all()
@@ -59,7 +63,7 @@ def test_every_target_times_rows_and_infers(target, conv):
     assert out.shape == (3, 16)
 
 
-@pytest.mark.parametrize("target", TARGETS, indirect=True)
+@pytest.mark.parametrize("target", TIMED, indirect=True)
 def test_every_target_builds_one_file_of_a_network_that_keeps_its_weights_beside_it(target, conv, tmp_path):
     whole, parted = conv("whole", size=8), tmp_path / "parted" / "net.onnx"
     parted.parent.mkdir()
@@ -71,7 +75,7 @@ def test_every_target_builds_one_file_of_a_network_that_keeps_its_weights_beside
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize("target", TARGETS, indirect=True)
+@pytest.mark.parametrize("target", TIMED, indirect=True)
 def test_every_target_names_layers_with_their_times(target, conv, quick):
     found = target.layers({"a": conv("net"), "b": conv("net")}, quick)
     assert list(found) == ["a", "b"]
@@ -84,6 +88,12 @@ def test_every_target_explains_what_is_not_as_it_should_be(target):
     conditions = target.doctor()
     assert conditions
     assert all(c.why and c.mend for c in conditions if not c.ok)
+
+
+@pytest.mark.parametrize("target", TIMED, indirect=True)
+def test_every_target_whose_device_is_there_can_be_timed(target):
+    assert target.latency().ok
+    target.require_latency()
 
 
 @pytest.mark.parametrize("name", plugins.names("targets.runtimes"))

@@ -216,14 +216,13 @@ class Attempt(object):
     def cross(self, config: Any, capability: str) -> None:
         """Build for a GPU that is not here."""
         self.need(hasattr(config, "set_compute_capability"), "compute_capability", "engines for GPUs that are not here")
-        known, name = self.api.ComputeCapability, "SM" + capability.replace(".", "")
-        if not hasattr(known, name):
-            there = sorted((n for n in known.__members__ if n.startswith("SM")), key=lambda n: int(n[2:]))
-            offered = ", ".join("%s.%s" % (n[2:-1], n[-1]) for n in there)
-            text = "%s builds for the compute capabilities %s, not for %s" % (self.lib.title, offered, capability)
+        offered, name = self.lib.capabilities(), "SM" + capability.replace(".", "")
+        if capability not in offered:
+            text = "%s builds for the compute capabilities %s, not for %s"
+            text = text % (self.lib.title, ", ".join(offered), capability)
             raise BoardError("option", text, OUTSIDE_HINT % "compute_capability", option="compute_capability")
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(known, name), 0)
+        config.set_compute_capability(getattr(self.api.ComputeCapability, name), 0)
 
     def shapes(self, builder: Any, network: Any, config: Any) -> None:
         """Fix a free batch at 1. Raises BoardError where another size is free."""

@@ -30,14 +30,16 @@ def gpu_facts() -> Table:
 
 
 def facts(name: str) -> Table:
-    """The library of a runtime, trtexec where it stands in for it, and the GPU."""
+    """The library of a runtime, trtexec where it stands in for it, the GPU, and for which others it builds."""
+    offered: List[str] = []
     try:
-        here = library.load(name).facts()
+        loaded = library.load(name)
+        here, offered = loaded.facts(), loaded.capabilities()
     except BoardError:
         if name != "tensorrt" or not has_trtexec():
             raise
         here = trtexec.facts(trtexec.Trtexec(trtexec.find()))
-    return {"library": here, "gpu": gpu_facts()}
+    return {"library": here, "gpu": gpu_facts(), "capabilities": offered}
 
 
 def build(job: Table, tell: Tell) -> List[Table]:

@@ -81,6 +81,12 @@ class Library(object):
         """The first error that was logged, without codes and source places, or another text."""
         return clean(self.errors[0]) if self.errors else otherwise
 
+    def capabilities(self) -> List[str]:
+        """Compute capabilities of GPUs that need not be here for an engine to be built for them, as 8.6."""
+        members = getattr(getattr(self.api, "ComputeCapability", None), "__members__", ())
+        numbers = sorted((name[2:] for name in members if name.startswith("SM")), key=int)
+        return ["%s.%s" % (number[:-1], number[-1]) for number in numbers]
+
     def facts(self) -> Table:
         """Who the library is: name, version and the SHA-256 of its file, "" where that is not found."""
         return dict(loaded_facts(self.name), version=self.version)

@@ -115,34 +115,36 @@ class Server(object):
         return {"event": "providers", "there": said[-1].split()}
 
     def sweep(self) -> None:
-        """Remove what nobody has asked for in a long time."""
-        swept = os.path.join(self.folder, "swept")
+        """Remove what nobody has asked for in a long time, and nothing that a running job names: a clock may jump.
+
+        Other clients send, take and sweep files meanwhile: what is gone or does not go is left out.
+        """
+        swept, own = os.path.join(self.folder, "swept"), os.path.dirname(program())
         try:
             touch(swept)
+            os.utime(own)
+            oldest = os.stat(swept).st_mtime - KEEP_S
         except OSError:
             return  # a full disk is told to who wants to write
-        oldest = os.stat(swept).st_mtime - KEEP_S
-        own = os.path.dirname(program())
-        os.utime(own)
-        for path in glob.glob(os.path.join(self.folder, "agent", "*")) + glob.glob(self.folder + "/engines/*"):
-            if os.stat(path).st_mtime < oldest and path != own:
-                shutil.rmtree(path, ignore_errors=True)
-        for path in glob.glob(os.path.join(self.objects, "*")):
-            if os.stat(path).st_mtime < oldest:
-                os.remove(path)
+        at_work = [path for path in glob.glob(os.path.join(self.jobs, "*")) if locked(os.path.join(path, "lock"))]
+        named = "".join(read_text(os.path.join(path, name)) for path in at_work for name in ("job.json", "work.json"))
+        for kind in ("agent", "engines", "objects", "jobs"):
+            for path in glob.glob(os.path.join(self.folder, kind, "*")):
+                old = modified(path) < oldest and path != own and path not in at_work
+                if old and os.path.basename(path) not in named:
+                    remove(path)
         self.sweep_timing(oldest)
-        for path in glob.glob(os.path.join(self.jobs, "*")):
-            if os.stat(path).st_mtime < oldest and not locked(os.path.join(path, "lock")):
-                shutil.rmtree(path, ignore_errors=True)
 
     def sweep_timing(self, oldest: float) -> None:
         """Remove timing caches that no build has written to since then, and the oldest of more than TIMING_BYTES."""
         total = 0
-        paths = glob.glob(os.path.join(self.folder, "timing", "*"))
-        for path in sorted(paths, key=lambda path: -os.stat(path).st_mtime):
-            total += os.path.getsize(path)
-            if os.stat(path).st_mtime < oldest or total > TIMING_BYTES:
-                os.remove(path)
+        for path in sorted(glob.glob(os.path.join(self.folder, "timing", "*")), key=modified, reverse=True):
+            try:
+                total += os.path.getsize(path)
+            except OSError:
+                continue
+            if modified(path) < oldest or total > TIMING_BYTES:
+                remove(path)
 
     def rest(self) -> None:
         """End the process that infers, so that nothing runs beside a measurement."""
@@ -229,6 +231,7 @@ class Server(object):
         try:
             if lock(file) and not os.path.exists(os.path.join(folder, "job.json")):
                 settings = {key: value for key, value in request.items() if key not in ("do", "work")}
+                settings["agent"] = program()
                 write_file(os.path.join(folder, "reserve"), bytes(RESERVE_BYTES))
                 work = placed(request["work"], self.folder, folder)
                 write_file(os.path.join(folder, "work.json"), json.dumps(work).encode())
@@ -343,6 +346,25 @@ class Server(object):
                 raise
         finally:
             lease.give_back()
+
+
+def modified(path: str) -> float:
+    """When a file was written to last; 0 where it is gone."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder, as far as that goes."""
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    try:
+        os.remove(path)
+    except OSError:
+        pass
 
 
 def touch(path: str) -> None:

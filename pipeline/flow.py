@@ -410,10 +410,10 @@ def _table(work: Work, dense: Outcome) -> LatencyTable:
             data: bytes = narrow(model, resolve(work.topology, plan)).SerializeToString()
             return data
 
-        with _store(work) as store:
+        with _store(work) as store, work.run.share("table") as progress:
             table = tabulate(
                 work.target, rows, work.topology, dense.path("onnx"), work.profile.prune, store,
-                tally=tally, narrowed=narrowed, precision=work.profile.precision,
+                progress=progress, tally=tally, narrowed=narrowed, precision=work.profile.precision,
             )  # fmt: skip
         return {"table": table.to_table(), "reused": tally.reused, "measured": tally.measured}
 
@@ -608,8 +608,8 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
 
     def make() -> str:
         built = _built(work, models, work.run.folder("work"))
-        with named(built):
-            session = work.target.measure(built, work.profile.measure, mode)
+        with named(built), work.run.share(name) as progress:
+            session = work.target.measure(built, work.profile.measure, mode, progress)
         text = session.to_json()
         with _store(work) as store:
             store.add_measurement(work.run.path.name, session.fingerprint.digest(), text)

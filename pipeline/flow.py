@@ -101,7 +101,7 @@ def build(request: BuildRequest) -> BuildResult:
     samples = _samples(project, profile.prune)
     run = Run.resume(request.root, request.out, console=request.console) if request.resume else None
     run = run or Run.create(request.root, profile, out=request.out, request=request)
-    with run:
+    with run, target.resumable(run.id):
         for note in notes:
             _say(run, f"note: {note}")
         begun = run.seconds

@@ -85,7 +85,7 @@ class Server(object):
             "providers": lambda _: self.providers(),
             "state": self.state,
             "have": self.have, "put": self.put, "start": self.start, "follow": self.follow,
-            "stop": self.stop, "drop": self.drop, "ping": lambda _: {"event": "alive"},
+            "running": self.running, "stop": self.stop, "drop": self.drop, "ping": lambda _: {"event": "alive"},
         }  # fmt: skip
         if verb not in verbs:
             raise AgentError("job", "unknown request '%s'" % verb)
@@ -229,7 +229,8 @@ class Server(object):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         file = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if lock(file) and not os.path.exists(os.path.join(folder, "job.json")):
+            found = os.path.exists(os.path.join(folder, "job.json"))
+            if lock(file) and not found:
                 settings = {key: value for key, value in request.items() if key not in ("do", "work")}
                 settings["agent"] = program()
                 write_file(os.path.join(folder, "reserve"), bytes(RESERVE_BYTES))
@@ -245,7 +246,12 @@ class Server(object):
                 write_file(os.path.join(folder, "pid"), str(process.pid).encode())
         finally:
             os.close(file)
-        return {"event": "started", "boot": boot_id()}
+        return {"event": "started", "boot": boot_id(), "found": found}
+
+    def running(self, request: Table) -> Table:
+        """Ids that begin so, of jobs that have not ended."""
+        paths = glob.glob(os.path.join(self.jobs, request["begin"] + "*"))
+        return {"event": "running", "ids": [os.path.basename(p) for p in paths if locked(os.path.join(p, "lock"))]}
 
     def follow(self, request: Table) -> Table:
         """Tell a job's events from an offset on until it ends; the last one is its outcome, or that it is gone.
@@ -261,7 +267,10 @@ class Server(object):
             for line in new_lines(os.path.join(folder, "events"), at):
                 at += len(line)
                 told = time.monotonic()
-                self.peer.send(dict(json.loads(line.decode()), at=at))
+                event = json.loads(line.decode())
+                if "clock" in event:  # which begins again where the board was started anew
+                    event["ago"] = max(0.0, time.monotonic() - event["clock"])
+                self.peer.send(dict(event, at=at))
             outcome = read_text(os.path.join(folder, "outcome.json"))
             if outcome:
                 return {"event": "finished", "outcome": json.loads(outcome)}

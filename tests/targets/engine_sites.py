@@ -21,6 +21,7 @@ MODULE = '''
 import ctypes
 import glob
 import os
+import time
 
 from fake_tensorrt import Fake
 
@@ -30,20 +31,25 @@ _cuda.fake_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
 _cuda.fake_reset(0, 200_000, 0, 0)
 _cuda.fake_memory(ENGINE_MIB)
 _fake = Fake("10.3")
-_fake.refuses = lambda built: os.kill(os.getpid(), 9) if os.environ.get("FAKE_CRASH") else ""
+_fake.refuses = lambda built: os.kill(os.getpid(), 9) if os.environ.get("FAKE_CRASH") else time.sleep(BUILD_S) or ""
 _fake.launch = lambda stream, out, into, count: _cuda.fake_launch(stream, out, into, count) == 0
 globals().update(vars(_fake.api))
 '''
 
 
-def make_site(folder: Path, engine_mib: int = 0) -> Path:
-    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler."""
+def make_site(folder: Path, engine_mib: int = 0, build_s: float = 0.0) -> Path:
+    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB and its builder so long.
+
+    Skips the test without a C compiler.
+    """
     if shutil.which("gcc") is None:
         pytest.skip("no C compiler for the test's CUDA runtime")
     place = folder / "nvidia" / "cuda_runtime" / "lib"
     place.mkdir(parents=True)
     subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", place / "libcudart.so", HERE / "cudart.c"], check=True)
-    (folder / "tensorrt.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
+    (folder / "tensorrt.py").write_text(
+        MODULE.replace("ENGINE_MIB", str(engine_mib)).replace("BUILD_S", str(build_s))
+    )
     shutil.copy(HERE / "fake_tensorrt.py", folder)
     shutil.copytree(HERE / "recordings" / "tensorrt", folder / "recordings" / "tensorrt")
     return folder

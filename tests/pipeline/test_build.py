@@ -265,6 +265,23 @@ def test_a_table_a_session_and_an_engine_have_a_bar(project: Path, tmp_path: Pat
     assert judged.verdict == "met" and told[-1] == 1.0 and len(bars.asked) == 3
 
 
+def test_what_a_run_asks_of_its_device_is_found_again_under_its_id(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen, rows = [], Simulated.rows
+
+    @contextmanager
+    def resumable(device: Simulated, name: str) -> Iterator[None]:
+        seen.append(name)
+        yield
+        seen.append("end")
+
+    monkeypatch.setattr(Simulated, "resumable", resumable)
+    monkeypatch.setattr(Simulated, "rows", lambda *asked: (seen.append("rows"), rows(*asked))[1])
+    result = build(request(project, tmp_path / "root", dry_run=True))
+    assert list(dict.fromkeys(seen)) == [read_state(run_of(result))["id"], "rows", "end"] and seen[-1] == "end"
+
+
 @pytest.mark.slow
 def test_a_build_on_this_machine_measures_this_machine(project: Path, tmp_path: Path):
     """Few rounds on a busy machine: the verdict may be any, but it has to agree with the samples and the files."""

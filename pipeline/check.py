@@ -164,7 +164,8 @@ class _Night:
         seed = profile.measure.seed + SEEDS_A_CHECK * (1 + self.nights.newest())
         with tempfile.TemporaryDirectory(prefix="check-", dir=_scratch(request.state)) as folder:
             with named({BASELINE: paths[0]}):
-                built = _artifacts(target, self.pins, paths, Path(folder))
+                bar = progress("build") if progress else None
+                built = _artifacts(target, self.pins, paths, Path(folder), bar)
             budget = budget_of(profile, *self.pins)
             self.measuring = Measuring(target, profile, self.spec, built, seed, progress, budget)
             self.verdict = self.measuring.verdict()
@@ -305,11 +306,13 @@ def budget_of(profile: Profile, pin: Pin, candidate: Pin) -> Budget | None:
     return next((budget for budget in told if budget is not None and budget.limit_ms is not None), None)
 
 
-def _artifacts(target: Target, pins: tuple[Pin, Pin], paths: tuple[Path, Path], folder: Path) -> dict[str, Path]:
+def _artifacts(
+    target: Target, pins: tuple[Pin, Pin], paths: tuple[Path, Path], folder: Path, progress: Progress | None
+) -> dict[str, Path]:
     """The three arms as the device runs them. The same network is built once, whatever its name."""
     places = {pin.sha256: folder / f"{pin.sha256[:16]}.artifact" for pin in pins}
     files = {pin.sha256: path for pin, path in zip(pins, paths, strict=True)}
-    target.build_each({path: places[sha256] for sha256, path in files.items()})
+    target.build_each({path: places[sha256] for sha256, path in files.items()}, progress)
     one, two = (places[pin.sha256] for pin in pins)
     return {BASELINE: one, AGAIN: one, CANDIDATE: two}
 

@@ -108,7 +108,7 @@ def build(request: BuildRequest) -> BuildResult:
     samples = _samples(project, profile.prune)
     run = Run.resume(request.root, request.out, console=request.console) if request.resume else None
     run = run or Run.create(request.root, profile, out=request.out, request=request)
-    with run:
+    with run, target.resumable(run.id):
         for note in notes:
             _say(run, f"note: {note}")
         begun = run.seconds
@@ -450,10 +450,10 @@ def _table(work: Work, dense: Outcome) -> LatencyTable:
             data: bytes = narrow(model, resolve(work.topology, plan)).SerializeToString()
             return data
 
-        with _store(work) as store:
+        with _store(work) as store, work.run.share("table") as progress:
             table = tabulate(
                 work.target, rows, work.topology, dense.path("onnx"), work.profile.prune, store,
-                tally=tally, narrowed=narrowed, precision=work.profile.precision,
+                progress=progress, tally=tally, narrowed=narrowed, precision=work.profile.precision,
             )  # fmt: skip
         return {"table": table.to_table(), "reused": tally.reused, "measured": tally.measured}
 
@@ -648,8 +648,8 @@ def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Se
 
     def make() -> str:
         built = _built(work, models, work.run.folder("work"))
-        with named(built):
-            session = work.target.measure(built, work.profile.measure, mode)
+        with named(built), work.run.share(name) as progress:
+            session = work.target.measure(built, work.profile.measure, mode, progress)
         text = session.to_json()
         with _store(work) as store:
             store.add_measurement(work.run.path.name, session.fingerprint.digest(), text)

@@ -268,8 +268,8 @@ def _sample(work: Work, model: Path) -> tuple[dict[str, np.ndarray[Any, Any]], d
     """One calibration input, or noise, and what the artifact gives for it."""
     spec = work.project.inputs
     batch = [x[: s.shape[0]].numpy() for x, s in zip(work.loss_samples.inputs[0], spec, strict=True)]
-    with named({PRUNED: model}):
-        artifact = work.target.build(model, work.scratch("sample.artifact"))
+    with named({PRUNED: model}), work.run.share("build") as progress:
+        artifact = work.target.build(model, work.scratch("sample.artifact"), progress)
     outputs = work.target.infer(artifact, batch)
     names = [value.name for value in onnx.load_model(str(model), load_external_data=False).graph.output]
     return {s.name: x for s, x in zip(spec, batch, strict=True)}, dict(zip(names, outputs, strict=True))

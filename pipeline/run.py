@@ -19,6 +19,7 @@ import shlex
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -122,6 +123,7 @@ class Run:
         path = _new_folder(root / "runs" / f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{profile.name}", out)
         state: dict[str, Json] = {
             "version": 1,
+            "id": uuid.uuid4().hex,
             "status": "running",
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "argv": sys.argv[1:],
@@ -266,6 +268,11 @@ class Run:
         """The finished stages that have a key, in order: name, key and hashes of outputs; free of times."""
         keyed = [(name, record) for name, record in self._state["stages"].items() if record.get("key")]
         return [{"stage": name, "key": record["key"], "outputs": record.get("outputs", {})} for name, record in keyed]
+
+    @property
+    def id(self) -> str:
+        """What no other run is called; of a run that has none, its folder."""
+        return str(self._state.get("id") or self.path.resolve())
 
     @property
     def versions(self) -> dict[str, str]:

@@ -6,7 +6,8 @@ A target is a file of this folder with `target(profile, state) -> Target`. It kn
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -64,6 +65,15 @@ class Target(ABC):
     def __init__(self, profile: Profile, state: Path) -> None:
         self.profile = profile
         self.state = state
+
+    @contextmanager
+    def resumable(self, name: str) -> Iterator[None]:
+        """Have what the body of a `with` asks for found again where this process is killed meanwhile.
+
+        It is found by who asks the same in the same order under the same name. Where work ends with who asked for it
+        there is nothing to find.
+        """
+        yield
 
     @abstractmethod
     def fingerprint(self) -> Fingerprint:

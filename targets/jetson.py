@@ -44,6 +44,7 @@ class Jetson(Ssh):
         if not any(self.board.wish.values()):
             return facts
         if self._arranged is None:
+            self.board.settle()  # reading them takes the lease
             self._arranged = self.board.run("facts", {"models": []}, {}, {}, FACTS_LIMIT_S).seen["facts"]
         return self._arranged
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,12 @@ class Ssh(AgentTarget):
         self._site = BoardSite(self.board)
         self._opened: dict[tuple[str, int, int], RemoteSession] = {}
 
+    @contextmanager
+    def resumable(self, name: str) -> Iterator[None]:
+        """A board goes on with a job, and keeps what came of it."""
+        with self.board.resumable(name):
+            yield
+
     def _facts(self) -> Table:
         return self._plain_facts()
 
@@ -59,7 +66,8 @@ class Ssh(AgentTarget):
         named = {str(path): sha256(str(path)) for path in dict.fromkeys(_paths(job))}
         files = {digest: Path(path) for path, digest in named.items()}
         names = {m["name"]: m["path"] for m in job["models"] if isinstance(m, dict)}
-        done = self.board.run(verb, _placed(job, named), files, names, limit_s, progress, look)
+        device = self._device() if self.board.resumes else ""
+        done = self.board.run(verb, _placed(job, named), files, names, limit_s, progress, look, device)
         facts, state = done.seen.get("facts", {}), done.seen.get("state", {})
         return Answer(done.result, facts, state, lease.owner(), done.started)
 

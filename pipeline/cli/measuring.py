@@ -150,8 +150,8 @@ def verify(bundle: Path, target: str | None, settings: tuple[str, ...], as_json:
         verdict, reason = check.recorded(bundle)
         if target is not None:
             device = load_target(load_profile(target, overrides_of(settings)), STATE)
-            with tempfile.TemporaryDirectory() as work:
-                judged, _ = check.measure_again(bundle, device, Path(work))
+            with tempfile.TemporaryDirectory() as work, bar("measure", not as_json) as progress:
+                judged, _ = check.measure_again(bundle, device, Path(work), progress)
             verdict, reason = judged.verdict, judged.reason
         told |= {"verdict": verdict, "reason": reason}
         code = {"met": 0, "undecided": 4, BUILT: 4}.get(verdict, 3)

@@ -28,7 +28,7 @@ from pipeline.release.encoders.base import load_encoder
 from pipeline.release.manifest import Accuracy, Latency, Manifest, Sample, TensorSpec, latency_of
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import Budget, explain
-from targets.base import Target
+from targets.base import Progress, Target
 from targets.harness.agent.board.model import runtime_errors
 from targets.harness.device import Fingerprint
 from targets.harness.measurement import Judgement, Session, judge
@@ -99,11 +99,13 @@ def _fell_too_far(accuracy: Accuracy) -> bool:
     return accuracy.dense - accuracy.pruned > accuracy.max_drop + ROUNDING
 
 
-def measure_again(bundle: Path, target: Target, work: Path) -> tuple[Judgement, Session]:
+def measure_again(
+    bundle: Path, target: Target, work: Path, progress: Progress | None = None
+) -> tuple[Judgement, Session]:
     """Measure both networks in one accepting session on a target and judge the released budget on it.
 
-    work: folder for what the target builds. Raises UndecidedError where nothing can be timed on the target, or where
-    the bundle has no budget to judge; else what the target raises.
+    work: folder for what the target builds. progress: told how far building is, then measuring. Raises UndecidedError
+    where nothing can be timed on the target, or where the bundle has no budget to judge; else what the target raises.
     """
     manifest = read_manifest(bundle)
     target.require_latency()
@@ -112,8 +114,8 @@ def measure_again(bundle: Path, target: Target, work: Path) -> tuple[Judgement, 
         raise UndecidedError(message, "deploy build, on a machine where the target can be measured.")
     files = {manifest.latency.network: bundle / "model.onnx", manifest.latency.reference: bundle / "dense.onnx"}
     built = {name: work / f"{name}.artifact" for name in files}
-    target.build_each({path: built[name] for name, path in files.items()})
-    session = target.measure(built, target.profile.measure, "accept")
+    target.build_each({path: built[name] for name, path in files.items()}, progress)
+    session = target.measure(built, target.profile.measure, "accept", progress)
     budget = Budget.parse(manifest.latency.budget)
     return judge(session, manifest.latency.network, manifest.latency.reference, budget), session
 

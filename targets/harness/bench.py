@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,9 +61,9 @@ class Setting:
     started: str
 
 
-def utc_now() -> str:
-    """Time of day in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def utc_now(ago_s: float = 0.0) -> str:
+    """Time of day in UTC, ISO 8601; what it was so many seconds ago."""
+    return (datetime.now(UTC) - timedelta(seconds=ago_s)).isoformat(timespec="seconds")
 
 
 def _options(spec: MeasureSpec, providers: Sequence[str]) -> Table:

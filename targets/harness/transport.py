@@ -44,6 +44,8 @@ CALLS_S, MOST_CALLS, PATIENT_CALLS = (0.5, 1.0, 2.0, 4.0, 8.0), 150, 4
 """Pauses between calls to a lost board, and how many there are at most; after so many it is told."""
 PING_S = 4.0
 RESTARTS = 2
+KEPT = ("rows", "build")
+"""Jobs whose result is the same whenever it is asked for: it stays on the board until it is known to be put away."""
 SSH = {"ConnectTimeout": 15, "ServerAliveInterval": 5, "ServerAliveCountMax": 6}
 DEVICE = "local"
 """The board's own name of its lease: who measures on it by hand takes the same one."""
@@ -226,11 +228,12 @@ class Done:
 
 @dataclass
 class Following:
-    """How far a job's events were read."""
+    """How far a job's events were read. found: whether it was there already when it was asked for."""
 
     id: str
-    progress: Callable[[float], None] | None
-    look: Callable[[Mapping[str, Any]], object] | None
+    progress: Callable[[float], None] | None = None
+    look: Callable[[Mapping[str, Any]], object] | None = None
+    found: bool = False
     offset: int = 0
     seen: Table = field(default_factory=dict)
     started: str = ""
@@ -248,6 +251,8 @@ class Board:
         """The state that jobs ask of the board: `Arrangement` on its side."""
         self._link: Link | None = None
         self._met = False
+        self._work = ""
+        self._kept: list[str] = []
         self._turn = threading.RLock()
 
     def close(self) -> None:
@@ -255,6 +260,39 @@ class Board:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether jobs are begun so that another process can find them."""
+        return bool(self._work)
+
+    @contextlib.contextmanager
+    def resumable(self, name: str) -> Iterator[None]:
+        """Give the jobs of a `with` ids that follow from this name and from what they are.
+
+        Another process that asks for the same under the same name, after this one was killed, finds the job that was
+        begun or its result. What ends before its time leaves both on the board.
+        """
+        self._work = hashlib.sha256(name.encode()).hexdigest()[:16]
+        try:
+            yield
+        finally:
+            self._work = ""
+        self._forget()
+
+    def settle(self) -> None:
+        """Wait until the jobs that an earlier process began under the same name have ended; their results stay."""
+        if not self._work:
+            return
+        for name in self.ask({"do": "running", "begin": self._work})[0]["ids"]:
+            log.warning("'%s' is still at work on what this run asked of it before; waiting for it.", self.place.host)
+            with self._in_words():
+                self._attend(Following(name))
+
+    def _forget(self) -> None:
+        """Have the board forget results that were fetched and are put away by now."""
+        while self._kept:
+            self.ask({"do": "drop", "id": self._kept.pop()})
 
     @property
     def hello(self) -> Table:
@@ -350,25 +388,31 @@ class Board:
         limit_s: float,
         progress: Callable[[float], None] | None = None,
         look: Callable[[Mapping[str, Any]], object] | None = None,
+        device: str = "",
     ) -> Done:
         """Do a job on the board, whatever happens to the link. The paths in it are SHA-256 of files.
 
-        names: paths of this machine by the names that the job gives its models.
+        names: paths of this machine by the names that the job gives its models. device: which state of the board the
+        result belongs to; a job that was begun in another one is not gone on with.
 
         It holds the board's lease and outlives the link; its result waits there under an id. A board that starts
         anew in the middle has lost the job, which is started again. look: called with the board's state once it is
         leased; what it raises ends the job there.
         """
         names = {digest: str(path) for digest, path in files.items()} | dict(names)
+        self._forget()
         for _ in range(1 + RESTARTS):
             self.send(files)
-            follow = Following(uuid.uuid4().hex, progress, look)
+            follow = Following(self._id([verb, job, self.wish, self.runtime, device]), progress, look)
             with self._in_words(names):
                 boot, end = self._started(verb, job, limit_s, follow)
-                if end["event"] == "finished":
-                    return self._finish(follow, end["outcome"], names, limit_s)
-            how = "was started anew" if end["boot"] != boot else "lost the measuring agent"
-            log.warning("'%s' %s in the middle of a job; the job is started again.", self.place.host, how)
+                if end["event"] == "finished" and (end["outcome"]["event"] == "done" or not follow.found):
+                    return self._finish(follow, verb, end["outcome"], names, limit_s)
+            how = "was started anew" if end.get("boot", boot) != boot else "lost the measuring agent"
+            if end["event"] == "gone":
+                log.warning("'%s' %s in the middle of a job; the job is started again.", self.place.host, how)
+            else:
+                log.info("a job that '%s' ended before this process asked for it is started again", self.place.host)
             self.ask({"do": "drop", "id": follow.id})
         said = str(end.get("said", "")).strip().splitlines()
         raise DeployError(
@@ -385,11 +429,26 @@ class Board:
             "runtime": self.runtime, "providers": self.providers,
         }  # fmt: skip
         try:
-            boot = self.try_to(request, patience_s=HASH_S)[0]["boot"]
-            return boot, self._persist(lambda link: self._follow(link, follow))
+            started = self.try_to(request, patience_s=HASH_S)[0]
         except BaseException:
             self._stop(follow.id)
             raise
+        follow.found = started["found"]
+        return started["boot"], self._attend(follow)
+
+    def _attend(self, follow: Following) -> Table:
+        """The last event of a job that was started. An error ends it on the board too."""
+        try:
+            return self._persist(lambda link: self._follow(link, follow))
+        except BaseException:
+            self._stop(follow.id)
+            raise
+
+    def _id(self, what: Any) -> str:
+        """An id for a job: a new one, or the one that follows from the work and from what is asked."""
+        if not self._work or what[0] == "facts":
+            return uuid.uuid4().hex
+        return self._work + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def _follow(self, link: Link, follow: Following) -> Table:
         """Read a job's events until it ends, answering now and then so that the board knows that somebody listens."""
@@ -406,7 +465,7 @@ class Board:
             elif event["event"] == "left":
                 log.warning("'%s' was not given back as it was: %s.", self.place.host, event["message"])
             elif event["event"] == "leased":
-                follow.seen, follow.started = event, bench.utc_now()
+                follow.seen, follow.started = event, bench.utc_now(event["ago"])
                 if follow.look is not None:
                     follow.look(event["state"])
             elif event["event"] == "finished" and event["outcome"]["event"] == "stopped":
@@ -420,7 +479,9 @@ class Board:
                 pinged = time.monotonic()
                 link.peer.send({"do": "ping"})
 
-    def _finish(self, follow: Following, outcome: Table, names: Mapping[str, str], limit_s: float) -> Done:
+    def _finish(
+        self, follow: Following, verb: str, outcome: Table, names: Mapping[str, str], limit_s: float
+    ) -> Done:
         if outcome["event"] != "done":
             self.ask({"do": "drop", "id": follow.id})
             raise self._failed(outcome, names, limit_s)
@@ -437,7 +498,9 @@ class Board:
         if hashlib.sha256(data).hexdigest() != outcome["sha256"]:
             text = f"the result of job {follow.id} on '{self.place.host}' is damaged: its SHA-256 differs."
             raise DeployError(text, "measure again.")
-        self.ask({"do": "drop", "id": follow.id})
+        self._kept.append(follow.id)
+        if not self._work or verb not in KEPT:
+            self._forget()
         return Done(json.loads(zlib.decompress(data)), follow.seen, follow.started)
 
     def get(self, digest: str, size: int, out: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ from pipeline.project import load_project
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.groups import find_groups
 from pipeline.prune.surgery import prune, restore
-from pipeline.release.verify import read_manifest, recorded
-from pipeline.run import read_state
+from pipeline.release.verify import measure_again, read_manifest, recorded
+from pipeline.run import Run, read_state
 from profiles.errors import MissedError
 from profiles.schema import load_profile
-from targets.base import load_target
+from targets.base import Progress, load_target
 from targets.harness.measurement import Session
+from targets.simulated import Simulated
 
 pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 PROMISED = {
@@ -222,6 +225,61 @@ def test_a_second_build_reuses_what_the_first_one_made_and_measures_again(projec
         assert (first.bundle / name).read_bytes() == (second.bundle / name).read_bytes()
     [before], [after] = (Journal(run_of(result) / "journal").entries("known") for result in (first, second))
     assert before == [] and after, "what the first one measured is believed by the second"
+
+
+class Bars:
+    """What was told to the bars of runs, by their text; asked: paths that were built with a bar."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: dict[str, list[float]] = {}
+        self.asked: list[str] = []
+        share, make = Run.share, Simulated.build_each
+
+        @contextmanager
+        def spied(run: Run, text: str) -> Iterator[Callable[[float], None]]:
+            with share(run, text) as advance:
+                yield lambda done: (self.told.setdefault(text, []).append(done), advance(done))[1]
+
+        def built(device: Simulated, models: Mapping[Path, Path], progress: Progress | None = None) -> list[Path]:
+            if progress is not None:
+                self.asked += [out.name for out in models.values()]
+            return make(device, models, progress)
+
+        monkeypatch.setattr(Run, "share", spied)
+        monkeypatch.setattr(Simulated, "build_each", built)
+
+
+def test_a_table_a_session_and_an_engine_have_a_bar(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows of engines take a board an hour."""
+    bars = Bars(monkeypatch)
+    result = build(request(project, tmp_path / "root"))
+    entries = map(json.loads, (run_of(result) / "journal").read_text().splitlines())
+    sessions = {e["name"].removeprefix("session ") for e in entries if e["name"].startswith("session ")}
+    assert "accept" in sessions and {"table", *sessions} <= set(bars.told)
+    assert all(told == sorted(told) and told[-1] == 1.0 for told in bars.told.values())
+    assert bars.asked == ["sample.artifact"], "the simulated device has no engines"
+    told: list[float] = []
+    assert result.bundle is not None
+    device = load_target(load_profile("simulated"), tmp_path / "root" / ".deploy")
+    judged, _ = measure_again(result.bundle, device, tmp_path, told.append)
+    assert judged.verdict == "met" and told[-1] == 1.0 and len(bars.asked) == 3
+
+
+def test_what_a_run_asks_of_its_device_is_found_again_under_its_id(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen, rows = [], Simulated.rows
+
+    @contextmanager
+    def resumable(device: Simulated, name: str) -> Iterator[None]:
+        seen.append(name)
+        yield
+        seen.append("end")
+
+    monkeypatch.setattr(Simulated, "resumable", resumable)
+    monkeypatch.setattr(Simulated, "rows", lambda *asked: (seen.append("rows"), rows(*asked))[1])
+    result = build(request(project, tmp_path / "root", dry_run=True))
+    assert list(dict.fromkeys(seen)) == [read_state(run_of(result))["id"], "rows", "end"] and seen[-1] == "end"
 
 
 @pytest.mark.slow

@@ -93,6 +93,20 @@ def test_without_a_newer_run_the_baseline_is_checked_against_itself_and_passes(p
     assert result.record.verdict.exit_code == 0 and not result.record.layers
 
 
+def test_building_and_every_stage_have_a_bar_of_their_own(place, monkeypatch):
+    asked: list[str] = []
+    build_each = Simulated.build_each
+    monkeypatch.setattr(
+        Simulated, "build_each", lambda self, models, progress=None: (progress(1.0), build_each(self, models))[1]
+    )
+    pin(place, network(place / "a.onnx"))
+    profile = load_profile("simulated")
+    request = nightly.CheckRequest(profile, None, place / ".deploy", place / "runs")
+    bar = lambda text: lambda done: asked.append(text)  # noqa: E731
+    nightly.check(request, load_target(profile, place / ".deploy"), bar)
+    assert list(dict.fromkeys(asked)) == ["build", "stage 1"]
+
+
 def test_a_network_with_one_more_layer_fails_and_the_layers_say_where(place):
     pin(place, network(place / "a.onnx"))
     record = checked(place, network(place / "b.onnx", layers=5)).record

@@ -115,7 +115,7 @@ def test_a_resumed_run_replays_its_journal_and_asks_what_was_asked(tmp_path: Pat
         assert run.journalled("round", {"n": 1}, lambda: {"ms": (0.4, 0.5)}) == {"ms": [0.4, 0.5]}
         raise KeyboardInterrupt
     with Run.resume(tmp_path) as again:
-        assert again.path.resolve() == run.path.resolve()
+        assert again.path.resolve() == run.path.resolve() and again.id == run.id
         assert again.journalled("round", {"n": 1}, lambda: pytest.fail("measured twice")) == {"ms": [0.4, 0.5]}
         assert again.journalled("round", {"n": 2}, lambda: 7) == 7
         assert again.journal.entries("round") == [{"ms": [0.4, 0.5]}, 7]
@@ -153,6 +153,20 @@ def test_a_journal_that_was_damaged_in_the_middle_is_refused(tmp_path: Path):
         Journal(path)
     assert caught.value.message == f"line 1 of the journal '{path}' is damaged."
     assert caught.value.hint == "start a new run: deploy build without --resume."
+
+
+def test_no_two_runs_have_the_same_id_and_one_of_before_there_were_ids_has_its_folder(tmp_path: Path):
+    ids = set()
+    for _ in range(2):
+        with pytest.raises(Interrupted), _run(tmp_path) as run:
+            ids.add(run.id)
+            run.finished("capture", 0.1)
+            raise KeyboardInterrupt
+    assert len(ids) == 2
+    state = read_state(run.path)
+    (run.path / "run.json").write_text(json.dumps({key: value for key, value in state.items() if key != "id"}))
+    with Run.resume(tmp_path, run.path) as again:
+        assert again.id == str(run.path.resolve())
 
 
 def test_one_run_is_driven_by_one_process(tmp_path: Path):

@@ -21,6 +21,7 @@ MODULE = '''
 import ctypes
 import glob
 import os
+import time
 
 from fake_tensorrt import Fake
 
@@ -30,7 +31,7 @@ _cuda.fake_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
 _cuda.fake_reset(int(os.environ.get("FAKE_STATUS", "0")), 200_000, 0, 0)
 _cuda.fake_memory(ENGINE_MIB)
 _fake = Fake("10.3")
-_fake.refuses = lambda built: os.kill(os.getpid(), 9) if os.environ.get("FAKE_CRASH") else ""
+_fake.refuses = lambda built: os.kill(os.getpid(), 9) if os.environ.get("FAKE_CRASH") else time.sleep(BUILD_S) or ""
 _fake.launch = lambda stream, out, into, count: _cuda.fake_launch(stream, out, into, count) == 0
 globals().update(vars(_fake.api))
 '''
@@ -58,13 +59,14 @@ def make_gpu_site(folder: Path, card: str = "Orin", tensorrt: int = 100300, cudn
     return folder
 
 
-def make_site(folder: Path, engine_mib: int = 0, module: str = "tensorrt") -> Path:
-    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB; skips the test without a C compiler.
+def make_site(folder: Path, engine_mib: int = 0, module: str = "tensorrt", build_s: float = 0.0) -> Path:
+    """Such a folder, where an open engine takes so many of the GPU's 3000 MiB and its builder so long.
 
-    module: what TensorRT is called there.
+    Skips the test without a C compiler. module: what TensorRT is called there.
     """
     compile_library(folder / "nvidia" / "cuda_runtime" / "lib" / "libcudart.so", HERE / "cudart.c")
-    (folder / f"{module}.py").write_text(MODULE.replace("ENGINE_MIB", str(engine_mib)))
+    text = MODULE.replace("ENGINE_MIB", str(engine_mib)).replace("BUILD_S", str(build_s))
+    (folder / f"{module}.py").write_text(text)
     shutil.copy(HERE / "fake_tensorrt.py", folder)
     shutil.copytree(HERE / "recordings" / "tensorrt", folder / "recordings" / "tensorrt")
     return folder

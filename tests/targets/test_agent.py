@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import hashlib
 import json
 import os
@@ -616,6 +617,53 @@ def test_timing_caches_are_swept_by_their_age_and_the_oldest_where_they_grow_too
     monkeypatch.setattr(server, "TIMING_BYTES", 900)
     end.sweep_timing(0.0)
     assert sorted(path.name for path in tmp_path.glob("timing/*")) == ["newest", "second"]
+
+
+def old_files(place: Path, *names: str) -> list[Path]:
+    """Files that nobody has asked for since 1970."""
+    paths = [place / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        os.utime(path, (0, 0))
+    return paths
+
+
+def test_what_a_running_job_names_is_not_swept_though_the_clock_jumps(tmp_path):
+    """A board without a battery begins in 1970; when it hears the time, everything on it is half a century old."""
+    held = [letter * 64 for letter in "abc"]
+    files = old_files(tmp_path, *(f"objects/{digest}" for digest in (*held, "d" * 64)), "agent/0123/agent.pyz")
+    job = tmp_path / "jobs" / "00000000"
+    old_files(job, "lock")
+    (job / "work.json").write_text(json.dumps({"models": [held[0], {"path": held[1]}], "reference": held[2]}))
+    (job / "job.json").write_text(json.dumps({"agent": str(files[-1])}))
+    for folder in (job, files[-1].parent):
+        os.utime(folder, (0, 0))
+    with (job / "lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        server.Server(str(tmp_path), None).sweep()
+        assert [path.exists() for path in files] == [True, True, True, False, True] and job.exists()
+    os.utime(job, (0, 0))
+    server.Server(str(tmp_path), None).sweep()
+    assert not any(path.exists() for path in files) and not job.exists(), "what has ended is swept by its age"
+
+
+def test_a_file_that_another_client_takes_away_meanwhile_does_not_end_the_sweeping(tmp_path, monkeypatch):
+    """Between the list and the look at a file, a half-sent one gets its name and an old one is swept by another."""
+    gone, old = old_files(tmp_path, "objects/gone.part", "objects/old")
+    caches = old_files(tmp_path, "timing/gone", "timing/old")
+    real = server.glob.glob
+
+    def listed(pattern: str) -> list[str]:
+        found = real(pattern)
+        for path in (gone, caches[0]):
+            if str(path) in found:
+                path.unlink()
+        return found
+
+    monkeypatch.setattr(server.glob, "glob", listed)
+    server.Server(str(tmp_path), None).sweep()
+    assert not old.exists() and not any(path.exists() for path in caches)
 
 
 def test_a_models_weights_are_put_beside_it_and_nowhere_else(tmp_path):

@@ -15,6 +15,9 @@ import pytest
 
 from profiles.errors import DeployError, UndecidedError
 from targets.harness import lease as leases
+from targets.harness.agent.board import lease as board
+from targets.harness.agent.board.base import AgentError
+from targets.harness.agent.board.job import leased
 from targets.harness.agent.board.lease import start_ticks
 from targets.harness.lease import holder, lease
 
@@ -215,3 +218,36 @@ def test_a_lease_file_with_rubbish_in_it_is_taken_over(tmp_path):
     (tmp_path / "edge-deploy-board.lock").write_text("{rubbish")
     with lease("board", 1, wait_s=0, folder=tmp_path) as held:
         assert json.loads(held.path.read_text())["owner"] == held.owner
+
+
+def test_who_waits_in_vain_on_a_board_leaves_the_holders_name_and_its_agent(tmp_path, monkeypatch):
+    monkeypatch.setattr(board, "lease_folder", lambda: str(tmp_path))
+    with lease("board", 60, folder=tmp_path) as held:
+        held.note_agent(os.getpid())
+        before = held.path.read_text()
+        for wait_s in (0.0, None):
+            waiting = board.Lease("board")
+            if wait_s is not None:
+                with pytest.raises(AgentError, match=f"process {os.getpid()}"):
+                    waiting.take("eve@desk", 1.0, wait_s, lambda holder: None)
+            waiting.give_back()
+            assert held.path.read_text() == before and '"agent"' in before
+    last = board.Lease("board")
+    last.take("eve@desk", 1.0, 1.0, lambda holder: None)
+    last.give_back()
+    assert json.loads((tmp_path / "edge-deploy-board.lock").read_text()) == {}
+
+
+@pytest.mark.parametrize("why", ["busy", "runtime", "absent"])
+def test_a_job_that_never_got_the_lease_leaves_the_holders_name(tmp_path, monkeypatch, why):
+    """Its runtime is missing, it waited in vain, or nobody follows it any more."""
+    monkeypatch.setattr(board, "lease_folder", lambda: str(tmp_path))
+    job = {"device": "board", "owner": "eve@desk", "limit_s": 1.0, "wait_s": 60.0, "absent_s": 60.0, "verb": "rows"}
+    ending = {"busy": {"wait_s": 0.0}, "absent": {"absent_s": 0.0}}.get(why, {})
+    if why == "runtime":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with lease("board", 60, folder=tmp_path) as held:
+        before = held.path.read_text()
+        with pytest.raises(AgentError) as error:
+            leased({**job, **ending}, str(tmp_path), lambda event: None)
+        assert (error.value.kind, held.path.read_text()) == (why, before)

@@ -310,9 +310,9 @@ def test_a_board_without_the_runtime_says_how_to_install_it(make, conv, board):
     assert not found.ok and found.fatal and found.mend == error.value.hint
 
 
-def fill(board: TestBoard, leave: int) -> Path:
-    """Fill the board's disk but for so many bytes."""
-    filler = board.folder / "home" / "filler"
+def fill(board: TestBoard, leave: int, name: str = "filler") -> Path:
+    """Fill the board's disk but for so many bytes, by a file of this name."""
+    filler = board.folder / "home" / name
     disk = os.statvfs(filler.parent)
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - leave)

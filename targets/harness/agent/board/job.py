@@ -75,7 +75,7 @@ def leased(job: Table, folder: str, note: Callable[[Table], None]) -> Table:
         arrangement = Arrangement(home, job.get("wish"), note)
         try:
             arrangement.begin(lease.file)
-            seen: Table = {"event": "leased"}
+            seen: Table = {"event": "leased", "clock": time.monotonic()}
             if job["verb"] in ("drive", "facts"):
                 seen.update(facts=asked_facts(runtime, job.get("providers") or ()), state=state(folder))
             note(seen)

@@ -94,6 +94,7 @@ class Lease(object):
             self.file = open_lease(path)
         except OSError as error:
             raise AgentError("job", "cannot open the lease file '%s': %s" % (path, error.strerror)) from None
+        self.held = False
 
     def take(self, owner: str, holds_s: float, wait_s: float, waiting: Callable[[str], None]) -> None:
         """Wait for it. waiting: called about every two seconds with who holds it."""
@@ -107,12 +108,14 @@ class Lease(object):
                 told = now
                 waiting(describe_holder(read_holder(self.file)))
             time.sleep(0.2)
+        self.held = True
         now = datetime.datetime.now(datetime.timezone.utc).timestamp()  # for people: nothing waits by it
         write_holder(self.file, {"owner": owner, "pid": os.getpid(), "since": now, "expires": now + holds_s})
 
     def give_back(self) -> None:
-        """Let the next one have it."""
-        write_holder(self.file, {})
+        """Let the next one have it. Who waited in vain leaves the file as it is: it names another holder."""
+        if self.held:
+            write_holder(self.file, {})
         os.close(self.file)
 
 

@@ -85,7 +85,7 @@ class Server(object):
             "providers": self.providers,
             "state": self.state,
             "have": self.have, "put": self.put, "start": self.start, "follow": self.follow,
-            "stop": self.stop, "drop": self.drop, "ping": lambda _: {"event": "alive"},
+            "running": self.running, "stop": self.stop, "drop": self.drop, "ping": lambda _: {"event": "alive"},
         }  # fmt: skip
         if verb not in verbs:
             raise AgentError("job", "unknown request '%s'" % verb)
@@ -110,34 +110,36 @@ class Server(object):
         return apart("onnxruntime", "providers", *request["asked"])
 
     def sweep(self) -> None:
-        """Remove what nobody has asked for in a long time."""
-        swept = os.path.join(self.folder, "swept")
+        """Remove what nobody has asked for in a long time, and nothing that a running job names: a clock may jump.
+
+        Other clients send, take and sweep files meanwhile: what is gone or does not go is left out.
+        """
+        swept, own = os.path.join(self.folder, "swept"), os.path.dirname(program())
         try:
             touch(swept)
+            os.utime(own)
+            oldest = os.stat(swept).st_mtime - KEEP_S
         except OSError:
             return  # a full disk is told to who wants to write
-        oldest = os.stat(swept).st_mtime - KEEP_S
-        own = os.path.dirname(program())
-        os.utime(own)
-        for path in glob.glob(os.path.join(self.folder, "agent", "*")) + glob.glob(self.folder + "/engines/*"):
-            if os.stat(path).st_mtime < oldest and path != own:
-                shutil.rmtree(path, ignore_errors=True)
-        for path in glob.glob(os.path.join(self.objects, "*")):
-            if os.stat(path).st_mtime < oldest:
-                os.remove(path)
+        at_work = [path for path in glob.glob(os.path.join(self.jobs, "*")) if locked(os.path.join(path, "lock"))]
+        named = "".join(read_text(os.path.join(path, name)) for path in at_work for name in ("job.json", "work.json"))
+        for kind in ("agent", "engines", "objects", "jobs"):
+            for path in glob.glob(os.path.join(self.folder, kind, "*")):
+                old = modified(path) < oldest and path != own and path not in at_work
+                if old and os.path.basename(path) not in named:
+                    remove(path)
         self.sweep_timing(oldest)
-        for path in glob.glob(os.path.join(self.jobs, "*")):
-            if os.stat(path).st_mtime < oldest and not locked(os.path.join(path, "lock")):
-                shutil.rmtree(path, ignore_errors=True)
 
     def sweep_timing(self, oldest: float) -> None:
         """Remove timing caches that no build has written to since then, and the oldest of more than TIMING_BYTES."""
         total = 0
-        paths = glob.glob(os.path.join(self.folder, "timing", "*"))
-        for path in sorted(paths, key=lambda path: -os.stat(path).st_mtime):
-            total += os.path.getsize(path)
-            if os.stat(path).st_mtime < oldest or total > TIMING_BYTES:
-                os.remove(path)
+        for path in sorted(glob.glob(os.path.join(self.folder, "timing", "*")), key=modified, reverse=True):
+            try:
+                total += os.path.getsize(path)
+            except OSError:
+                continue
+            if modified(path) < oldest or total > TIMING_BYTES:
+                remove(path)
 
     def rest(self) -> None:
         """End the process that infers, so that nothing runs beside a measurement."""
@@ -222,8 +224,10 @@ class Server(object):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         file = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if lock(file) and not os.path.exists(os.path.join(folder, "job.json")):
+            found = os.path.exists(os.path.join(folder, "job.json"))
+            if lock(file) and not found:
                 settings = {key: value for key, value in request.items() if key not in ("do", "work")}
+                settings["agent"] = program()
                 write_file(os.path.join(folder, "reserve"), bytes(RESERVE_BYTES))
                 work = placed(request["work"], self.folder, folder)
                 write_file(os.path.join(folder, "work.json"), json.dumps(work).encode())
@@ -237,7 +241,12 @@ class Server(object):
                 write_file(os.path.join(folder, "pid"), str(process.pid).encode())
         finally:
             os.close(file)
-        return {"event": "started", "boot": boot_id()}
+        return {"event": "started", "boot": boot_id(), "found": found}
+
+    def running(self, request: Table) -> Table:
+        """Ids that begin so, of jobs that have not ended."""
+        paths = glob.glob(os.path.join(self.jobs, request["begin"] + "*"))
+        return {"event": "running", "ids": [os.path.basename(p) for p in paths if locked(os.path.join(p, "lock"))]}
 
     def follow(self, request: Table) -> Table:
         """Tell a job's events from an offset on until it ends; the last one is its outcome, or that it is gone.
@@ -253,7 +262,10 @@ class Server(object):
             for line in new_lines(os.path.join(folder, "events"), at):
                 at += len(line)
                 told = time.monotonic()
-                self.peer.send(dict(json.loads(line.decode()), at=at))
+                event = json.loads(line.decode())
+                if "clock" in event:  # which begins again where the board was started anew
+                    event["ago"] = max(0.0, time.monotonic() - event["clock"])
+                self.peer.send(dict(event, at=at))
             outcome = read_text(os.path.join(folder, "outcome.json"))
             if outcome:
                 return {"event": "finished", "outcome": json.loads(outcome)}
@@ -338,6 +350,25 @@ class Server(object):
                 raise
         finally:
             lease.give_back()
+
+
+def modified(path: str) -> float:
+    """When a file was written to last; 0 where it is gone."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder, as far as that goes."""
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    try:
+        os.remove(path)
+    except OSError:
+        pass
 
 
 def touch(path: str) -> None:

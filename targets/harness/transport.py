@@ -479,9 +479,7 @@ class Board:
                 pinged = time.monotonic()
                 link.peer.send({"do": "ping"})
 
-    def _finish(
-        self, follow: Following, verb: str, outcome: Table, names: Mapping[str, str], limit_s: float
-    ) -> Done:
+    def _finish(self, follow: Following, verb: str, outcome: Table, names: Mapping[str, str], limit_s: float) -> Done:
         if outcome["event"] != "done":
             self.ask({"do": "drop", "id": follow.id})
             raise self._failed(outcome, names, limit_s)

@@ -129,7 +129,8 @@ def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topo
     groups = tuple(g for g in _groups(params, produced, frozen, blocks) if not g.frozen or set(g.members) - direct)
     readers = tuple(dataclasses.replace(r, ids=units(r.ids)) for r in space.readers)  # type: ignore[arg-type]
     leaves = tuple(network.leaves.items())
-    return Topology(groups, blocks, dict(params), constants, leaves, layers(network)), readers
+    count = int(component.max(initial=-1)) + 1
+    return Topology(groups, blocks, dict(params), constants, leaves, layers(network), count), readers
 
 
 def _groups(

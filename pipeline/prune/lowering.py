@@ -1,6 +1,6 @@
 """A traced graph brought to the forms that rules and surgery know.
 
-- in-place operations become plain ones, functional dropout a module,
+- what has several spellings gets one (plain.py), functional dropout becomes a module,
 - layers called as functions on parameters (`F.linear(x, self.qkv.weight)`) become modules at the parameters' place,
 - norms without parameters get ones and zeros that do not train, so that their width is a parameter's,
 - what counts or indexes channels becomes a named module of operators.py; a shuffle becomes one gather, and a fold into
@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -20,13 +19,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pipeline.prune import operators
-from profiles.errors import DeployError
+from pipeline.prune.plain import plain
 
 Shape = tuple[int, ...]
-_IN_PLACE_OPERATORS = {
-    operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub,
-    operator.itruediv: operator.truediv,
-}  # fmt: skip
 _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     F.dropout: nn.Dropout, torch.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout,
 }  # fmt: skip
@@ -34,7 +29,6 @@ _ADDS = {operator.add, torch.add}
 _ELEMENTWISE: set[Any] = {*_ADDS, operator.mul, torch.mul, operator.sub, torch.sub, operator.truediv, "mul", "add"}
 _RESHAPES = {torch.flatten, torch.reshape, torch.unflatten, Tensor.view, Tensor.reshape, Tensor.flatten}
 _RESHAPE_METHODS = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
-_VIEWS = {"getitem", "view", "view_as", "transpose", "permute", "unsqueeze", "squeeze", "narrow", "select", "expand"}
 _MOVES = {torch.permute, torch.transpose, torch.swapaxes, torch.movedim}
 _MOVE_METHODS = {"permute", "transpose", "contiguous", "swapaxes", "movedim"}
 
@@ -89,7 +83,7 @@ class _Lowering:
         self.count: dict[str, int] = {}
 
     def run(self) -> None:
-        self._plain()
+        plain(self.module)
         for node in list(self.graph.nodes):
             self._functional(node)
         self._affine()
@@ -131,65 +125,6 @@ class _Lowering:
     def owner(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    # --- plain operations ------------------------------------------------------------------------------------------
-
-    def _plain(self) -> None:
-        for node in list(self.graph.nodes):
-            if node.op == "call_method" and node.target in ("float", "to", "type", "type_as"):
-                self._same_type(node)
-                continue
-            self._out_of_place(node)
-            if node.op in ("call_function", "call_method") and "input" in node.kwargs:
-                rest = dict(node.kwargs)
-                node.args = (rest.pop("input"), *node.args)
-                node.kwargs = rest
-            if node.op == "call_function" and node.target in _DROPOUTS:
-                p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-                self.replace(node, "dropout", _DROPOUTS[node.target](float(p)), (node.args[0],))
-        for module in self.module.modules():
-            if getattr(module, "inplace", False) and not isinstance(module, torch.jit.ScriptModule):
-                module.inplace = False  # type: ignore[assignment]
-
-    def _refuse_views(self, node: fx.Node, source: fx.Node) -> None:
-        """What is written into a view of a tensor that is read again shows there: that has no plain form."""
-        name = getattr(source.target, "__name__", str(source.target))
-        views = _VIEWS if source.op in ("call_function", "call_method") else ()
-        base = source.args[0] if name in views and source.args else None
-        if isinstance(base, fx.Node) and any(
-            user is not source for user in _after(node) if base in user.all_input_nodes
-        ):
-            raise DeployError(
-                f"the network cannot be captured: it writes into a view of a tensor that it reads again "
-                f"('{node.name}').",
-                "write the result to a new tensor.",
-            )
-
-    def _same_type(self, node: fx.Node) -> None:
-        """A conversion that changes nothing would fix the precision of the graph."""
-        source = node.args[0]
-        if isinstance(source, fx.Node) and source.meta.get("dtype") == node.meta["dtype"] is not None:
-            node.replace_all_uses_with(source)
-            self.graph.erase_node(node)
-
-    def _out_of_place(self, node: fx.Node) -> None:
-        """Readers of what was written over read the result."""
-        name = str(node.target)
-        module = self.owner(node)
-        written = bool(node.kwargs.get("inplace")) or bool(getattr(module, "inplace", False))
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_function" and len(node.args) > 2 and node.args[-1] is True and _has_inplace(node.target):
-            node.args, written = (*node.args[:-1], False), True
-        if node.op == "call_method" and name.endswith("_") and not name.startswith("_") and hasattr(Tensor, name[:-1]):
-            node.target, written = name[:-1], True
-        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
-            node.target, written = _IN_PLACE_OPERATORS[node.target], True
-        if written and node.args and isinstance(node.args[0], fx.Node):
-            source = node.args[0]
-            self._refuse_views(node, source)
-            later = set(_after(node)) if len(source.users) > 1 else set()
-            source.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
-
     # --- functions on parameters -----------------------------------------------------------------------------------
 
     def _functional(self, node: fx.Node) -> None:
@@ -212,7 +147,7 @@ class _Lowering:
     def _settle(self, node: fx.Node, made: nn.Module, names: dict[str, str], values: dict[str, Tensor]) -> None:
         """Put a layer where its parameters are, and call it."""
         for role, value in values.items():
-            setattr(made, role, value)
+            _hold(made, role, value)
         made.train(self.module.training)
         owners = {name.rpartition(".")[0] for name in names.values()}
         path = next(iter(owners)) if len(owners) == 1 else ""
@@ -224,12 +159,8 @@ class _Lowering:
             for child, module in current.named_children():
                 made.add_module(child, module)
             for name, value in [*current.named_parameters(recurse=False), *current.named_buffers(recurse=False)]:
-                if isinstance(getattr(made, name, None), Tensor):
-                    continue
-                if isinstance(value, nn.Parameter):
-                    made.register_parameter(name, value)
-                else:
-                    made.register_buffer(name, value)
+                if not isinstance(getattr(made, name, None), Tensor):
+                    _hold(made, name, value)
             self.module.set_submodule(path, made)
         else:
             path = self.fresh(type(made).__name__.lower())
@@ -265,6 +196,7 @@ class _Lowering:
 
     def _named(self, node: fx.Node) -> None:
         target, module = node.target, self.owner(node)
+        bound = _bound(node)
         method = str(target) if node.op == "call_method" else ""
         function = target if node.op == "call_function" else None
         if isinstance(module, nn.ChannelShuffle):
@@ -274,6 +206,8 @@ class _Lowering:
         elif (function in _ADDS or method == "add") and len(node.args) == 2 and not node.kwargs:
             if all(is_activation(a) for a in node.args):
                 self.replace(node, "residual_add", operators.ResidualAdd(), tuple(node.args))
+        elif function in _DROPOUTS:
+            self.replace(node, "dropout", _DROPOUTS[function](float(bound.get("p", 0.5))), (node.args[0],))
         elif function is F.pad:
             self._pad(node)
         elif function in (torch.split, torch.chunk, torch.tensor_split) or method in ("split", "chunk", "tensor_split"):
@@ -283,14 +217,14 @@ class _Lowering:
         elif function in (torch.index_select, torch.narrow) or method in ("index_select", "narrow"):
             self._select(node)
         elif function is not None and getattr(function, "__name__", "") == "channel_shuffle":
-            self._shuffle(node, int(cast(int, node.args[1])))
+            self._shuffle(node, int(bound["groups"]))
         elif method in ("expand", "expand_as") or function is Tensor.expand:
             self._expand(node)
         elif function is F.normalize:
             self._normalize(node)
         elif isinstance(module, nn.PixelUnshuffle) or function in (F.pixel_unshuffle, torch.pixel_unshuffle):
-            factor = module.downscale_factor if isinstance(module, nn.PixelUnshuffle) else node.args[1]
-            self._unshuffle(node, int(cast(int, factor)))
+            factor = module.downscale_factor if isinstance(module, nn.PixelUnshuffle) else bound["downscale_factor"]
+            self._unshuffle(node, int(factor))
         elif function is F.scaled_dot_product_attention:
             self._attention(node)
         elif function is torch.einsum and isinstance(node.args[0], str):
@@ -351,17 +285,20 @@ class _Lowering:
                 user.args = (source, (*[slice(None)] * (axis % len(shape)), index))
 
     def _select(self, node: fx.Node) -> None:
-        source, shape, args = node.args[0], shape_of(node.args[0]), [*node.args[1:], *node.kwargs.values()]
-        if shape is None or not args or not isinstance(args[0], int) or args[0] % len(shape) == 0:
+        source, shape, bound = node.args[0], shape_of(node.args[0]), _bound(node)
+        axis, index = bound.get("dim"), bound.get("index")
+        if shape is None or not isinstance(axis, int) or axis % len(shape) == 0:
             return
-        axis = args[0] % len(shape)
-        if str(getattr(node.target, "__name__", node.target)) == "narrow":
-            if all(type(a) is int for a in args[1:3]):
-                start, length = (int(cast(int, a)) for a in args[1:3])
-                self.replace(node, "channel_slice", operators.ChannelSlice(start, start + length, axis), (source,))
-        elif isinstance(args[1], fx.Node) and args[1].op == "get_attr":
-            picked = torch.arange(shape[axis])[self._value(args[1]).long()].tolist()
-            self.replace(node, "channel_gather", operators.ChannelGather(picked, axis), (source,))
+        axis %= len(shape)
+        if isinstance(index, fx.Node):
+            if index.op == "get_attr":
+                picked = torch.arange(shape[axis])[self._value(index).long()].tolist()
+                self.replace(node, "channel_gather", operators.ChannelGather(picked, axis), (source,))
+            return
+        start, length = bound.get("start"), bound.get("length")
+        if type(start) is int and type(length) is int:
+            start %= shape[axis]
+            self.replace(node, "channel_slice", operators.ChannelSlice(start, start + length, axis), (source,))
 
     def _shuffle(self, node: fx.Node, groups: int) -> None:
         shape = shape_of(node.args[0])
@@ -425,19 +362,17 @@ def _broadcasts(user: fx.Node, operand: fx.Node) -> bool:
     return user.target in _ELEMENTWISE and shape_of(operand) is not None and shape_of(operand) in others
 
 
-def _has_inplace(target: Any) -> bool:
-    try:
-        return list(inspect.signature(target).parameters)[-1] == "inplace"
-    except (TypeError, ValueError):
-        return False
+_ARGUMENTS = {
+    "narrow": ("input", "dim", "start", "length"), "index_select": ("input", "dim", "index"),
+    "channel_shuffle": ("input", "groups"), "pixel_unshuffle": ("input", "downscale_factor"),
+    "dropout": ("input", "p"), "dropout2d": ("input", "p"), "alpha_dropout": ("input", "p"),
+}  # fmt: skip
 
 
-def _after(node: fx.Node) -> list[fx.Node]:
-    nodes, at = [], node.next
-    while at.op != "root":
-        nodes.append(at)
-        at = at.next
-    return nodes
+def _bound(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a function or method by their names, whichever way they were given."""
+    names = _ARGUMENTS.get(str(getattr(node.target, "__name__", node.target)), ())
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def shape_of(value: Any) -> Shape | None:
@@ -530,6 +465,16 @@ _LAYERS: dict[Any, tuple[tuple[str, ...], Callable[[dict[str, Any], dict[str, Te
     F.group_norm: (("input", "num_groups", "weight", "bias", "eps"), _group_norm),
     F.prelu: (("input", "weight"), _prelu),
 }
+
+
+def _hold(module: nn.Module, name: str, value: Tensor) -> None:
+    """Register a tensor as what it is, a parameter or a buffer, in the place of what has that name."""
+    if hasattr(module, name):
+        delattr(module, name)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value)
 
 
 def _same_layer(current: nn.Module, made: nn.Module) -> bool:

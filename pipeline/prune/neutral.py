@@ -15,7 +15,7 @@ from pipeline.prune import operators
 from pipeline.prune.capture import Network
 from pipeline.prune.labels import Op
 from pipeline.prune.lowering import permutation
-from pipeline.prune.naming import is_custom, kind_of, kind_of_node
+from pipeline.prune.naming import is_custom, is_torch, kind_of, kind_of_node
 
 Shapes = Mapping[str, tuple[int, ...]]
 _UNARY_MODULES = (
@@ -279,9 +279,8 @@ def _function(node: fx.Node, shapes: Shapes) -> Described:
     if is_custom(kind):
         return _plain("leaf", reason=f"there is no rule for {kind} ('{node.name}')")
     if target is getattr:
-        name = {"T": "t", "mT": "mT"}.get(str(node.args[1]), str(node.args[1]))
-    known = str(getattr(target, "__module__", None) or "torch").split(".")[0] in ("torch", "_operator", "math")
-    found = _call(node, name, shapes) if known or target in _BUILTIN else None
+        name = str(node.args[1])
+    found = _call(node, name, shapes) if is_torch(target) or target in _BUILTIN else None
     return found or _plain("leaf", reason=f"there is no rule for {name} ('{node.name}')")
 
 
@@ -302,8 +301,6 @@ def _call(node: fx.Node, name: str, shapes: Shapes) -> Described | None:
         return _plain("matmul")
     if name in ("cat", "concat", "concatenate", "stack"):
         return _plain("stack" if name == "stack" else "cat", axis=_argument(node, 1, "dim", 0))
-    if name == "mT":
-        return _plain("permute", order=[*range(rank - 2), rank - 1, rank - 2])
     if name in ("permute", "transpose", "swapaxes", "movedim", "t"):
         order = permutation(node, rank)
         return None if order is None else _plain("permute", order=order)

@@ -1,11 +1,15 @@
 """Every family of operators: captured, proved, cut, and cut in ONNX, with the coupling that each of them asks for."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
-from zoo_nets import ZOO, Attention, Image, Sequence, SharedBranches, Stochastic, Tied, TwoInputs, WritesView, example
+from written_nets import UNITS, WRITTEN
+from zoo_nets import ZOO as FAMILIES
+from zoo_nets import Attention, Image, Sequence, SharedBranches, Stochastic, Tied, TwoInputs, WritesView, example
 
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow_file
@@ -20,6 +24,8 @@ from pipeline.prune.plan import kept_units, resolve
 from pipeline.prune.surgery import carry_out, prune
 from profiles.errors import DeployError
 from profiles.schema import GraphSpec, InputSpec
+
+ZOO = FAMILIES | WRITTEN
 
 
 def found(name: str, *, heads: bool = False) -> Network:
@@ -78,6 +84,29 @@ def test_the_narrowed_onnx_is_the_exported_one_of_the_cut_network(name, tmp_path
     with torch.no_grad():
         expected = prune(network, plan)(x).numpy()
     assert np.allclose(session.run(None, {"input": x.numpy()})[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_layer_before_what_is_written_otherwise_may_be_cut(name):
+    offered = {g.name: g.size for g in found(name).topology.offered if "a.weight[0]" in g.members}
+    assert offered == {"a": UNITS[name]}
+
+
+def test_a_buffer_that_is_a_weight_stays_a_buffer_in_the_cut_network():
+    network = found("blur")
+    pruned = prune(network, every_second(network))
+    (layer,) = [m for m in pruned.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert layer.groups == 6 and dict(layer.named_buffers())["weight"].shape == (6, 1, 3, 3)
+    assert [name for name, _ in layer.named_parameters()] == []
+
+
+def test_a_wrong_reader_refutes_every_group_with_its_reason():
+    """What a misread operator would give: labels of another length than the axis that is read."""
+    bare = find_groups(capture(Image(nn.Identity()).eval(), example((1, 3, 8, 8))), prove=False)
+    readers = tuple(replace(r, ids=r.ids[:-1]) if r.op == "b" else r for r in bare.readers)
+    reasons = proof.refute(replace(bare, readers=readers))
+    assert set(reasons) == {g.id for g in bare.topology.offered}
+    assert all(reason.startswith("masking it fails: The size of tensor a (12)") for reason in reasons.values())
 
 
 def test_heads_stay_whole_and_every_head_loses_the_same_channels():
@@ -183,8 +212,6 @@ def test_a_wrong_rule_is_caught_by_the_proof(monkeypatch):
 def test_the_reference_without_masked_statistics_would_refute_a_right_rule(monkeypatch):
     """Statistics over what is left are part of the definition: zeroing alone is another network."""
     bare = find_groups(capture(Image(nn.GroupNorm(3, 12)).eval(), example((1, 3, 8, 8))), prove=False)
-    import dataclasses
-
-    zeroed = tuple(dataclasses.replace(reader, how="zero") for reader in bare.readers)
-    assert proof.refute(dataclasses.replace(bare, readers=zeroed))
+    zeroed = tuple(replace(reader, how="zero") for reader in bare.readers)
+    assert proof.refute(replace(bare, readers=zeroed))
     assert proof.refute(bare) == {}

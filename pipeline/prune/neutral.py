@@ -13,6 +13,7 @@ from torch import fx, nn
 from pipeline.nouns import Layer
 from pipeline.prune import operators
 from pipeline.prune.capture import Network
+from pipeline.prune.folds import mark
 from pipeline.prune.labels import Op
 from pipeline.prune.lowering import permutation
 from pipeline.prune.naming import is_custom, is_torch, kind_of, kind_of_node
@@ -51,7 +52,9 @@ def describe(network: Network) -> list[Op]:
     for node in network.graph.graph.nodes:  # pieces of a split, parameters
         if node.op == "get_attr":
             shapes.setdefault(node.name, tuple(_attribute(network.graph, str(node.target)).shape))
-    return [_op(network, node, modules, shapes) for node in network.graph.graph.nodes if _is_tensor(node, shapes)]
+    ops = [_op(network, node, modules, shapes) for node in network.graph.graph.nodes if _is_tensor(node, shapes)]
+    mark(ops)
+    return ops
 
 
 def _attribute(graph: fx.GraphModule, path: str) -> torch.Tensor:

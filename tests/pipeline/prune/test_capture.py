@@ -71,6 +71,37 @@ def test_an_operator_without_a_rule_freezes_what_flows_through_it_and_nothing_el
     assert frozen["b.0"] is None and frozen["c.0"] is None
 
 
+@pytest.mark.parametrize(
+    ("also", "what"),
+    [
+        (lambda x: (x, x.shape[1]), r"output 1 is a number \(int\)"),
+        (lambda x: {"map": x, "sizes": [1.5]}, r"output 'sizes', 0 is a number \(float\)"),
+        (lambda x: [x, "name"], r"output 1 is of type str"),
+    ],
+)
+def test_an_output_that_is_no_tensor_is_named_with_what_it_is(also, what):
+    class Also(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> object:
+            return also(self.a(x))
+
+    with pytest.raises(DeployError, match=f"^the network cannot be captured: its {what}, and no tensor") as caught:
+        capture(Also(), example())
+    assert caught.value.hint == "leave it out of what forward returns, or make it a tensor there."
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta"])
+def test_a_layer_that_has_a_name_of_torch_fx_is_named(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.Conv2d(3, 4, 1))
+    with pytest.raises(DeployError, match=f"torch.fx keeps the name '{name}' for itself") as caught:
+        capture(model, example())
+    assert caught.value.hint == f"call Sequential.{name} otherwise."
+
+
 def test_a_network_that_is_no_function_of_its_input_is_refused():
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

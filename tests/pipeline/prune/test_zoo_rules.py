@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
-from written_nets import UNITS, WRITTEN
+from written_nets import UNITS, WRITTEN, Twice
 from zoo_nets import ZOO as FAMILIES
 from zoo_nets import Attention, Image, Sequence, SharedBranches, Stochastic, Tied, TwoInputs, WritesView, example
 
@@ -98,6 +98,31 @@ def test_a_buffer_that_is_a_weight_stays_a_buffer_in_the_cut_network():
     (layer,) = [m for m in pruned.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     assert layer.groups == 6 and dict(layer.named_buffers())["weight"].shape == (6, 1, 3, 3)
     assert [name for name, _ in layer.named_parameters()] == []
+
+
+def test_a_fold_is_cut_along_the_axis_that_the_convolution_behind_it_reads():
+    units = {name: sizes(found(name)) for name in ("decoder", "pixel shuffle by views")}
+    assert units["decoder"]["fc"] == 16 and units["decoder"]["up"] == 8
+    assert units["pixel shuffle by views"]["middle.up"] == 5
+    pruned = prune(network := found("decoder"), every_second(network))
+    assert pruned.fc.weight.shape == (128, 3) and pruned.up.weight.shape == (8, 4, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["weight standardisation", "scaled weights"])
+def test_a_weight_that_is_computed_of_parameters_alone_is_stored_and_its_layer_cut(name):
+    network = found(name)
+    layer = network.graph.middle
+    assert type(layer) is nn.Conv2d and {n for n, _ in layer.named_parameters()} == {"bias", "weight"}
+    assert isinstance(layer.weight, nn.Parameter) and float(layer.weight.detach().mean((1, 2, 3)).abs().max()) < 1e-6
+    assert sizes(network)["middle"] == 12 and sizes(network)["a"] == 12
+
+
+def test_a_computed_weight_whose_parameter_is_read_elsewhere_stays_and_says_so():
+    network = find_groups(capture(Image(Twice()).eval(), example((1, 3, 8, 8))))
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["middle.c"] == "there is no rule for conv2d ('conv2d')"
+    assert frozen["middle"] == "'norm' reduces over them", "the weight itself is shown, and why it stays"
+    assert frozen["a"] is None and "middle.weight" in network.graph.state_dict()
 
 
 def test_a_wrong_reader_refutes_every_group_with_its_reason():

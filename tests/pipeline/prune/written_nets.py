@@ -89,6 +89,98 @@ def turned(x: Tensor) -> Tensor:
     return torch.cat([torch.narrow(x, start=-8, length=8, dim=1), x[:, :4]], 1)
 
 
+class Picked(nn.Module):
+    """Channels in an order that a buffer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor([3, 1, 2, 0, 5, 4, 11, 10, 9, 8, 7, 6]))
+        self.register_buffer("places", torch.arange(8) % 2 == 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.order][..., self.places]
+
+
+class Repeated(nn.Module):
+    """One kernel repeated for every channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.rand(1, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel.repeat(x.shape[1], 1, 1, 1), padding=1, groups=12)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution of standardised weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Scaled(nn.Conv2d):
+    """The same with a gain for every output, by a batch norm over the weight (NFNets)."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * 0.3).view(-1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
+class Twice(nn.Module):
+    """A computed weight of which a part is read elsewhere too: it stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.c = nn.Parameter(torch.randn(12, 12, 1, 1)), nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.c(x), self.weight / self.weight.norm()) * self.weight.mean()
+
+
+class Decoder(nn.Module):
+    """A linear layer whose outputs are folded into a map (the decoder of a variational autoencoder)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inner, self.fc = nn.Conv2d(3, 12, 3, 2, 1), nn.Linear(192, 6), nn.Linear(6, 256)
+        self.up, self.out = nn.ConvTranspose2d(16, 8, 4, 2, 1), nn.Conv2d(8, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.inner(F.relu(self.a(x)).flatten(1))
+        return self.out(F.relu(self.up(F.relu(self.fc(code).view(-1, 16, 4, 4)))))
+
+
+class ByViews(nn.Module):
+    """A pixel shuffle written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.conv = nn.Conv2d(12, 20, 1), nn.Conv2d(5, 12, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        y = self.up(x).view(n, 5, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
+        return self.conv(y.reshape(n, 5, 2 * h, 2 * w))
+
+
+def upsampled(x: Tensor) -> Tensor:
+    """Channels and places that are repeated one by one."""
+    return torch.repeat_interleave(x.repeat_interleave(2, 1), dim=-1, repeats=3)
+
+
+def dotted(x: Tensor) -> Tensor:
+    """Equations with dots, and without a result."""
+    return x * torch.einsum("...hw,...hw->...h", x, x).unsqueeze(-1) + torch.einsum("...ij,...jk", x, x)
+
+
 IMAGES = {  # what stands in the middle, its channels, units of the layer before it
     "numpy's names": (lambda: Apply(numpys), 12, 6),
     "blur": (Blur, 12, 12),
@@ -99,12 +191,24 @@ IMAGES = {  # what stands in the middle, its channels, units of the layer before
     "values of min": (lambda: Apply(lambda x: x * x.min(dim=1).values.unsqueeze(1)), 12, 12),
     "maximum": (lambda: Apply(lambda x: torch.max(x, other=x.neg()) + x.min(x.abs())), 12, 12),
     "narrow by names": (lambda: Apply(turned), 12, 12),
+    "order of a buffer": (Picked, 12, 12),
+    "one kernel": (Repeated, 12, 12),
+    "weight standardisation": (lambda: Standardised(12, 12, 3), 12, 12),
+    "scaled weights": (lambda: Scaled(12, 12, 3), 12, 12),
+    "pixel shuffle by views": (ByViews, 12, 12),
+    "repeat interleave": (lambda: Apply(upsampled), 24, 12),
+    "instance norm as a function": (lambda: Apply(F.instance_norm), 12, 12),
+    "einsum with dots": (lambda: Apply(dotted), 12, 12),
+    "transposed depthwise multiplier": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(12, 24, 2, 2, groups=12), nn.BatchNorm2d(24)), 24, 12,
+    ),
     "shuffle by name": (lambda: Apply(lambda x: F.channel_shuffle(x, groups=3)), 12, 12),
-}
+}  # fmt: skip
 WRITTEN = {name: ((lambda make=make, out=out: Image(make(), out)), IMAGE) for name, (make, out, _) in IMAGES.items()}
 WRITTEN |= {
     "grid": (Grid, IMAGE),
+    "decoder": (Decoder, IMAGE),
     "directions": (Directions, IMAGE),
     "turned": (lambda: Sequence(Turned()), TOKENS),
 }
-UNITS = {name: units for name, (_, _, units) in IMAGES.items()} | {"grid": 12, "directions": 12, "turned": 12}
+UNITS = {name: IMAGES[name][2] if name in IMAGES else 12 for name in WRITTEN}

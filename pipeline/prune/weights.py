@@ -124,7 +124,7 @@ def _read_outside(inside: set[fx.Node], made: fx.Node) -> bool:
 
 
 def _held_elsewhere(module: fx.GraphModule, inside: set[fx.Node], learned: Iterable[Tensor]) -> bool:
-    """Whether something else in the graph reads these parameters, by whatever name, or a module that holds them does."""
+    """Whether something else in the graph reads these parameters by whatever name, or calls a module that holds one."""
     ids = {id(value) for value in learned}
     for node in module.graph.nodes:
         if node.op == "get_attr" and node not in inside and id(_tensor(module, node)) in ids:

@@ -7,9 +7,21 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
-from written_nets import UNITS, WRITTEN, Twice
+from written_nets import UNITS, WRITTEN, Twice, Words
 from zoo_nets import ZOO as FAMILIES
-from zoo_nets import Attention, Image, Sequence, SharedBranches, Stochastic, Tied, TwoInputs, WritesView, example
+from zoo_nets import (
+    Apply,
+    Attention,
+    ChannelsFirstNorm,
+    Image,
+    Sequence,
+    SharedBranches,
+    Stochastic,
+    Tied,
+    TwoInputs,
+    WritesView,
+    example,
+)
 
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow_file
@@ -70,7 +82,7 @@ def test_no_rule_is_refuted_and_all_groups_cut_together_equal_the_masked_network
     assert torch.allclose(masked, got, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "recurrent"])
+@pytest.mark.parametrize("name", ZOO)
 def test_the_narrowed_onnx_is_the_exported_one_of_the_cut_network(name, tmp_path):
     network = found(name)
     shape = ZOO[name][1]
@@ -207,6 +219,30 @@ def test_a_recurrent_layer_is_a_leaf_with_a_reason_and_the_rest_is_offered():
     assert frozen["a"] == "there is no rule for GRU 'cell'" and frozen["b"] is None
 
 
+def test_an_lstm_keeps_what_it_reads_and_the_layers_around_it_are_cut():
+    network = found("long short-term memory")
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["first"] == "there is no rule for LSTM 'cell'" and sizes(network) == {"a": 12, "b": 8}
+
+
+def test_the_channels_of_queries_and_keys_of_another_width_go_together():
+    members = [set(g.members) for g in found("cross attention").topology.offered]
+    assert any({f"middle.attention.{n}_proj.weight[0]" for n in "qk"} <= m for m in members)
+    assert any({"middle.attention.v_proj.weight[0]", "middle.attention.out_proj.weight[1]"} <= m for m in members)
+    assert any({"middle.memory.weight[0]", "middle.attention.k_proj.weight[1]"} <= m for m in members)
+
+
+def test_an_embedding_is_cut_with_the_head_that_it_is_the_weight_of():
+    torch.manual_seed(0)
+    words = torch.arange(6).reshape(1, 6)
+    network = find_groups(capture(Words().eval(), (words,)))
+    (group,) = [g for g in network.topology.offered if "words.weight[1]" in g.members]
+    assert group.size == 12 and {"head.weight[1]", "mix.weight[0]", "mix.weight[1]"} <= set(group.members)
+    pruned = prune(network, PruningPlan((KeepUnits(group.id, (0, 2, 5)),)))
+    assert pruned.words.weight is pruned.head.weight and pruned.head.weight.shape == (20, 3)
+    assert pruned(words).shape == (1, 6, 20)
+
+
 def test_a_forward_that_writes_into_a_view_and_reads_the_whole_is_refused():
     with pytest.raises(DeployError, match=r"it writes into a view of a tensor that it reads again \('mul_'\)"):
         capture(WritesView().eval(), example((1, 3, 4, 4)))
@@ -234,9 +270,21 @@ def test_a_wrong_rule_is_caught_by_the_proof(monkeypatch):
     assert any(reason.startswith("masking and cutting it differ by ") for reason in reasons.values())
 
 
-def test_the_reference_without_masked_statistics_would_refute_a_right_rule(monkeypatch):
-    """Statistics over what is left are part of the definition: zeroing alone is another network."""
-    bare = find_groups(capture(Image(nn.GroupNorm(3, 12)).eval(), example((1, 3, 8, 8))), prove=False)
+@pytest.mark.parametrize(
+    ("middle", "how"),
+    [
+        (lambda: nn.GroupNorm(3, 12), "statistics"),
+        (ChannelsFirstNorm, "statistics"),
+        (lambda: nn.Softmax(1), "softmax"),
+        (lambda: Apply(lambda x: x * x.mean(1, keepdim=True)), "mean"),
+        (lambda: Apply(lambda x: x.exp() * x.exp().neg().amax(1, keepdim=True)), "amax"),
+    ],
+    ids=["group norm", "layer norm", "softmax", "mean", "maximum"],
+)
+def test_the_reference_that_only_zeroes_would_refute_a_right_rule(middle, how):
+    """Statistics, softmax, mean and maximum over what is left are part of the definition: zeroing is no substitute."""
+    bare = find_groups(capture(Image(middle()).eval(), example((1, 3, 8, 8))), prove=False)
+    assert how in {reader.how for reader in bare.readers}
     zeroed = tuple(replace(reader, how="zero") for reader in bare.readers)
     assert proof.refute(replace(bare, readers=zeroed))
     assert proof.refute(bare) == {}

@@ -171,6 +171,52 @@ class ByViews(nn.Module):
         return self.conv(y.reshape(n, 5, 2 * h, 2 * w))
 
 
+class Cross(nn.Module):
+    """Queries of the tokens, keys and values of another width (the decoder of a detection transformer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.Linear(12, 8)
+        self.attention = nn.MultiheadAttention(12, 3, kdim=8, vdim=8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = F.relu(self.memory(x[:, :4]))
+        return x + self.attention(x, memory, memory, need_weights=False)[0]
+
+
+class Words(nn.Module):
+    """An embedding whose table is the weight of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 20, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.words(x)
+        return self.head(x + F.relu(self.mix(x)))
+
+
+class Long(nn.Module):
+    """A convolution whose map is read as a sequence by an LSTM of both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.first, self.cell = nn.Conv2d(3, 12, 3, 1, 1), nn.Conv2d(12, 6, 3, 2, 1), None
+        self.cell = nn.LSTM(24, 10, batch_first=True, bidirectional=True)
+        self.b, self.out = nn.Linear(20, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(F.relu(self.a(x)))
+        y, _ = self.cell(y.permute(0, 3, 1, 2).reshape(y.shape[0], y.shape[3], 24))
+        return self.out(F.relu(self.b(y[:, -1])))
+
+
+def encoder() -> nn.Module:
+    """Two layers of torch's own that normalise after each sum."""
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), 2, enable_nested_tensor=False)
+
+
 def upsampled(x: Tensor) -> Tensor:
     """Channels and places that are repeated one by one."""
     return torch.repeat_interleave(x.repeat_interleave(2, 1), dim=-1, repeats=3)
@@ -208,6 +254,9 @@ WRITTEN = {name: ((lambda make=make, out=out: Image(make(), out)), IMAGE) for na
 WRITTEN |= {
     "grid": (Grid, IMAGE),
     "decoder": (Decoder, IMAGE),
+    "long short-term memory": (Long, IMAGE),
+    "cross attention": (lambda: Sequence(Cross()), TOKENS),
+    "encoder that normalises last": (lambda: Sequence(encoder()), TOKENS),
     "directions": (Directions, IMAGE),
     "turned": (lambda: Sequence(Turned()), TOKENS),
 }

@@ -85,8 +85,9 @@ def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rul
 
 def _check_names(model: nn.Module) -> None:
     """Raise DeployError where the network calls a part of it what a torch.fx graph calls its own."""
-    own = {*model._modules, *model._parameters, *model._buffers}
-    taken = own & {*vars(fx.GraphModule), "meta"} - {*vars(nn.Module)}
+    held = (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False))
+    own = {name for name, _ in (*model.named_children(), *held)}
+    taken = own & ({*vars(fx.GraphModule), "meta"} - {*vars(nn.Module)})
     if taken:
         raise DeployError(
             f"the network cannot be captured: torch.fx keeps the name '{min(taken)}' for itself.",

@@ -54,13 +54,41 @@ def _unparametrized(module: nn.Module) -> None:
 
 def store(module: fx.GraphModule) -> None:
     """Store what computed weights and biases of convolutions come to, in place, in a graph of plain calls."""
-    for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in CONVOLUTIONS:
-            bound = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-            for role in ("weight", "bias"):
-                value = bound.get(role)
-                if isinstance(value, fx.Node) and value.op != "get_attr":
-                    _store(module, value)
+    layers = [n for n in module.graph.nodes if n.op == "call_function" and n.target in CONVOLUTIONS]
+    if not any(made.op != "get_attr" for layer in layers for made in _weights(layer)):
+        return
+    _merge(module.graph)
+    for layer in layers:
+        for made in _weights(layer):
+            if made.op != "get_attr":
+                _store(module, made)
+
+
+def _weights(layer: fx.Node) -> list[fx.Node]:
+    bound = dict(zip(("input", "weight", "bias"), layer.args, strict=False)) | layer.kwargs
+    return [value for role in ("weight", "bias") if isinstance(value := bound.get(role), fx.Node)]
+
+
+def _merge(graph: fx.Graph) -> None:
+    """What is computed again from the same parameters, as by a layer that is called twice, is computed once."""
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    known: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node.op != "get_attr" and not (_is_pure(node) and node.all_input_nodes):
+            continue
+        if any(source not in known for source in node.all_input_nodes):
+            continue
+        key = (node.op, node.target, repr(node.args), repr(node.kwargs))
+        if first.setdefault(key, node) is not node:
+            node.replace_all_uses_with(first[key])
+            graph.erase_node(node)
+        else:
+            known.add(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    called = node.op == "call_method" or (node.op == "call_function" and is_torch(node.target))
+    return called and node.target not in _RANDOM
 
 
 def hold(module: nn.Module, name: str, value: Tensor) -> None:
@@ -111,8 +139,7 @@ def _cone(made: fx.Node) -> set[fx.Node] | None:
         node = left.pop()
         if node in inside:
             continue
-        called = node.op == "call_method" or (node.op == "call_function" and is_torch(node.target))
-        if node.op != "get_attr" and (not called or node.target in _RANDOM):
+        if node.op != "get_attr" and not _is_pure(node):
             return None
         inside.add(node)
         left += node.all_input_nodes

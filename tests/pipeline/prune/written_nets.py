@@ -121,6 +121,17 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class StandardisedTwice(nn.Module):
+    """A layer of standardised weights that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Standardised(12, 12, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.conv(x)))
+
+
 class Scaled(nn.Conv2d):
     """The same with a gain for every output, by a batch norm over the weight (NFNets)."""
 
@@ -240,6 +251,7 @@ IMAGES = {  # what stands in the middle, its channels, units of the layer before
     "order of a buffer": (Picked, 12, 12),
     "one kernel": (Repeated, 12, 12),
     "weight standardisation": (lambda: Standardised(12, 12, 3), 12, 12),
+    "weight standardisation twice": (StandardisedTwice, 12, 12),
     "scaled weights": (lambda: Scaled(12, 12, 3), 12, 12),
     "pixel shuffle by views": (ByViews, 12, 12),
     "repeat interleave": (lambda: Apply(upsampled), 24, 12),

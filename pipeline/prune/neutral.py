@@ -173,7 +173,8 @@ def _module(network: Network, node: fx.Node, module: nn.Module, shapes: Shapes) 
         size = module.kernel_size
         return _plain("unfold", block=size**2 if isinstance(size, int) else math.prod(size))
     where = type(module).__module__.rpartition(".")[2]
-    if where in ("pooling", "padding") and name[-1] == "d" and not getattr(module, "return_indices", False):
+    indexed = "Unpool" in name or getattr(module, "return_indices", False)
+    if where in ("pooling", "padding") and name[-1] == "d" and not indexed:
         return _pool(node, shapes, int(name[-2]))
     if isinstance(module, nn.Upsample | nn.UpsamplingNearest2d | nn.UpsamplingBilinear2d):
         return _pool(node, shapes)
@@ -326,7 +327,7 @@ def _call(node: fx.Node, name: str, shapes: Shapes) -> Described | None:
         kernel = _argument(node, 1, "kernel_size")
         return _plain("unfold", block=kernel**2 if isinstance(kernel, int) else math.prod(kernel))
     for stem, count in (("1d", 1), ("2d", 2), ("3d", 3)):
-        if "pool" in name and name.endswith(stem):
+        if "pool" in name and "unpool" not in name and name.endswith(stem):
             return _pool(node, shapes, count)
     if name in ("interpolate", "upsample", "grid_sample"):
         return _pool(node, shapes)

@@ -1,10 +1,11 @@
-"""Weights that are computed from parameters alone become parameters: what they come to, where the layer stands.
+"""Weights that are scaled or standardised on the way become what they come to, where the layer stands.
 
-Weight norm and spectral norm, as hooks, parametrizations or written out; weight standardisation (F. Qiao et al.,
-arXiv:1903.10520) and scaled weights of convolutions. Surgery and the criteria then see the weight that multiplies, and
-a cut leaves the weights that stay as they are, where a standardisation over what is left would change them. The
-network computes the same in eval mode; from then on the weight is trained as it is. A parameter that something else
-reads too is left alone: it could not be shared any more.
+Weight norm and the like, as a hook or a parametrization; written out before a convolution, weight norm, weight
+standardisation (S. Qiao et al., arXiv:1903.10520), scaled weights, and kernels that are made of buffers. Surgery and
+the criteria then see the weight that multiplies, and a cut leaves the weights that stay as they are, where a
+standardisation over what is left would change them. The network computes the same in eval mode; from then on the
+weight is trained as it is. So what training must not lose is left alone: masks (a parameter times a buffer), rounding,
+signs and clipping, and a parameter that something else reads too.
 
 Attention is written out here as well (operators.py): it hides its projections.
 """
@@ -24,6 +25,13 @@ from pipeline.prune import operators
 from pipeline.prune.naming import is_torch
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_SCALES = {
+    "add", "sub", "mul", "truediv", "div", "pow", "neg", "sqrt", "rsqrt", "square", "reciprocal", "mean", "std", "var",
+    "var_mean", "sum", "norm", "vector_norm", "normalize", "batch_norm", "instance_norm", "group_norm", "layer_norm",
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze", "permute", "transpose",
+    "expand", "expand_as", "contiguous", "clone", "getitem",
+}  # fmt: skip
+"""What scales, standardises or reshapes a weight: training goes on without it."""
 _RANDOM = {F.dropout, torch.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 
 
@@ -107,6 +115,8 @@ def _store(module: fx.GraphModule, made: fx.Node) -> None:
         return
     sources = {n: _tensor(module, n) for n in inside if n.op == "get_attr"}
     learned = {n: value for n, value in sources.items() if isinstance(value, nn.Parameter)}
+    if learned and not (len(learned) == len(sources) and _scales(inside)):
+        return
     if learned and (_read_outside(inside, made) or _held_elsewhere(module, inside, learned.values())):
         return
     with torch.no_grad():
@@ -144,6 +154,11 @@ def _cone(made: fx.Node) -> set[fx.Node] | None:
         inside.add(node)
         left += node.all_input_nodes
     return inside
+
+
+def _scales(inside: set[fx.Node]) -> bool:
+    names = {str(getattr(node.target, "__name__", node.target)) for node in inside if node.op != "get_attr"}
+    return names <= _SCALES
 
 
 def _read_outside(inside: set[fx.Node], made: fx.Node) -> bool:

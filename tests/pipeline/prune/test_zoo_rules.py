@@ -7,7 +7,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
-from written_nets import UNITS, WRITTEN, Twice, Words
+from torch.nn import functional as F
+from written_nets import UNITS, WRITTEN, Binary, Masked, Twice, Words
 from zoo_nets import ZOO as FAMILIES
 from zoo_nets import (
     Apply,
@@ -127,6 +128,28 @@ def test_a_weight_that_is_computed_of_parameters_alone_is_stored_and_its_layer_c
     assert type(layer) is nn.Conv2d and {n for n, _ in layer.named_parameters()} == {"bias", "weight"}
     assert isinstance(layer.weight, nn.Parameter) and float(layer.weight.detach().mean((1, 2, 3)).abs().max()) < 1e-6
     assert sizes(network)["middle"] == 12 and sizes(network)["a"] == 12
+
+
+def test_an_unpooling_says_that_it_has_no_rule():
+    class Unpooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.c, self.back = nn.MaxPool2d(2, return_indices=True), nn.Conv2d(12, 12, 1), nn.MaxUnpool2d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y, places = self.pool(x)
+            return F.max_unpool2d(self.back(self.c(y), places)[:, :, ::2, ::2], places, 2)
+
+    network = find_groups(capture(Image(Unpooled()).eval(), example((1, 3, 8, 8))))
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["middle.c"] == "there is no rule for MaxUnpool2d 'middle.back'" and frozen["b"] is None
+
+
+@pytest.mark.parametrize("kind", [Masked, Binary])
+def test_a_weight_that_training_must_not_set_free_stays_computed(kind):
+    network = find_groups(capture(Image(kind(12, 12, 3)).eval(), example((1, 3, 8, 8))))
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["a"] == "there is no rule for conv2d ('conv2d')" and frozen["middle"] is not None
 
 
 def test_a_computed_weight_whose_parameter_is_read_elsewhere_stays_and_says_so():

@@ -145,6 +145,24 @@ class Scaled(nn.Conv2d):
         return F.conv2d(x, weight.reshape_as(self.weight), self.bias, self.stride, self.padding)
 
 
+class Masked(nn.Conv2d):
+    """A convolution that sees what is above and to the left (PixelCNN)."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.register_buffer("mask", (torch.arange(9) < 4).float().view(1, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=1)
+
+
+class Binary(nn.Conv2d):
+    """A convolution of signs; the gradient passes as if they were the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight + (self.weight.sign() - self.weight).detach(), self.bias, padding=1)
+
+
 class Twice(nn.Module):
     """A computed weight of which a part is read elsewhere too: it stays as it is."""
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from prune_nets import NETS, Branching, Chain, Odd, Partly, Shuffle, example
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pipeline.prune.capture import ancestors, apart, capture
 from pipeline.prune.groups import find_groups
 from pipeline.prune.operators import ChannelGather
+from pipeline.prune.rules.base import unknown
 from profiles.errors import DeployError
 
 
@@ -91,6 +92,29 @@ def test_an_output_that_is_no_tensor_is_named_with_what_it_is(also, what):
     with pytest.raises(DeployError, match=f"^the network cannot be captured: its {what}, and no tensor") as caught:
         capture(Also(), example())
     assert caught.value.hint == "leave it out of what forward returns, or make it a tensor there."
+
+
+@fx.wrap
+def reversed_along(scale: float, *, input: Tensor, axis: int) -> Tensor:
+    """A function that asks torch.fx to stay out, with names of arguments that torch gives another meaning."""
+    return scale * input.flip(axis)
+
+
+def test_a_function_of_the_users_keeps_the_names_of_its_arguments():
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(reversed_along(2.0, axis=1, input=self.a(x)))
+
+    model = Calls().eval()
+    network = capture(model, example(), {"test_capture.reversed_along": unknown})
+    (node,) = [n for n in network.graph.graph.nodes if n.target is reversed_along]
+    assert node.args == (2.0,) and set(node.kwargs) == {"input", "axis"}
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(network.graph(x), model(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["code", "graph", "meta"])

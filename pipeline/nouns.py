@@ -110,6 +110,7 @@ class Topology:
 
     params: parameter or buffer name -> axis -> units, for every axis that can be cut.
     leaves: captured modules whose channels stay, with the reason. layers: convolutions and linear layers, in order.
+    count: of all units, with those that are in no group (of a constant alone); their ids run from 0 to count - 1.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -118,6 +119,7 @@ class Topology:
     constants: tuple[Constant, ...]
     leaves: tuple[tuple[str, str], ...] = ()
     layers: tuple[Layer, ...] = ()
+    count: int = 0
 
     @property
     def offered(self) -> tuple[ChannelGroup, ...]:

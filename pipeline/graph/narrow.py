@@ -83,8 +83,10 @@ def _outputs_kept(node: onnx.NodeProto, axes: Mapping[int, Kept], shape: list[in
     if node.op_type == "Gemm":
         return axes.get(0 if _attribute(node, "transB", 0) else 1)
     group = _attribute(node, "group", 1)
-    if node.op_type == "Conv" or (group > 1 and shape[1] == 1):
+    if node.op_type == "Conv":
         return axes.get(0)
+    if group > 1 and group == shape[0]:  # depthwise: each input makes shape[1] outputs in a row
+        return (axes[0][:, None] * shape[1] + np.arange(shape[1])).ravel() if 0 in axes else None
     if 1 not in axes:
         return None
     return np.concatenate([axes[1] + shape[1] * index for index in range(group)])
@@ -415,6 +417,8 @@ def _fix_groups(graph: onnx.GraphProto, dense: onnx.ModelProto) -> None:
             continue
         old, new = before.get(node.input[1]), shapes[node.input[1]]
         group = next((a for a in node.attribute if a.name == "group"), None)
-        if group is None or group.i == 1 or old is None or old == new or old[1] != 1:
+        if group is None or group.i == 1 or old is None or old == new:
+            continue
+        if old[1] != 1 and not (node.op_type == "ConvTranspose" and group.i == old[0]):
             continue
         group.i = new[0] * group.i // old[0]

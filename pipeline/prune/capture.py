@@ -23,10 +23,12 @@ from torch import Tensor, fx, nn
 from pipeline.nouns import Topology
 from pipeline.prune import operators
 from pipeline.prune.labels import Reader
-from pipeline.prune.lowering import call_new, lower, open_modules
+from pipeline.prune.lowering import call_new, lower
 from pipeline.prune.naming import kind_of_node
+from pipeline.prune.proxy import numbers
 from pipeline.prune.rules.base import Rule
 from pipeline.prune.tracing import batched, trace
+from pipeline.prune.weights import open_modules
 from profiles.errors import DeployError
 
 EMPTY = Topology((), (), {}, ())
@@ -58,6 +60,7 @@ def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rul
     example's shape.
     """
     example, rules = tuple(example), dict(rules or {})
+    _check_names(model)
     dense = copy.deepcopy(model).eval()
     wider = batched(example, 1)
     expected = [(wider, _outputs(dense, example, wider), 0.0), *_others(dense, wider)]
@@ -80,6 +83,18 @@ def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rul
     return Network(graph, example, shapes, leaves, rules)
 
 
+def _check_names(model: nn.Module) -> None:
+    """Raise DeployError where the network calls a part of it what a torch.fx graph calls its own."""
+    held = (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False))
+    own = {name for name, _ in (*model.named_children(), *held)}
+    taken = own & ({*vars(fx.GraphModule), "meta"} - {*vars(nn.Module)})
+    if taken:
+        raise DeployError(
+            f"the network cannot be captured: torch.fx keeps the name '{min(taken)}' for itself.",
+            f"call {type(model).__name__}.{min(taken)} otherwise.",
+        )
+
+
 @torch.no_grad()
 def _others(dense: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[tuple[Tensor, ...], Any, float]]:
     """Inputs of other signs and scale, their outputs, and what these may differ by: a branch on data shows plainly."""
@@ -92,15 +107,23 @@ def _others(dense: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[tuple[Te
 
 @torch.no_grad()
 def _outputs(dense: nn.Module, example: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Any:
-    """What the network gives for these inputs. Raises DeployError where it refuses the example."""
+    """What the network gives for these inputs. Raises DeployError where it refuses the example or gives a number."""
     try:
-        return dense(*inputs)
+        found = dense(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in example)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DeployError(
             f"the network refuses an input of shape {shapes}: {reason}.", "mend model.input.shape in deploy.toml."
         ) from error
+    for place, value in numbers(found).items():
+        where, kind = place.removeprefix("[").removesuffix("]").replace("][", ", "), type(value).__name__
+        what = f"a number ({kind})" if isinstance(value, int | float) else f"of type {kind}"
+        raise DeployError(
+            f"the network cannot be captured: its output {where} is {what}, and no tensor.",
+            "leave it out of what forward returns, or make it a tensor there.",
+        )
+    return found
 
 
 class _Shapes(fx.Interpreter):

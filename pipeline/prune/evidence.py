@@ -83,7 +83,7 @@ class Evidence:
     @property
     def units(self) -> int:
         """One more than the largest unit id."""
-        return max((max(g.units) for g in self.topology.groups if g.units), default=-1) + 1
+        return self.topology.count
 
     @cached_property
     def gate_gradients(self) -> Tensor:

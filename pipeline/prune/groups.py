@@ -125,15 +125,29 @@ def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topo
     )
     blocks = find_blocks(network)
     produced = {f"{name}[{axis}]" for name, axis in space.produced}
-    direct = {f"{name}[{axis}]" for name in space.direct.values() for axis in params.get(name, {})}
-    groups = tuple(g for g in _groups(params, produced, frozen, blocks) if not g.frozen or set(g.members) - direct)
+    # a frozen group of nothing but tables and scales tells nobody anything; a layer's weight that stays does
+    own = {name: params.get(name, {}) for name in space.direct.values()}
+    weights = {f"{name}[{axis}]" for name, axes in own.items() for axis in (0, 1) if axis in axes and _is_weight(name)}
+    direct = {f"{name}[{axis}]" for name, axes in own.items() for axis in axes} - weights
+    made = produced | {slot for slot in weights if slot.endswith("[0]")}
+    found = _groups(params, produced, made, frozen, blocks)
+    groups = tuple(g for g in found if not g.frozen or set(g.members) - direct)
     readers = tuple(dataclasses.replace(r, ids=units(r.ids)) for r in space.readers)  # type: ignore[arg-type]
     leaves = tuple(network.leaves.items())
-    return Topology(groups, blocks, dict(params), constants, leaves, layers(network)), readers
+    count = int(component.max(initial=-1)) + 1
+    return Topology(groups, blocks, dict(params), constants, leaves, layers(network), count), readers
+
+
+def _is_weight(name: str) -> bool:
+    return name.rpartition(".")[2] == "weight"
 
 
 def _groups(
-    params: dict[str, dict[int, Units]], produced: set[str], frozen: dict[int, str], blocks: tuple[Block, ...]
+    params: dict[str, dict[int, Units]],
+    produced: set[str],
+    made: set[str],
+    frozen: dict[int, str],
+    blocks: tuple[Block, ...],
 ) -> tuple[ChannelGroup, ...]:
     touched: dict[int, list[tuple[str, int]]] = defaultdict(list)
     first: dict[int, tuple[int, int]] = {}
@@ -152,7 +166,7 @@ def _groups(
     numbers = {slot: number for number, (slot, _) in enumerate(slots)}
     homes = {name: block.id for block in blocks for name in block.params}
     found = [
-        _group(key, sorted(ids, key=order.__getitem__), numbers, produced, frozen, homes)
+        _group(key, sorted(ids, key=order.__getitem__), numbers, produced, made, frozen, homes)
         for key, ids in by_members.items()
     ]
     return tuple(sorted(found, key=lambda g: order[g.units[0]]))
@@ -163,10 +177,14 @@ def _group(
     units: list[int],
     numbers: Mapping[str, int],
     produced: set[str],
+    made: set[str],
     frozen: dict[int, str],
     homes: Mapping[str, str],
 ) -> ChannelGroup:
-    """numbers: slot -> its place among all. homes: parameter -> the block that it leaves with."""
+    """numbers: slot -> its place among all. made: slots whose layer gives the group its name, produced or not.
+
+    homes: parameter -> the block that it leaves with.
+    """
     members = tuple(sorted((slot for slot, _ in key), key=numbers.__getitem__))
     makers = [slot for slot in members if slot in produced]
     reason = next((frozen[u] for u in units if u in frozen), None)
@@ -174,11 +192,12 @@ def _group(
         reason = "no layer produces it"
     if reason is None and len(units) == 1:
         reason = "it is a single unit"
-    layer = (makers or members)[0].rsplit("[", 1)[0].rsplit(".", 1)[0]
+    named = [slot for slot in members if slot in made]
+    layer = (named or members)[0].rsplit("[", 1)[0].rsplit(".", 1)[0]
     home = {homes.get(member.rsplit("[", 1)[0]) for member in members}
     block = home.pop() if len(home) == 1 else None
     digest = hashlib.sha256(repr(sorted(key)).encode()).hexdigest()[:12]
-    return ChannelGroup(digest, layer if makers else f"input of {layer}", tuple(units), members, reason, block)
+    return ChannelGroup(digest, layer if named else f"input of {layer}", tuple(units), members, reason, block)
 
 
 # --- blocks --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ def widen(network: Network, widths: Mapping[str, int], *, noise: float = 0.05, s
     """
     topology = network.topology
     groups = {group.id: group for group in topology.groups}
-    times = np.ones(max((max(g.units) for g in topology.groups if g.units), default=-1) + 2, dtype=np.int64)
+    times = np.ones(topology.count + 1, dtype=np.int64)
     source = np.random.default_rng(seed)
     for id, width in widths.items():
         if id not in groups:
@@ -98,7 +99,7 @@ def _grown(graph: fx.GraphModule, growth: _Growth, noise: float, seed: int) -> f
     for name, axis in sorted(growth.columns):
         if axis in growth.params.get(name, {}):
             _, new = growth.params[name][axis]
-            grown.get_parameter(name).index_fill_(axis, torch.from_numpy(np.flatnonzero(new)), 0.0)
+            operator.attrgetter(name)(grown).index_fill_(axis, torch.from_numpy(np.flatnonzero(new)), 0.0)
     return grown
 
 

@@ -1,6 +1,7 @@
 """A traced graph brought to the forms that rules and surgery know.
 
-- in-place operations become plain ones, functional dropout a module,
+- what has several spellings gets one (plain.py), functional dropout becomes a module,
+- weights of convolutions that are computed from parameters are stored (weights.py),
 - layers called as functions on parameters (`F.linear(x, self.qkv.weight)`) become modules at the parameters' place,
 - norms without parameters get ones and zeros that do not train, so that their width is a parameter's,
 - what counts or indexes channels becomes a named module of operators.py; a shuffle becomes one gather, and a fold into
@@ -9,9 +10,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
+import string
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -20,13 +21,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pipeline.prune import operators
-from profiles.errors import DeployError
+from pipeline.prune.plain import plain
+from pipeline.prune.weights import hold, store
 
 Shape = tuple[int, ...]
-_IN_PLACE_OPERATORS = {
-    operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub,
-    operator.itruediv: operator.truediv,
-}  # fmt: skip
 _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     F.dropout: nn.Dropout, torch.dropout: nn.Dropout, F.dropout2d: nn.Dropout2d, F.alpha_dropout: nn.AlphaDropout,
 }  # fmt: skip
@@ -34,34 +32,8 @@ _ADDS = {operator.add, torch.add}
 _ELEMENTWISE: set[Any] = {*_ADDS, operator.mul, torch.mul, operator.sub, torch.sub, operator.truediv, "mul", "add"}
 _RESHAPES = {torch.flatten, torch.reshape, torch.unflatten, Tensor.view, Tensor.reshape, Tensor.flatten}
 _RESHAPE_METHODS = {"view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"}
-_VIEWS = {"getitem", "view", "view_as", "transpose", "permute", "unsqueeze", "squeeze", "narrow", "select", "expand"}
 _MOVES = {torch.permute, torch.transpose, torch.swapaxes, torch.movedim}
 _MOVE_METHODS = {"permute", "transpose", "contiguous", "swapaxes", "movedim"}
-
-
-def open_modules(dense: nn.Module) -> None:
-    """Fold weight norms into weights and write attention out, in place: both hide parameters from surgery."""
-    for module in list(dense.modules()):
-        if nn.utils.parametrize.is_parametrized(module):
-            _unparametrized(module)
-        for hook in list(module._forward_pre_hooks.values()):
-            if type(hook).__name__ == "WeightNorm":
-                nn.utils.remove_weight_norm(module, cast(Any, hook).name)
-    for name, module in list(dense.named_modules()):
-        if type(module) is nn.MultiheadAttention and name and operators.Attention.covers(module):
-            opened = operators.Attention(module)
-            opened.train(module.training)
-            dense.set_submodule(name, opened)
-
-
-@torch.no_grad()
-def _unparametrized(module: nn.Module) -> None:
-    """Store what the parametrizations give. (torch's own removal changes the class, which the given network shares.)"""
-    values = {name: getattr(module, name).clone() for name in cast(nn.ModuleDict, module.parametrizations)}
-    module.__class__ = type(module).__bases__[0]
-    del module.parametrizations
-    for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value))
 
 
 def lower(graph: fx.GraphModule) -> None:
@@ -89,7 +61,8 @@ class _Lowering:
         self.count: dict[str, int] = {}
 
     def run(self) -> None:
-        self._plain()
+        plain(self.module)
+        store(self.module)
         for node in list(self.graph.nodes):
             self._functional(node)
         self._affine()
@@ -131,65 +104,6 @@ class _Lowering:
     def owner(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    # --- plain operations ------------------------------------------------------------------------------------------
-
-    def _plain(self) -> None:
-        for node in list(self.graph.nodes):
-            if node.op == "call_method" and node.target in ("float", "to", "type", "type_as"):
-                self._same_type(node)
-                continue
-            self._out_of_place(node)
-            if node.op in ("call_function", "call_method") and "input" in node.kwargs:
-                rest = dict(node.kwargs)
-                node.args = (rest.pop("input"), *node.args)
-                node.kwargs = rest
-            if node.op == "call_function" and node.target in _DROPOUTS:
-                p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-                self.replace(node, "dropout", _DROPOUTS[node.target](float(p)), (node.args[0],))
-        for module in self.module.modules():
-            if getattr(module, "inplace", False) and not isinstance(module, torch.jit.ScriptModule):
-                module.inplace = False  # type: ignore[assignment]
-
-    def _refuse_views(self, node: fx.Node, source: fx.Node) -> None:
-        """What is written into a view of a tensor that is read again shows there: that has no plain form."""
-        name = getattr(source.target, "__name__", str(source.target))
-        views = _VIEWS if source.op in ("call_function", "call_method") else ()
-        base = source.args[0] if name in views and source.args else None
-        if isinstance(base, fx.Node) and any(
-            user is not source for user in _after(node) if base in user.all_input_nodes
-        ):
-            raise DeployError(
-                f"the network cannot be captured: it writes into a view of a tensor that it reads again "
-                f"('{node.name}').",
-                "write the result to a new tensor.",
-            )
-
-    def _same_type(self, node: fx.Node) -> None:
-        """A conversion that changes nothing would fix the precision of the graph."""
-        source = node.args[0]
-        if isinstance(source, fx.Node) and source.meta.get("dtype") == node.meta["dtype"] is not None:
-            node.replace_all_uses_with(source)
-            self.graph.erase_node(node)
-
-    def _out_of_place(self, node: fx.Node) -> None:
-        """Readers of what was written over read the result."""
-        name = str(node.target)
-        module = self.owner(node)
-        written = bool(node.kwargs.get("inplace")) or bool(getattr(module, "inplace", False))
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_function" and len(node.args) > 2 and node.args[-1] is True and _has_inplace(node.target):
-            node.args, written = (*node.args[:-1], False), True
-        if node.op == "call_method" and name.endswith("_") and not name.startswith("_") and hasattr(Tensor, name[:-1]):
-            node.target, written = name[:-1], True
-        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
-            node.target, written = _IN_PLACE_OPERATORS[node.target], True
-        if written and node.args and isinstance(node.args[0], fx.Node):
-            source = node.args[0]
-            self._refuse_views(node, source)
-            later = set(_after(node)) if len(source.users) > 1 else set()
-            source.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
-
     # --- functions on parameters -----------------------------------------------------------------------------------
 
     def _functional(self, node: fx.Node) -> None:
@@ -212,7 +126,7 @@ class _Lowering:
     def _settle(self, node: fx.Node, made: nn.Module, names: dict[str, str], values: dict[str, Tensor]) -> None:
         """Put a layer where its parameters are, and call it."""
         for role, value in values.items():
-            setattr(made, role, value)
+            hold(made, role, value)
         made.train(self.module.training)
         owners = {name.rpartition(".")[0] for name in names.values()}
         path = next(iter(owners)) if len(owners) == 1 else ""
@@ -224,12 +138,8 @@ class _Lowering:
             for child, module in current.named_children():
                 made.add_module(child, module)
             for name, value in [*current.named_parameters(recurse=False), *current.named_buffers(recurse=False)]:
-                if isinstance(getattr(made, name, None), Tensor):
-                    continue
-                if isinstance(value, nn.Parameter):
-                    made.register_parameter(name, value)
-                else:
-                    made.register_buffer(name, value)
+                if not isinstance(getattr(made, name, None), Tensor):
+                    hold(made, name, value)
             self.module.set_submodule(path, made)
         else:
             path = self.fresh(type(made).__name__.lower())
@@ -239,6 +149,20 @@ class _Lowering:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
+        for name in names.values():
+            if not fits:
+                self._release(name)
+
+    def _release(self, name: str) -> None:
+        """A tensor that a new layer has taken over goes from where it was, if nothing else reads it there."""
+        path, _, leaf = name.rpartition(".")
+        calls = [str(n.target) for n in self.graph.nodes if n.op == "call_module"]
+        reads = [n for n in self.graph.nodes if n.op == "get_attr" and n.target == name]
+        if any(path == call or path.startswith(f"{call}.") for call in calls) or any(n.users for n in reads):
+            return
+        for node in reads:
+            self.graph.erase_node(node)
+        delattr(self.module.get_submodule(path), leaf)
 
     def _called(self, path: str) -> bool:
         return any(n.op == "call_module" and n.target == path for n in self.graph.nodes)
@@ -265,6 +189,7 @@ class _Lowering:
 
     def _named(self, node: fx.Node) -> None:
         target, module = node.target, self.owner(node)
+        bound = _bound(node)
         method = str(target) if node.op == "call_method" else ""
         function = target if node.op == "call_function" else None
         if isinstance(module, nn.ChannelShuffle):
@@ -274,29 +199,35 @@ class _Lowering:
         elif (function in _ADDS or method == "add") and len(node.args) == 2 and not node.kwargs:
             if all(is_activation(a) for a in node.args):
                 self.replace(node, "residual_add", operators.ResidualAdd(), tuple(node.args))
+        elif function in _DROPOUTS:
+            self.replace(node, "dropout", _DROPOUTS[function](float(bound.get("p", 0.5))), (node.args[0],))
         elif function is F.pad:
             self._pad(node)
         elif function in (torch.split, torch.chunk, torch.tensor_split) or method in ("split", "chunk", "tensor_split"):
             self._split(node)
         elif function in (torch.unbind,) or method == "unbind":
             self._unbind(node)
+        elif function is operator.getitem:
+            self._index(node)
+        elif function is torch.repeat_interleave or method == "repeat_interleave":
+            self._repeat(node)
         elif function in (torch.index_select, torch.narrow) or method in ("index_select", "narrow"):
             self._select(node)
         elif function is not None and getattr(function, "__name__", "") == "channel_shuffle":
-            self._shuffle(node, int(cast(int, node.args[1])))
+            self._shuffle(node, int(bound["groups"]))
         elif method in ("expand", "expand_as") or function is Tensor.expand:
             self._expand(node)
         elif function is F.normalize:
             self._normalize(node)
         elif isinstance(module, nn.PixelUnshuffle) or function in (F.pixel_unshuffle, torch.pixel_unshuffle):
-            factor = module.downscale_factor if isinstance(module, nn.PixelUnshuffle) else node.args[1]
-            self._unshuffle(node, int(cast(int, factor)))
+            factor = module.downscale_factor if isinstance(module, nn.PixelUnshuffle) else bound["downscale_factor"]
+            self._unshuffle(node, int(factor))
         elif function is F.scaled_dot_product_attention:
             self._attention(node)
         elif function is torch.einsum and isinstance(node.args[0], str):
             operands = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-            equation = node.args[0].replace(" ", "")
-            if "->" in equation and "." not in equation:
+            equation = _spelled(node.args[0].replace(" ", ""), [shape_of(each) for each in operands])
+            if equation is not None:
                 self.replace(node, "einsum", operators.Einsum(equation), tuple(operands))
 
     def _reshape(self, node: fx.Node) -> None:
@@ -351,17 +282,48 @@ class _Lowering:
                 user.args = (source, (*[slice(None)] * (axis % len(shape)), index))
 
     def _select(self, node: fx.Node) -> None:
-        source, shape, args = node.args[0], shape_of(node.args[0]), [*node.args[1:], *node.kwargs.values()]
-        if shape is None or not args or not isinstance(args[0], int) or args[0] % len(shape) == 0:
+        source, shape, bound = node.args[0], shape_of(node.args[0]), _bound(node)
+        axis, index = bound.get("dim"), bound.get("index")
+        if shape is None or not isinstance(axis, int) or axis % len(shape) == 0:
             return
-        axis = args[0] % len(shape)
-        if str(getattr(node.target, "__name__", node.target)) == "narrow":
-            if all(type(a) is int for a in args[1:3]):
-                start, length = (int(cast(int, a)) for a in args[1:3])
-                self.replace(node, "channel_slice", operators.ChannelSlice(start, start + length, axis), (source,))
-        elif isinstance(args[1], fx.Node) and args[1].op == "get_attr":
-            picked = torch.arange(shape[axis])[self._value(args[1]).long()].tolist()
-            self.replace(node, "channel_gather", operators.ChannelGather(picked, axis), (source,))
+        axis %= len(shape)
+        if isinstance(index, fx.Node):
+            if index.op == "get_attr":
+                self._gather(node, axis, torch.arange(shape[axis])[self._value(index).long()])
+            return
+        start, length = bound.get("start"), bound.get("length")
+        if type(start) is int and type(length) is int:
+            start %= shape[axis]
+            self.replace(node, "channel_slice", operators.ChannelSlice(start, start + length, axis), (source,))
+
+    def _index(self, node: fx.Node) -> None:
+        """x[:, buffer]: an index or a mask that is known picks positions of one axis."""
+        source, shape = node.args[0], shape_of(node.args[0])
+        parts: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        at = [place for place, part in enumerate(parts) if isinstance(part, fx.Node)]
+        if len(at) != 1 or shape is None or not is_activation(source):
+            return
+        (place,) = at
+        if any(part is not Ellipsis and part != slice(None) for i, part in enumerate(parts) if i != place):
+            return
+        axis = len(shape) - len(parts) + place if Ellipsis in parts[:place] else place
+        index = parts[place]
+        if axis and index.op == "get_attr" and self._value(index).dim() == 1:
+            self._gather(node, axis, torch.arange(shape[axis])[self._value(index)])
+
+    def _repeat(self, node: fx.Node) -> None:
+        """Every position of one axis so many times: one number for all, or a buffer with one for each."""
+        shape, bound = shape_of(node.args[0]), _bound(node)
+        axis, times = bound.get("dim"), bound.get("repeats")
+        if shape is None or not isinstance(axis, int) or axis % len(shape) == 0 or not is_activation(node.args[0]):
+            return
+        if isinstance(times, fx.Node) and times.op == "get_attr":
+            times = self._value(times)
+        if isinstance(times, int | Tensor):
+            self._gather(node, axis % len(shape), torch.arange(shape[axis]).repeat_interleave(times))
+
+    def _gather(self, node: fx.Node, axis: int, positions: Tensor) -> None:
+        self.replace(node, "channel_gather", operators.ChannelGather(positions.tolist(), axis), (node.args[0],))
 
     def _shuffle(self, node: fx.Node, groups: int) -> None:
         shape = shape_of(node.args[0])
@@ -419,25 +381,46 @@ class _Lowering:
         self.replace(node, "attention", made, args if mask is None else (*args, mask))
 
 
+def _spelled(equation: str, shapes: Sequence[Shape | None]) -> str | None:
+    """An equation of einsum with its result and with letters for its dots, None where the dots are broadcast."""
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = sorted(letter for letter in set(left) - set(",.") if left.count(letter) == 1)
+        right = ("..." if "..." in left else "") + "".join(letters)
+    if "." not in equation:
+        return f"{left}->{right}"
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    covered = set()
+    for term, shape in zip(terms, shapes, strict=True):
+        if shape is None:
+            return None
+        before, dots, after = term.partition("...")
+        if dots:
+            covered.add(shape[len(before) : len(shape) - len(after)])
+    if len(covered) != 1:
+        return None
+    return f"{left}->{right}".replace("...", "".join(free[: len(covered.pop())]))
+
+
 def _broadcasts(user: fx.Node, operand: fx.Node) -> bool:
     """An element-wise operation that has an operand of the full shape beside this one."""
     others = [shape_of(other) for other in user.all_input_nodes if other is not operand]
     return user.target in _ELEMENTWISE and shape_of(operand) is not None and shape_of(operand) in others
 
 
-def _has_inplace(target: Any) -> bool:
-    try:
-        return list(inspect.signature(target).parameters)[-1] == "inplace"
-    except (TypeError, ValueError):
-        return False
+_ARGUMENTS = {
+    "repeat_interleave": ("input", "repeats", "dim"),
+    "narrow": ("input", "dim", "start", "length"), "index_select": ("input", "dim", "index"),
+    "channel_shuffle": ("input", "groups"), "pixel_unshuffle": ("input", "downscale_factor"),
+    "dropout": ("input", "p"), "dropout2d": ("input", "p"), "alpha_dropout": ("input", "p"),
+}  # fmt: skip
 
 
-def _after(node: fx.Node) -> list[fx.Node]:
-    nodes, at = [], node.next
-    while at.op != "root":
-        nodes.append(at)
-        at = at.next
-    return nodes
+def _bound(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a function or method by their names, whichever way they were given."""
+    names = _ARGUMENTS.get(str(getattr(node.target, "__name__", node.target)), ())
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def shape_of(value: Any) -> Shape | None:
@@ -509,12 +492,26 @@ def _group_norm(bound: dict[str, Any], values: dict[str, Tensor]) -> nn.Module |
     return nn.GroupNorm(int(bound["num_groups"]), shape[1], bound.get("eps", 1e-5), "weight" in values)
 
 
+def _instance_norm(bound: dict[str, Any], values: dict[str, Tensor]) -> nn.Module | None:
+    shape, tracked = shape_of(bound["input"]), "running_mean" in values
+    kinds: dict[int, Any] = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+    if shape is None or len(shape) not in kinds or tracked == bool(bound.get("use_input_stats", True)):
+        return None
+    if ("weight" in values) != ("bias" in values) or tracked != ("running_var" in values):
+        return None
+    made: nn.Module = kinds[len(shape)](
+        shape[1], bound.get("eps", 1e-5), bound.get("momentum", 0.1), "weight" in values, tracked
+    )
+    return made
+
+
 def _prelu(bound: dict[str, Any], values: dict[str, Tensor]) -> nn.Module:
     return nn.PReLU(values["weight"].numel())
 
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DECONV = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_IN = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
 _BN = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _LAYERS: dict[Any, tuple[tuple[str, ...], Callable[[dict[str, Any], dict[str, Tensor]], nn.Module | None]]] = {
     F.conv1d: (_CONV, _conv(nn.Conv1d)),
@@ -528,6 +525,7 @@ _LAYERS: dict[Any, tuple[tuple[str, ...], Callable[[dict[str, Any], dict[str, Te
     F.layer_norm: (("input", "normalized_shape", "weight", "bias", "eps"), _layer_norm),
     F.rms_norm: (("input", "normalized_shape", "weight", "eps"), _rms_norm),
     F.group_norm: (("input", "num_groups", "weight", "bias", "eps"), _group_norm),
+    F.instance_norm: (_IN, _instance_norm),
     F.prelu: (("input", "weight"), _prelu),
 }
 

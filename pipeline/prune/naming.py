@@ -42,6 +42,12 @@ def is_custom(kind: str) -> bool:
     return "::" in kind and not kind.startswith(("aten::", "prims::"))
 
 
+def is_torch(target: Any) -> bool:
+    """Whether a function is torch's own, or one of Python's operators."""
+    home = str(getattr(target, "__module__", None) or "torch")
+    return home.split(".")[0] in ("torch", "_operator", "math") and not is_custom(kind_of(target))
+
+
 def kind_of_node(graph: fx.GraphModule, node: fx.Node) -> str:
     """`kind_of` what a node calls, empty for what is no module and no function."""
     if node.op == "call_module":

@@ -13,9 +13,10 @@ from torch import fx, nn
 from pipeline.nouns import Layer
 from pipeline.prune import operators
 from pipeline.prune.capture import Network
+from pipeline.prune.folds import mark
 from pipeline.prune.labels import Op
 from pipeline.prune.lowering import permutation
-from pipeline.prune.naming import is_custom, kind_of, kind_of_node
+from pipeline.prune.naming import is_custom, is_torch, kind_of, kind_of_node
 
 Shapes = Mapping[str, tuple[int, ...]]
 _UNARY_MODULES = (
@@ -51,7 +52,9 @@ def describe(network: Network) -> list[Op]:
     for node in network.graph.graph.nodes:  # pieces of a split, parameters
         if node.op == "get_attr":
             shapes.setdefault(node.name, tuple(_attribute(network.graph, str(node.target)).shape))
-    return [_op(network, node, modules, shapes) for node in network.graph.graph.nodes if _is_tensor(node, shapes)]
+    ops = [_op(network, node, modules, shapes) for node in network.graph.graph.nodes if _is_tensor(node, shapes)]
+    mark(ops)
+    return ops
 
 
 def _attribute(graph: fx.GraphModule, path: str) -> torch.Tensor:
@@ -170,7 +173,8 @@ def _module(network: Network, node: fx.Node, module: nn.Module, shapes: Shapes) 
         size = module.kernel_size
         return _plain("unfold", block=size**2 if isinstance(size, int) else math.prod(size))
     where = type(module).__module__.rpartition(".")[2]
-    if where in ("pooling", "padding") and name[-1] == "d" and not getattr(module, "return_indices", False):
+    indexed = "Unpool" in name or getattr(module, "return_indices", False)
+    if where in ("pooling", "padding") and name[-1] == "d" and not indexed:
         return _pool(node, shapes, int(name[-2]))
     if isinstance(module, nn.Upsample | nn.UpsamplingNearest2d | nn.UpsamplingBilinear2d):
         return _pool(node, shapes)
@@ -279,9 +283,8 @@ def _function(node: fx.Node, shapes: Shapes) -> Described:
     if is_custom(kind):
         return _plain("leaf", reason=f"there is no rule for {kind} ('{node.name}')")
     if target is getattr:
-        name = {"T": "t", "mT": "mT"}.get(str(node.args[1]), str(node.args[1]))
-    known = str(getattr(target, "__module__", None) or "torch").split(".")[0] in ("torch", "_operator", "math")
-    found = _call(node, name, shapes) if known or target in _BUILTIN else None
+        name = str(node.args[1])
+    found = _call(node, name, shapes) if is_torch(target) or target in _BUILTIN else None
     return found or _plain("leaf", reason=f"there is no rule for {name} ('{node.name}')")
 
 
@@ -302,8 +305,6 @@ def _call(node: fx.Node, name: str, shapes: Shapes) -> Described | None:
         return _plain("matmul")
     if name in ("cat", "concat", "concatenate", "stack"):
         return _plain("stack" if name == "stack" else "cat", axis=_argument(node, 1, "dim", 0))
-    if name == "mT":
-        return _plain("permute", order=[*range(rank - 2), rank - 1, rank - 2])
     if name in ("permute", "transpose", "swapaxes", "movedim", "t"):
         order = permutation(node, rank)
         return None if order is None else _plain("permute", order=order)
@@ -326,7 +327,7 @@ def _call(node: fx.Node, name: str, shapes: Shapes) -> Described | None:
         kernel = _argument(node, 1, "kernel_size")
         return _plain("unfold", block=kernel**2 if isinstance(kernel, int) else math.prod(kernel))
     for stem, count in (("1d", 1), ("2d", 2), ("3d", 3)):
-        if "pool" in name and name.endswith(stem):
+        if "pool" in name and "unpool" not in name and name.endswith(stem):
             return _pool(node, shapes, count)
     if name in ("interpolate", "upsample", "grid_sample"):
         return _pool(node, shapes)

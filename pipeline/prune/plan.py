@@ -26,8 +26,7 @@ def make_plan(
 def kept_units(topology: Topology, plan: PruningPlan) -> NDArray[np.bool_]:
     """For every unit id whether it stays. Raises DeployError for a plan that is not of this topology."""
     groups = {group.id: group for group in topology.groups}
-    top = max((max(g.units) for g in topology.groups if g.units), default=-1)
-    keep = np.ones(top + 2, dtype=bool)  # the last entry answers for -1
+    keep = np.ones(topology.count + 1, dtype=bool)  # the last entry answers for -1
     for id, kept in plan.kept.items():
         group = groups.get(id)
         if group is None:

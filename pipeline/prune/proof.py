@@ -88,7 +88,7 @@ class _Proof:
                 return f"masking and cutting it differ by {worst:.2g}"
             return _train_step(pruned, self.inputs) if train else None
         except FAILS as error:
-            return f"cutting it fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            return _failure("cutting", error)
 
     def _rounding(self, masked: Tensor, keep: Tensor, skip: dict[str, int]) -> float:
         """What rounding may make where the random network is chaotic: inputs moved by 1e-15 move its outputs too."""
@@ -113,6 +113,10 @@ class _Proof:
         middle = len(items) // 2
         good = self.accept(items[:middle], train=train, beside=beside)
         return good + self.accept(items[middle:], train=train, beside=[*beside, *good])
+
+
+def _failure(what: str, error: Exception) -> str:
+    return f"{what} it fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
 def _random_like(x: Tensor, source: torch.Generator) -> Tensor:
@@ -161,9 +165,9 @@ class _Gated(TouchedRun):
         return super().call_module(target, args, kwargs)
 
 
-def _reactions(proof: _Proof, units: int, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+def _reactions(proof: _Proof, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
     """Absolute gradient of a random read-out of the outputs to the gate of every unit, and of every block."""
-    gates = torch.ones(units + 1, dtype=torch.float64, requires_grad=True)
+    gates = torch.ones(proof.topology.count + 1, dtype=torch.float64, requires_grad=True)
     each = torch.ones(len(blocks), dtype=torch.float64, requires_grad=True)
     outputs = _flat(_Gated(proof.graph, proof.readers, gates, blocks, each).run(*proof.inputs))
     weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -172,10 +176,10 @@ def _reactions(proof: _Proof, units: int, blocks: Sequence[Block]) -> tuple[Tens
     return unit, block
 
 
-def _quiet(network: Network, proof: _Proof, groups: Sequence[ChannelGroup], units: int, seed: int) -> list[Item]:
+def _quiet(network: Network, proof: _Proof, groups: Sequence[ChannelGroup], seed: int) -> list[Item]:
     """Those of the groups that pass on smaller weights, where gates and softmaxes are less often saturated."""
     calm = _Proof(network, seed + 1, QUIET_GAIN)
-    reactions, _ = _reactions(calm, units, ())
+    reactions, _ = _reactions(calm, ())
     heard: list[Item] = [g for g in groups if float(reactions[list(g.units)].max()) > 0]
     passed = calm.accept(heard, train=True)
     found = {item.id for item in heard}
@@ -187,14 +191,17 @@ def refute(network: Network, *, seed: int = 0) -> dict[str, str]:
     """Why each group or block that is not frozen yet cannot be offered; those that pass are not in the result."""
     proof = _Proof(network, seed)
     topology: Topology = network.topology
-    top = max((max(g.units) for g in topology.groups if g.units), default=-1) + 1
     blocks = list(topology.removable)
-    reactions, moves = _reactions(proof, top, blocks)
+    try:
+        reactions, moves = _reactions(proof, blocks)
+    except FAILS as error:
+        every: list[Item] = [*topology.offered, *blocks]
+        return {item.id: _failure("masking", error) for item in every}
     groups: list[Item] = [g for g in topology.offered if float(reactions[list(g.units)].max()) > 0]
     quiet = [g for g in topology.offered if float(reactions[list(g.units)].max()) == 0]
     groups = proof.accept(groups, train=True)
     if quiet:
-        groups += _quiet(network, proof, quiet, top, seed)
+        groups += _quiet(network, proof, quiet, seed)
     moving: list[Item] = []
     for block, move in zip(blocks, moves.tolist(), strict=True):
         if move > 0:

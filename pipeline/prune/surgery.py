@@ -100,7 +100,7 @@ def _refit(module: nn.Module) -> None:
             module.groups = out // (module.out_channels // module.groups)
         module.out_channels, module.in_channels = out, into * module.groups
     elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        if module.groups > 1 and weight.shape[1] == 1 and module.groups == module.in_channels:
+        if module.groups > 1 and module.groups == module.in_channels:
             module.groups = weight.shape[0]
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):

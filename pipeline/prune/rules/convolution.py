@@ -2,7 +2,7 @@
 
 Weight (out, in / groups, k…), transposed (in, out / groups, k…). With groups the position j inside a group goes from
 every group at once, so that all groups stay equal; a depthwise convolution with multiplier m repeats each label
-m times. A transposed convolution with groups is tied on both sides in the same way.
+m times, and so does a transposed one. A transposed convolution with groups is tied on both sides in the same way.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ def apply(op: Op, space: LabelSpace) -> None:
     space.only(op, labels, (1,))
     into, out_of = (1, 0) if op.kind == "conv" else (0, 1)
     if groups > 1 and groups == channels_in:
-        out = np.repeat(space.along(op, 0, 1), channels_out // groups)
-        if op.kind == "conv" or channels_out == groups:
-            space.param(weight, 0, out)
-        else:
-            space.freeze(out, f"'{op.name}' is a transposed depthwise convolution with a multiplier")
+        ids = space.along(op, 0, 1)
+        out = np.repeat(ids, channels_out // groups)
+        space.param(weight, 0, out if op.kind == "conv" else ids)
     elif groups == 1:
         space.param(weight, into, space.read(op, 1))
         out = space.produce(weight, out_of, channels_out)

@@ -2,9 +2,9 @@
 
 reshape     axes that are merged or taken apart together are a segment, and labels move inside it. Channels that a
             reshape folds into several axes (heads x channels of a head) can only be cut as a box: the labels are
-            tied over all but one of these axes, the last one (channels of every head alike) or, where whole
-            heads are wanted, the last but one. Labelled axes that are merged are frozen unless one of them is
-            the only one that varies.
+            tied over all but one of these axes: the one that a convolution behind it reads (folds.py), else the last
+            one (channels of every head alike) or, where whole heads are wanted, the last but one. Labelled axes that
+            are merged are frozen unless one of them is the only one that varies.
 pad         adds channels of zeros with fresh labels: an addition ties them to the real channels of its other
             operand, and the pad then shrinks with them
 shuffle     PixelShuffle takes r² channels for one, and ties them
@@ -96,6 +96,8 @@ def folded(op: Op, labels: Labels, space: LabelSpace) -> Labels:
                 found[after[at]] = np.moveaxis(table, at, 0).reshape(new[after[at]], -1)[:, 0]
             continue
         own = varying[-2] if space.heads and len(varying) > 1 else varying[-1]
+        wanted = op.attrs.get("channel", -1) - after[0]
+        own = wanted if wanted in varying else own
         flat = np.moveaxis(table, own, 0).reshape(table.shape[own], -1)
         space.tie(np.broadcast_to(flat[:, :1], flat.shape), flat)
         found[after[own]] = flat[:, 0]

@@ -3,7 +3,9 @@
 What runs along an unlabelled axis leaves channels alone. A sum over channels is felt as zeros; a mean, a maximum or a
 softmax over channels is taken over those that are left (the mean of a spatial attention map, softmax of attention
 across channels): the network that is cut differs there from one whose channels are zeroed, and the proof's reference
-takes them over the rest as well. Every other reduction over channels freezes them.
+takes them over the rest as well. A mean that is written as a sum over a number (`x.sum(1) / x.shape[1]`) keeps the
+number of channels of the dense network, as every number that a forward takes from a shape does: there a channel that
+goes counts as zero. Every other reduction over channels freezes them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from prune_nets import NETS, Branching, Chain, Odd, Partly, Shuffle, example
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pipeline.prune.capture import ancestors, apart, capture
 from pipeline.prune.groups import find_groups
 from pipeline.prune.operators import ChannelGather
+from pipeline.prune.rules.base import unknown
 from profiles.errors import DeployError
 
 
@@ -69,6 +70,60 @@ def test_an_operator_without_a_rule_freezes_what_flows_through_it_and_nothing_el
     frozen = {group.name: group.frozen for group in network.topology.groups}
     assert frozen["a.0"] == "there is no rule for cumsum ('cumsum')"
     assert frozen["b.0"] is None and frozen["c.0"] is None
+
+
+@pytest.mark.parametrize(
+    ("also", "what"),
+    [
+        (lambda x: (x, x.shape[1]), r"output 1 is a number \(int\)"),
+        (lambda x: {"map": x, "sizes": [1.5]}, r"output 'sizes', 0 is a number \(float\)"),
+        (lambda x: [x, "name"], r"output 1 is of type str"),
+    ],
+)
+def test_an_output_that_is_no_tensor_is_named_with_what_it_is(also, what):
+    class Also(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> object:
+            return also(self.a(x))
+
+    with pytest.raises(DeployError, match=f"^the network cannot be captured: its {what}, and no tensor") as caught:
+        capture(Also(), example())
+    assert caught.value.hint == "leave it out of what forward returns, or make it a tensor there."
+
+
+@fx.wrap
+def reversed_along(scale: float, *, input: Tensor, axis: int) -> Tensor:
+    """A function that asks torch.fx to stay out, with names of arguments that torch gives another meaning."""
+    return scale * input.flip(axis)
+
+
+def test_a_function_of_the_users_keeps_the_names_of_its_arguments():
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(reversed_along(2.0, axis=1, input=self.a(x)))
+
+    model = Calls().eval()
+    network = capture(model, example(), {"test_capture.reversed_along": unknown})
+    (node,) = [n for n in network.graph.graph.nodes if n.target is reversed_along]
+    assert node.args == (2.0,) and set(node.kwargs) == {"input", "axis"}
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(network.graph(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "meta"])
+def test_a_layer_that_has_a_name_of_torch_fx_is_named(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.Conv2d(3, 4, 1))
+    with pytest.raises(DeployError, match=f"torch.fx keeps the name '{name}' for itself") as caught:
+        capture(model, example())
+    assert caught.value.hint == f"call Sequential.{name} otherwise."
 
 
 def test_a_network_that_is_no_function_of_its_input_is_refused():

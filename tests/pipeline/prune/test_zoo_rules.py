@@ -1,11 +1,28 @@
 """Every family of operators: captured, proved, cut, and cut in ONNX, with the coupling that each of them asks for."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
-from zoo_nets import ZOO, Attention, Image, Sequence, SharedBranches, Stochastic, Tied, TwoInputs, WritesView, example
+from torch.nn import functional as F
+from written_nets import UNITS, WRITTEN, Binary, Masked, Twice, Words
+from zoo_nets import ZOO as FAMILIES
+from zoo_nets import (
+    Apply,
+    Attention,
+    ChannelsFirstNorm,
+    Image,
+    Sequence,
+    SharedBranches,
+    Stochastic,
+    Tied,
+    TwoInputs,
+    WritesView,
+    example,
+)
 
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow_file
@@ -20,6 +37,8 @@ from pipeline.prune.plan import kept_units, resolve
 from pipeline.prune.surgery import carry_out, prune
 from profiles.errors import DeployError
 from profiles.schema import GraphSpec, InputSpec
+
+ZOO = FAMILIES | WRITTEN
 
 
 def found(name: str, *, heads: bool = False) -> Network:
@@ -64,7 +83,7 @@ def test_no_rule_is_refuted_and_all_groups_cut_together_equal_the_masked_network
     assert torch.allclose(masked, got, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "recurrent"])
+@pytest.mark.parametrize("name", ZOO)
 def test_the_narrowed_onnx_is_the_exported_one_of_the_cut_network(name, tmp_path):
     network = found(name)
     shape = ZOO[name][1]
@@ -78,6 +97,76 @@ def test_the_narrowed_onnx_is_the_exported_one_of_the_cut_network(name, tmp_path
     with torch.no_grad():
         expected = prune(network, plan)(x).numpy()
     assert np.allclose(session.run(None, {"input": x.numpy()})[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_layer_before_what_is_written_otherwise_may_be_cut(name):
+    offered = {g.name: g.size for g in found(name).topology.offered if "a.weight[0]" in g.members}
+    assert offered == {"a": UNITS[name]}
+
+
+def test_a_buffer_that_is_a_weight_stays_a_buffer_in_the_cut_network():
+    network = found("blur")
+    pruned = prune(network, every_second(network))
+    (layer,) = [m for m in pruned.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert layer.groups == 6 and dict(layer.named_buffers())["weight"].shape == (6, 1, 3, 3)
+    assert [name for name, _ in layer.named_parameters()] == []
+
+
+def test_a_fold_is_cut_along_the_axis_that_the_convolution_behind_it_reads():
+    units = {name: sizes(found(name)) for name in ("decoder", "pixel shuffle by views")}
+    assert units["decoder"]["fc"] == 16 and units["decoder"]["up"] == 8
+    assert units["pixel shuffle by views"]["middle.up"] == 5
+    pruned = prune(network := found("decoder"), every_second(network))
+    assert pruned.fc.weight.shape == (128, 3) and pruned.up.weight.shape == (8, 4, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["weight standardisation", "scaled weights"])
+def test_a_weight_that_is_computed_of_parameters_alone_is_stored_and_its_layer_cut(name):
+    network = found(name)
+    layer = network.graph.middle
+    assert type(layer) is nn.Conv2d and {n for n, _ in layer.named_parameters()} == {"bias", "weight"}
+    assert isinstance(layer.weight, nn.Parameter) and float(layer.weight.detach().mean((1, 2, 3)).abs().max()) < 1e-6
+    assert sizes(network)["middle"] == 12 and sizes(network)["a"] == 12
+
+
+def test_an_unpooling_says_that_it_has_no_rule():
+    class Unpooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.c, self.back = nn.MaxPool2d(2, return_indices=True), nn.Conv2d(12, 12, 1), nn.MaxUnpool2d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y, places = self.pool(x)
+            return F.max_unpool2d(self.back(self.c(y), places)[:, :, ::2, ::2], places, 2)
+
+    network = find_groups(capture(Image(Unpooled()).eval(), example((1, 3, 8, 8))))
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["middle.c"] == "there is no rule for MaxUnpool2d 'middle.back'" and frozen["b"] is None
+
+
+@pytest.mark.parametrize("kind", [Masked, Binary])
+def test_a_weight_that_training_must_not_set_free_stays_computed(kind):
+    network = find_groups(capture(Image(kind(12, 12, 3)).eval(), example((1, 3, 8, 8))))
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["a"] == "there is no rule for conv2d ('conv2d')" and frozen["middle"] is not None
+
+
+def test_a_computed_weight_whose_parameter_is_read_elsewhere_stays_and_says_so():
+    network = find_groups(capture(Image(Twice()).eval(), example((1, 3, 8, 8))))
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["middle.c"] == "there is no rule for conv2d ('conv2d')"
+    assert frozen["middle"] == "'norm' reduces over them", "the weight itself is shown, and why it stays"
+    assert frozen["a"] is None and "middle.weight" in network.graph.state_dict()
+
+
+def test_a_wrong_reader_refutes_every_group_with_its_reason():
+    """What a misread operator would give: labels of another length than the axis that is read."""
+    bare = find_groups(capture(Image(nn.Identity()).eval(), example((1, 3, 8, 8))), prove=False)
+    readers = tuple(replace(r, ids=r.ids[:-1]) if r.op == "b" else r for r in bare.readers)
+    reasons = proof.refute(replace(bare, readers=readers))
+    assert set(reasons) == {g.id for g in bare.topology.offered}
+    assert all(reason.startswith("masking it fails: The size of tensor a (12)") for reason in reasons.values())
 
 
 def test_heads_stay_whole_and_every_head_loses_the_same_channels():
@@ -153,6 +242,30 @@ def test_a_recurrent_layer_is_a_leaf_with_a_reason_and_the_rest_is_offered():
     assert frozen["a"] == "there is no rule for GRU 'cell'" and frozen["b"] is None
 
 
+def test_an_lstm_keeps_what_it_reads_and_the_layers_around_it_are_cut():
+    network = found("long short-term memory")
+    frozen = {g.name: g.frozen for g in network.topology.groups}
+    assert frozen["first"] == "there is no rule for LSTM 'cell'" and sizes(network) == {"a": 12, "b": 8}
+
+
+def test_the_channels_of_queries_and_keys_of_another_width_go_together():
+    members = [set(g.members) for g in found("cross attention").topology.offered]
+    assert any({f"middle.attention.{n}_proj.weight[0]" for n in "qk"} <= m for m in members)
+    assert any({"middle.attention.v_proj.weight[0]", "middle.attention.out_proj.weight[1]"} <= m for m in members)
+    assert any({"middle.memory.weight[0]", "middle.attention.k_proj.weight[1]"} <= m for m in members)
+
+
+def test_an_embedding_is_cut_with_the_head_that_it_is_the_weight_of():
+    torch.manual_seed(0)
+    words = torch.arange(6).reshape(1, 6)
+    network = find_groups(capture(Words().eval(), (words,)))
+    (group,) = [g for g in network.topology.offered if "words.weight[1]" in g.members]
+    assert group.size == 12 and {"head.weight[1]", "mix.weight[0]", "mix.weight[1]"} <= set(group.members)
+    pruned = prune(network, PruningPlan((KeepUnits(group.id, (0, 2, 5)),)))
+    assert pruned.words.weight is pruned.head.weight and pruned.head.weight.shape == (20, 3)
+    assert pruned(words).shape == (1, 6, 20)
+
+
 def test_a_forward_that_writes_into_a_view_and_reads_the_whole_is_refused():
     with pytest.raises(DeployError, match=r"it writes into a view of a tensor that it reads again \('mul_'\)"):
         capture(WritesView().eval(), example((1, 3, 4, 4)))
@@ -180,11 +293,21 @@ def test_a_wrong_rule_is_caught_by_the_proof(monkeypatch):
     assert any(reason.startswith("masking and cutting it differ by ") for reason in reasons.values())
 
 
-def test_the_reference_without_masked_statistics_would_refute_a_right_rule(monkeypatch):
-    """Statistics over what is left are part of the definition: zeroing alone is another network."""
-    bare = find_groups(capture(Image(nn.GroupNorm(3, 12)).eval(), example((1, 3, 8, 8))), prove=False)
-    import dataclasses
-
-    zeroed = tuple(dataclasses.replace(reader, how="zero") for reader in bare.readers)
-    assert proof.refute(dataclasses.replace(bare, readers=zeroed))
+@pytest.mark.parametrize(
+    ("middle", "how"),
+    [
+        (lambda: nn.GroupNorm(3, 12), "statistics"),
+        (ChannelsFirstNorm, "statistics"),
+        (lambda: nn.Softmax(1), "softmax"),
+        (lambda: Apply(lambda x: x * x.mean(1, keepdim=True)), "mean"),
+        (lambda: Apply(lambda x: x.exp() * x.exp().neg().amax(1, keepdim=True)), "amax"),
+    ],
+    ids=["group norm", "layer norm", "softmax", "mean", "maximum"],
+)
+def test_the_reference_that_only_zeroes_would_refute_a_right_rule(middle, how):
+    """Statistics, softmax, mean and maximum over what is left are part of the definition: zeroing is no substitute."""
+    bare = find_groups(capture(Image(middle()).eval(), example((1, 3, 8, 8))), prove=False)
+    assert how in {reader.how for reader in bare.readers}
+    zeroed = tuple(replace(reader, how="zero") for reader in bare.readers)
+    assert proof.refute(replace(bare, readers=zeroed))
     assert proof.refute(bare) == {}

@@ -17,7 +17,7 @@ import pytest
 from boards import TestBoard
 from engine_sites import installed, make_site, write_relu, write_scaled
 from test_building import only_without
-from test_jetson import Orin, orin  # noqa: F401  a fixture
+from test_jetson import Shown, orin  # noqa: F401  a fixture
 from test_trtexec import RECORDED, stand_in  # noqa: F401  a fixture
 
 from pipeline import flow
@@ -131,7 +131,7 @@ def test_rows_whose_engines_cannot_be_built_say_why(tmp_path, monkeypatch):
         load_target(asking, target.state).rows([model], model, 2)
 
 
-def test_a_jetson_is_set_up_once_for_all_rows_and_once_for_all_engines(orin: Orin, tmp_path):  # noqa: F811
+def test_a_jetson_is_set_up_once_for_all_rows_and_once_for_all_engines(orin: Shown, tmp_path):  # noqa: F811
     once = ["nvpmodel 1", "lock", "restore", "nvpmodel 0", "restore"]
     wish = 'jetson = { power_mode = "25W", clocks = "locked", telemetry_ms = 0 }'
     with installed(orin.board, make_site(tmp_path / "site")):
@@ -191,7 +191,7 @@ def test_what_trtexec_times_is_filed_under_its_own_protocol(stand_in, tmp_path, 
     assert python == ("tensorrt-python-1/clock=wall/cuda_graph=0/spin=0/copies=1",)
 
 
-def test_the_doctor_of_a_board_says_that_trtexec_gives_no_outputs(orin: Orin, tmp_path):  # noqa: F811
+def test_the_doctor_of_a_board_says_that_trtexec_gives_no_outputs(orin: Shown, tmp_path):  # noqa: F811
     bin = orin.place / "bin"
     shutil.copy(RECORDED / "help-10.txt", bin)
     (bin / "trtexec").write_text('#!/bin/sh\ncat "$(dirname "$0")/help-10.txt"\n')

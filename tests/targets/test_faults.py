@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from boards import TestBoard
 from engine_sites import installed, make_site, write_relu
-from test_jetson import Orin, orin  # noqa: F401  a fixture
+from test_jetson import Shown, orin  # noqa: F401  a fixture
 from test_ssh import fill
 from test_ssh_build import rows
 
@@ -80,7 +80,7 @@ class Work:
 
 
 @pytest.fixture(params=list(RUNTIMES))
-def work(request, orin: Orin, tmp_path, conv) -> Iterator[Work]:  # noqa: F811
+def work(request, orin: Shown, tmp_path, conv) -> Iterator[Work]:  # noqa: F811
     """A work of each kind; in the end it hangs up, and the board's fixture looks at what is left there."""
     with installed(orin.board, make_site(tmp_path / "site", build_s=BUILD_S)):
         made = Work(request.param, tmp_path, profile_of(orin.board, request.param))

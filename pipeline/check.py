@@ -40,6 +40,7 @@ from targets.harness.compare import (
     Stage,
     Verdict,
     confirm,
+    confirming,
     control_arms,
     screen,
     stage,
@@ -360,7 +361,7 @@ class Measuring:
         early = screen(first, self.spec)
         if early is not None:
             return early
-        return confirm(first, self._stage(2, self.spec.confirm_processes), self.spec)
+        return confirm(first, self._stage(2, confirming(first, self.spec)), self.spec)
 
     def _stage(self, number: int, processes: int) -> Stage:
         taken = self._once(number, processes)

@@ -6,9 +6,9 @@ section 4). e_i is the median over rounds of log(block of B / block of A) in pro
 
 - Control first: the stage says nothing where A' differs from A, or scatters, by more than is tolerated.
 - Stage 1 screens: pass where U < 1 + fail, L <= 1 + warn and no tail rose. Anything else is measured again.
-- Stage 2, twice the processes and none of stage 1's data: fail where L > 1 + fail at the median and L > 1 + fail_low at
-  the 10th percentile, or where the same tail rose in both stages; else warn where L > 1 + warn; else improved where
-  U < 1 / (1 + warn); else pass where U < 1 + fail; else undecided.
+- Stage 2, twice the processes (`confirming`) and none of stage 1's data: fail where L > 1 + fail at the median and
+  L > 1 + fail_low at the 10th percentile, or where the same tail rose in both stages; else warn where L > 1 + warn;
+  else improved where U < 1 / (1 + warn); else pass where U < 1 + fail; else undecided.
 - An absolute budget adds two rules, since what was not measured or does not hold is no pass. Where its percentile has
   too few inferences for a bound, stage 1 does not pass, and what does not fail is undecided after stage 2. Where the
   candidate's bound is above the limit, a pass or an improvement is a warning that says so: at once where the baseline's
@@ -47,6 +47,8 @@ HASH = 64
 PROCESSES = 3
 """Fewer give bounds that say nothing: t(.99, 1) is 32."""
 POWER = 0.80
+PLAIN = 10.0
+"""A mean that is slower by so many times its tolerance, at its lower bound, is plainly slower."""
 MISSES = "deadline misses"
 MISS_P = 1e-3
 """Largest p-value of Fisher's exact test for a rise of the deadline misses."""
@@ -350,6 +352,16 @@ def screen(stage1: Stage, spec: CheckSpec) -> Verdict | None:
         outcome = _with_budget("pass", stage1.tails)
         return Verdict(outcome, _reason("pass", stage1, spec), (stage1,))
     return None
+
+
+def confirming(stage1: Stage, spec: CheckSpec) -> int:
+    """Processes of stage 2: twice those of stage 1 as a rule, and as many where the candidate's mean is PLAIN.
+
+    More processes only narrow the bounds, and a candidate that is stopped again and again takes minutes for them. That
+    stage 1 decides how many there are does not bias stage 2, which is judged by its own samples.
+    """
+    plain = any(tail.name == "mean" and tail.interval.low > 1.0 + PLAIN * spec.tail_mean for tail in stage1.tails)
+    return min(spec.screen_processes, spec.confirm_processes) if plain else spec.confirm_processes
 
 
 def confirm(stage1: Stage, stage2: Stage, spec: CheckSpec) -> Verdict:

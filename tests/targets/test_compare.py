@@ -27,6 +27,7 @@ from targets.harness.compare import (
     Stage,
     Tail,
     confirm,
+    confirming,
     control_arms,
     judge_control,
     screen,
@@ -413,6 +414,17 @@ def test_a_tail_fails_only_when_the_same_one_rose_in_both_stages():
     other = confirm(shown(tails=(risen("p99"),)), shown(number=2, tails=(risen(),)), SPEC)
     assert other.outcome == "pass"
     assert "mean rose in stage 2 alone" in other.reason
+
+
+def test_what_is_plainly_slower_in_the_mean_is_confirmed_by_as_few_processes_as_stage_1_had():
+    def mean(low: float) -> Tail:
+        return Tail("mean", Interval(1.1 * low, low, 1.2 * low, 0.0, 8), True)
+
+    assert confirming(shown(tails=(mean(1.51),)), SPEC) == SPEC.screen_processes == 8
+    assert confirming(shown(tails=(mean(1.49),)), SPEC) == SPEC.confirm_processes == 16
+    assert confirming(shown(0.5), SPEC) == SPEC.confirm_processes, "no tail could be judged"
+    fewer = SPEC.model_copy(update={"confirm_processes": 4})
+    assert confirming(shown(tails=(mean(1.51),)), fewer) == 4
 
 
 def test_a_spoilt_stage_never_passes_and_never_fails_and_the_next_one_may():

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import fx
 
-from pipeline.cache import named, write_atomic
+from pipeline.cache import file_hash, named, write_atomic
 from pipeline.latency.operations import Operations
 from pipeline.nouns import BUILT, LatencyTable, PruningPlan, Solution
 from pipeline.project.project import predict_torch
@@ -51,8 +51,10 @@ from pipeline.report.document import render
 from pipeline.search import Candidate, Found
 from pipeline.stage import Outcome
 from pipeline.work import AGAIN, DENSE, PRUNED, BuildResult, Work
+from profiles.errors import DeployError
 from profiles.schema import Precision
 from targets.harness.measurement import STATISTICS, Judgement, Measurement, Session, Statistic
+from targets.runtimes.base import load_runtime
 
 PLOTTED = 2000
 SIMULATED = "Run on the simulated device: no number here is real."
@@ -192,7 +194,27 @@ def _contents(work: Work, ending: Ending, data: ReportData) -> Contents:
         session=ending.session,
         latency=latency_of(ending.session, work.budget, PRUNED, DENSE),
         accuracy=accuracy_entry(work, data, *known),
+        artifacts=_engines(work, ending),
     )
+
+
+def _engines(work: Work, ending: Ending) -> dict[str, Path]:
+    """What was measured where that is no ONNX file: the engines, which the target keeps; file name -> path.
+
+    Raises DeployError where one of them is not there any more, since another build of it was not measured.
+    """
+    suffix = load_runtime(work.profile.runtime).suffix
+    if suffix == ".onnx":
+        return {}
+    folder = work.run.folder("work")
+    made = {"model": (ending.final, PRUNED), "dense": (ending.dense, DENSE)}
+    places = {stem: folder / f"{stem}{suffix}" for stem in made}
+    work.target.build_each({done.path("onnx"): places[stem] for stem, (done, _) in made.items()})
+    for stem, (_, name) in made.items():
+        if file_hash(places[stem]) != ending.session.measurement(name).sha256:
+            message = f"the engine of '{name}' that was measured is gone, and one that is built now is another."
+            raise DeployError(message, "deploy build again, without --resume.")
+    return {place.name: place for place in places.values()}
 
 
 def contents(

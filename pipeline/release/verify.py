@@ -214,10 +214,10 @@ def _unmeasured(manifest: Manifest) -> list[str]:
 def _latency(session: Session, manifest: Manifest, latency: Latency) -> list[str]:
     """The released numbers against the raw samples."""
     problems = []
-    for name, other in ((latency.network, "dense.onnx"), (latency.reference, "model.onnx")):
+    for name, other in ((latency.network, "dense"), (latency.reference, "model")):
         if name not in session.measurements:
             return [f"measurement.json holds no network named '{name}'."]
-        hashes = {entry.sha256 for file, entry in manifest.files.items() if file != other}
+        hashes = {entry.sha256 for file, entry in manifest.files.items() if file.partition(".")[0] != other}
         if session.measurements[name].sha256 not in hashes:
             problems.append(f"'{name}' was measured from a file that is not in the bundle.")
     budget = Budget.parse(latency.budget)

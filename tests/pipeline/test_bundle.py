@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline import cli
+from pipeline import cli, outcome
+from pipeline.cache import file_hash
 from pipeline.graph.precision.half import halve
 from pipeline.graph.verify import seeded_inputs
 from pipeline.nightly.baseline import from_run
@@ -151,6 +153,52 @@ def test_a_bundle_that_cannot_be_written_leaves_nothing(tmp_path: Path, contents
 def test_an_engine_of_the_runtime_is_listed_and_checked(tmp_path: Path, contents: Contents, device: Target):
     bundle = write_bundle(tmp_path / "bundle", replace(contents, artifacts={"model.engine": contents.dense}))
     assert "model.engine" in read_manifest(bundle).files and verify(bundle, device.infer) == []
+
+
+@pytest.fixture
+def engines(tmp_path: Path, contents: Contents) -> Contents:
+    """The same as it is where a runtime builds engines: these were measured, and lie beside their networks."""
+    made = {"pruned": tmp_path / "model.plan", "dense": tmp_path / "dense.plan"}
+    for name, path in made.items():
+        path.write_bytes(b"engine of " + name.encode())
+    measured = {
+        name: replace(taken, sha256=file_hash(made[name])) if name in made else taken
+        for name, taken in contents.session.measurements.items()
+    }
+    session = replace(contents.session, measurements=measured)
+    return replace(contents, session=session, artifacts={path.name: path for path in made.values()})
+
+
+def test_what_was_measured_may_be_an_engine_beside_its_network(tmp_path: Path, engines: Contents, device: Target):
+    assert verify(write_bundle(tmp_path / "bundle", engines), device.infer) == []
+    bare = write_bundle(tmp_path / "bare", replace(engines, artifacts={}))
+    gone = [f"'{name}' was measured from a file that is not in the bundle." for name in ("pruned", "dense")]
+    assert verify(bare, device.infer) == gone
+    swapped = {"model.plan": engines.artifacts["dense.plan"], "dense.plan": engines.artifacts["model.plan"]}
+    assert verify(write_bundle(tmp_path / "swapped", replace(engines, artifacts=swapped)), device.infer) == gone
+
+
+def test_a_build_ships_the_engines_that_it_measured_and_no_others(tmp_path: Path, engines: Contents):
+    done = {stem: SimpleNamespace(path=lambda _, stem=stem: Path(f"{stem}.onnx")) for stem in ("model", "dense")}
+    ending: Any = SimpleNamespace(final=done["model"], dense=done["dense"], session=engines.session)
+    built = {Path(name).stem: path.read_bytes() for name, path in engines.artifacts.items()}
+
+    def build_each(models: dict[Path, Path]) -> None:
+        for onnx_file, place in models.items():
+            place.write_bytes(built[onnx_file.stem])
+
+    def work(runtime: str) -> Any:
+        run, target = SimpleNamespace(folder=lambda name: tmp_path), SimpleNamespace(build_each=build_each)
+        return SimpleNamespace(profile=SimpleNamespace(runtime=runtime), run=run, target=target)
+
+    shipped = outcome._engines(work("tensorrt"), ending)
+    assert {name: path.read_bytes() for name, path in shipped.items()} == {
+        "model.plan": b"engine of pruned", "dense.plan": b"engine of dense",
+    }  # fmt: skip
+    assert outcome._engines(work("ort"), ending) == {}
+    built["model"] = b"another build"
+    with pytest.raises(DeployError, match=r"the engine of 'pruned' that was measured is gone"):
+        outcome._engines(work("tensorrt"), ending)
 
 
 def test_licences_beside_the_project_go_into_the_bundle(tmp_path: Path, contents: Contents):

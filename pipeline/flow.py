@@ -61,7 +61,7 @@ from pipeline.search import Found, Loop, Measured, Search
 from pipeline.stage import Outcome, Stage, run_or_reuse
 from pipeline.work import AGAIN, DENSE, PRUNED, PRUNED_AGAIN, BuildResult, Work, captured, merged
 from profiles import plugins
-from profiles.errors import DeployError, UsageError
+from profiles.errors import DeployError, ScarceError, UsageError
 from profiles.schema import Budget, Profile, PruneSpec, RecoverSpec, load_profile
 from targets.base import Target, load_target
 from targets.harness.measurement import Judgement, Session, judge
@@ -617,7 +617,23 @@ def _store(work: Work) -> Store:
 
 
 def _measure_plans(work: Work, dense: Outcome, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
-    """The plans narrowed from the dense ONNX and measured beside it in one session."""
+    """The plans narrowed from the dense ONNX and measured beside it in one session.
+
+    Where the device has too little memory for all of them, in two sessions of half as many, each beside the dense
+    network: what counts is a plan's latency relative to that.
+    """
+    try:
+        return _measure_together(work, dense, name, plans)
+    except ScarceError:
+        if len(plans) == 1:
+            raise
+    work.run.console.print(f"  {name}: too little memory for {len(plans)} networks at once, so in two sessions")
+    half = len(plans) // 2
+    parts = {f"{name} a": plans[:half], f"{name} b": plans[half:]}
+    return [measured for each, part in parts.items() for measured in _measure_plans(work, dense, each, part)]
+
+
+def _measure_together(work: Work, dense: Outcome, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
     model = dense.path("onnx")
     artifacts = {DENSE: model, AGAIN: model}
     for index, plan in enumerate(plans, 1):

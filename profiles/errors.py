@@ -1,6 +1,7 @@
 """Every error that is the user's to mend, with its exit code and the next step.
 
     DeployError            1  the work failed
+    ├── ScarceError        1  the device had too little memory for what it was to hold at once
     ├── UsageError         2  a name, key, option or file that was asked for does not exist or makes no sense
     ├── MissedError        3  budget or accuracy missed, or regressed
     └── UndecidedError     4  undecided, inconclusive, or could not be measured
@@ -32,6 +33,10 @@ class UsageError(DeployError):
     """A name, key, option or file that was asked for does not exist or makes no sense."""
 
     exit_code = 2
+
+
+class ScarceError(DeployError):
+    """The device had too little memory for what it was to hold at once: less of it may fit."""
 
 
 class MissedError(DeployError):

@@ -113,9 +113,9 @@ class Ssh(AgentTarget):
             why = "nothing can be measured without it"
             return [*found, Condition("runtime", error.message.rstrip("."), False, why, error.hint, fatal=True)]
         found += [Condition("runtime", f"{facts['runtime']} {facts['runtime_version']}", True)]
-        if self.profile.runtime == "ort":
-            return [*found, self.placed()]
-        return [*found, device.gpu_condition(facts, "look at its driver on the board."), self.outputs()]
+        if "gpu" in facts:
+            found.append(device.gpu_condition(facts, "look at its driver on the board."))
+        return [*found, self.placed() if self.profile.runtime == "ort" else self.outputs()]
 
 
 class BoardSite:

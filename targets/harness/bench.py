@@ -24,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from profiles.errors import DeployError, UndecidedError, UsageError
+from profiles.errors import DeployError, ScarceError, UndecidedError, UsageError
 from profiles.schema import MeasureSpec
 from targets.harness import building, pack
 from targets.harness.agent.board import driver, machine
@@ -358,7 +358,7 @@ def mendable(event: Mapping[str, Any], paths: Mapping[str, str], version: str) -
         return DeployError(f"ONNX Runtime {version} cannot run '{where}': {message}.", hint)
     if kind == "memory":
         about = f"'{name}'" if name else "the networks"
-        return DeployError(
+        return ScarceError(
             f"not enough memory to measure {about}: {message}.", "free memory, or measure fewer networks at once."
         )
     if kind == "long":
@@ -371,7 +371,7 @@ def mendable(event: Mapping[str, Any], paths: Mapping[str, str], version: str) -
         return DeployError(f"{message}.", "free space or choose another folder.")
     if kind == "killed":
         hint = "free memory, or measure fewer networks at once."
-        return DeployError(f"the measuring process of '{name}' {message}.", hint)
+        return ScarceError(f"the measuring process of '{name}' {message}.", hint)
     if message.startswith("crashed"):
         hint = "measure it alone; if it crashes again, export the network again or use another runtime version."
         return DeployError(f"the measuring process of '{name}' {message}.", hint)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from profiles.errors import DeployError
+from profiles.errors import DeployError, ScarceError
 from targets.harness import pack
 from targets.harness.agent.board.tensorrt import dla
 from targets.harness.engines import Engines, engine_key, model_digest, timing_name
@@ -234,7 +234,7 @@ def refused(event: Mapping[str, Any], name: str) -> DeployError:
         hint = hint or BUILD_HINT
     if event["kind"] == "disk":
         hint = hint or "free space or choose another folder."
-    return DeployError(f"{message}.", hint)
+    return (ScarceError if event["kind"] == "memory" else DeployError)(f"{message}.", hint)
 
 
 def died(code: int, said: str) -> DeployError:

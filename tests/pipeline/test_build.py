@@ -27,7 +27,8 @@ from pipeline.prune.groups import find_groups
 from pipeline.prune.surgery import prune, restore
 from pipeline.release.verify import measure_again, read_manifest, recorded
 from pipeline.run import Run, read_state
-from profiles.errors import MissedError
+from pipeline.work import AGAIN, DENSE
+from profiles.errors import MissedError, ScarceError
 from profiles.schema import load_profile
 from targets.base import Progress, load_target
 from targets.harness.measurement import Session
@@ -263,6 +264,24 @@ def test_a_table_a_session_and_an_engine_have_a_bar(project: Path, tmp_path: Pat
     device = load_target(load_profile("simulated"), tmp_path / "root" / ".deploy")
     judged, _ = measure_again(result.bundle, device, tmp_path, told.append)
     assert judged.verdict == "met" and told[-1] == 1.0 and len(bars.asked) == 3
+
+
+def test_a_device_that_cannot_hold_all_candidates_at_once_measures_them_in_parts(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    held, measure = [], Simulated.measure
+
+    def scarce(device: Simulated, artifacts: Mapping[str, Path], *asked: Any) -> Session:
+        if len(artifacts) > 3:
+            raise ScarceError("not enough memory to measure 'candidate-2': out of memory.")
+        held.append(list(artifacts))
+        return measure(device, artifacts, *asked)
+
+    monkeypatch.setattr(Simulated, "measure", scarce)
+    result = build(request(project, tmp_path / "root"))
+    assert result.summary["verdict"] == "met"
+    ranked = [names for names in held if "candidate-1" in names]
+    assert len(ranked) > 1 and all(names == [DENSE, AGAIN, "candidate-1"] for names in ranked)
 
 
 def test_what_a_run_asks_of_its_device_is_found_again_under_its_id(

@@ -11,7 +11,7 @@ import tempfile
 import time
 from typing import Any, Dict, List, Optional, Tuple
 
-from . import jetson
+from . import jetson, providers
 from .base import CLOCK, AgentError, Table, program, tell
 from .files import sha256
 from .flags import flag
@@ -180,19 +180,25 @@ def start_workers(
 ) -> Dict[str, Table]:
     """Start one process a model, open the models and warm them up one after the other, in random order.
 
-    protocols: filled with how each is timed, where its runtime says so.
+    On a GPU they are opened one after the other too: what opening takes beside the network, as an engine that is built,
+    is then there once, and not once for each. protocols: filled with how each is timed, where its runtime says so.
     """
     patience, environment = job["patience_s"], environment_of(job)
+    apart = bool(job["options"].get("library")) or providers.on_gpu(job["options"]["providers"])
+    opened: Dict[str, Table] = {}
     order = list(job["models"])
     rng.shuffle(order)
     for model in order:
         workers[model["name"]] = Worker(model["name"], environment)
         request = {"do": "open", "name": model["name"], "path": model["path"], "options": job["options"]}
         workers[model["name"]].send(request)
+        if apart:
+            opened[model["name"]] = workers[model["name"]].receive(patience)
     for model in order:
-        said = workers[model["name"]].receive(patience).get("protocol")
+        name = model["name"]
+        said = (opened[name] if apart else workers[name].receive(patience)).get("protocol")
         if said:
-            protocols[model["name"]] = said
+            protocols[name] = said
     warmups = {}
     for position, model in enumerate(order):
         name = model["name"]

@@ -101,7 +101,7 @@ def write_models(work: Work, conv, numbers: range) -> None:
         if work.kind == "build":
             write_relu(work.folder / f"{number:02}.onnx", f"net{number}")
         else:
-            conv(f"{number:02}", channels=40 + 8 * (number % 2), size=64, layers=4 + number // 2)
+            conv(f"{number:02}", channels=56 + 8 * (number % 2), size=80, layers=5 + number // 2)
 
 
 class Jobs:

@@ -184,21 +184,17 @@ def start_workers(
     is then there once, and not once for each. protocols: filled with how each is timed, where its runtime says so.
     """
     patience, environment = job["patience_s"], environment_of(job)
-    apart = bool(job["options"].get("library")) or providers.on_gpu(job["options"]["providers"])
-    opened: Dict[str, Table] = {}
     order = list(job["models"])
     rng.shuffle(order)
-    for model in order:
-        workers[model["name"]] = Worker(model["name"], environment)
-        request = {"do": "open", "name": model["name"], "path": model["path"], "options": job["options"]}
-        workers[model["name"]].send(request)
-        if apart:
-            opened[model["name"]] = workers[model["name"]].receive(patience)
-    for model in order:
-        name = model["name"]
-        said = (opened[name] if apart else workers[name].receive(patience)).get("protocol")
-        if said:
-            protocols[name] = said
+    for together in [[model] for model in order] if providers.take_gpu(job["options"]) else [order]:
+        for model in together:
+            workers[model["name"]] = Worker(model["name"], environment)
+            request = {"do": "open", "name": model["name"], "path": model["path"], "options": job["options"]}
+            workers[model["name"]].send(request)
+        for model in together:
+            said = workers[model["name"]].receive(patience).get("protocol")
+            if said:
+                protocols[model["name"]] = said
     warmups = {}
     for position, model in enumerate(order):
         name = model["name"]

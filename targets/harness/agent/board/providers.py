@@ -49,6 +49,11 @@ def on_gpu(names: Sequence[str]) -> bool:
     return any(name in GRAPHS for name in names)
 
 
+def take_gpu(options: Table) -> bool:
+    """Whether networks opened with these options take a GPU: engines of a library of their own, or ONNX Runtime's."""
+    return bool(options.get("library")) or on_gpu(options["providers"])
+
+
 def opened(path: str, settings: Any, options: Table) -> Any:
     """ONNX Runtime's session of a file, on the providers that the options ask for and on no others in their place.
 

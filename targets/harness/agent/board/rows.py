@@ -85,7 +85,7 @@ class Room(object):
 
     def __init__(self, options: Table) -> None:
         self.options = options
-        self.engines = bool(options.get("library")) or providers.on_gpu(options["providers"])
+        self.engines = providers.take_gpu(options)
         free = self.free_mib()
         self.least = None if free is None else max(SPARE_MIB, int(free * (1.0 - OPEN_SHARE)))
 

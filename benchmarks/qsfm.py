@@ -10,9 +10,9 @@ at hand: the images are JPEG-re-encoded, the base is either trained on them (`re
 
 A cell is (base, criterion, allocation). Allocations: `inner` takes the same share of every block's inner channels until
 the operations fit (the parameters follow); `stages` takes more of the last stage, so that both figures fit; `search` is
-this project's loop with counted operations and parameters in the place of milliseconds: the exact solver, values
-measured around what it chose, residual widths and whole blocks included. Every cell is judged after each repair on the
-whole test set, with 1,024 calibration images for the repairs. benchmarks/results/qsfm.json keeps them.
+this project's loop with the larger of both figures in the place of milliseconds: the exact solver under two limits,
+values measured around what it chose, residual widths and whole blocks included. Every cell is judged after each repair
+on the whole test set, with 1,024 calibration images for the repairs. benchmarks/results/qsfm.json keeps them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,21 @@ from benchmarks.builds import machine
 from pipeline.latency.choices import Rule, find_choices
 from pipeline.latency.operations import Operations
 from pipeline.latency.solvers import exact
-from pipeline.nouns import Dim, LatencyTable, PruningPlan, Ranking, Sensitivity, Site, SiteCost, Topology
+from pipeline.latency.solvers.base import infeasible
+from pipeline.nouns import (
+    Dim,
+    LatencyTable,
+    Layer,
+    Prediction,
+    PruningPlan,
+    Ranking,
+    Sensitivity,
+    Site,
+    SiteCost,
+    Solution,
+    Topology,
+    Trial,
+)
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Evidence, Samples
 from pipeline.prune.groups import find_groups
@@ -109,33 +125,95 @@ def stages(topology: Topology, counted: Operations) -> dict[str, int]:
     return widths
 
 
-def proxy(topology: Topology, counted: Operations) -> LatencyTable:
-    """A table whose milliseconds are the mean of operations and parameters, each over what the claim leaves."""
+@dataclass(frozen=True)
+class Figures(LatencyTable):
+    """Operations in the place of milliseconds, each over what the claim leaves, and beside them parameters likewise.
+
+    A plan keeps the claim when the larger of both sums, which is what the table predicts, is at most one.
+    """
+
+    parameters: LatencyTable | None = None
+
+    def both(self, widths: Mapping[str, int], dropped: Iterable[str] = ()) -> tuple[float, float]:
+        """The two sums."""
+        assert self.parameters is not None
+        scale = self.correction
+        return super().predict(widths, dropped).ms, self.parameters.predict(widths, dropped).ms * scale
+
+    def predict(self, widths: Mapping[str, int], dropped: Iterable[str] = ()) -> Prediction:
+        """The larger of the two."""
+        return Prediction(max(self.both(widths, dropped)), 0.0)
+
+    def mixed(self, share: float) -> LatencyTable:
+        """A table whose sum is that of the parameters by this share, else that of the operations."""
+        assert self.parameters is not None
+        costs = []
+        for macs, parameters in zip(self.sites, self.parameters.sites, strict=True):
+            ms = {key: (1 - share) * macs.ms[key] + share * parameters.ms[key] for key in macs.ms}
+            costs.append(SiteCost(macs.site, ms, dict.fromkeys(ms, 0.0) if macs.site.block else {}))
+        return LatencyTable(tuple(costs), self.choices, self.grid, self.dense_ms, correction=self.correction)
+
+
+class Both:
+    """The exact solver under two limits: a Lagrange multiplier between them, bisected until neither is left unused.
+
+    Everett (1963): the answer at a multiplier is the best of all plans that need no more of either figure.
+    """
+
+    TRIES = False
+    TURNS = 5
+
+    @classmethod
+    def solve(
+        cls, rankings: Sequence[Ranking], sensitivity: Sensitivity, table: LatencyTable, topology: Topology,
+        budget_ms: float, spec: PruneSpec, trial: Trial | None = None,
+    ) -> Solution:  # fmt: skip
+        """The plan of least loss, of those that a multiplier finds, whose two figures are within the budget."""
+        assert isinstance(table, Figures)
+        for tighter in (1.0, 0.98, 0.95, 0.9, 0.8):
+            low, high, fitting = 0.0, 1.0, []
+            for _ in range(cls.TURNS):
+                share = (low + high) / 2
+                mixed = table.mixed(share)
+                found = exact.solve(rankings, sensitivity, mixed, topology, budget_ms * tighter, spec, trial)
+                macs, parameters = table.both(found.widths, found.dropped)
+                if max(macs, parameters) <= budget_ms:
+                    fitting.append(replace(found, predicted_ms=max(macs, parameters)))
+                low, high = (low, share) if macs > parameters else (share, high)
+            if fitting:
+                return min(fitting, key=lambda s: s.loss)
+        raise infeasible(budget_ms, max(macs, parameters))
+
+
+def figures(topology: Topology, counted: Operations) -> Figures:
+    """Operations and parameters of every layer at every width that may be chosen."""
     every = {layer.weight: counted.axes[layer.weight] for layer in topology.layers}
     dims = {w: {a: Dim(terms, fixed) for a, (fixed, terms) in axes.items()} for w, axes in every.items()}
-    step = Rule(2, 2, {})
-    choices = find_choices(topology, (d for axes in dims.values() for d in axes.values()), step)
+    choices = find_choices(topology, (d for axes in dims.values() for d in axes.values()), Rule(2, 2, {}))
     homes = {name: block.id for block in topology.blocks for name in block.params}
-    macs, parameters = counted.macs() * MACS, counted.parameters() * PARAMETERS
-    costs = []
-    for layer in topology.layers:
-        own = dims[layer.weight]
-        seen = tuple(dict.fromkeys(own.values()))
-        ms = {}
-        for key in itertools.product(*(choices.values[dim] for dim in seen)):
-            shape = [key[seen.index(own[a])] if a in own else size for a, size in enumerate(layer.shape)]
-            weights = float(np.prod(shape))
-            ms[key] = 0.5 * (weights * layer.positions / macs + weights / parameters)
-        site = Site(layer.weight, "layer", seen, (layer.weight,), homes.get(layer.weight))
-        costs.append(SiteCost(site, ms, dict.fromkeys(ms, 0.0) if site.block else {}))
-    bare = LatencyTable(tuple(costs), choices.widths, 2, 0.0)
-    full = {group.id: group.size for group in topology.groups}
-    return LatencyTable(tuple(costs), choices.widths, 2, bare.predict(full).ms)
+
+    def table(cost: Callable[[Layer, int], float]) -> LatencyTable:
+        costs = []
+        for layer in topology.layers:
+            own = dims[layer.weight]
+            seen = tuple(dict.fromkeys(own.values()))
+            ms = {}
+            for key in itertools.product(*(choices.values[dim] for dim in seen)):
+                shape = [key[seen.index(own[a])] if a in own else size for a, size in enumerate(layer.shape)]
+                ms[key] = cost(layer, math.prod(shape))
+            site = Site(layer.weight, "layer", seen, (layer.weight,), homes.get(layer.weight))
+            costs.append(SiteCost(site, ms, dict.fromkeys(ms, 0.0) if site.block else {}))
+        return LatencyTable(tuple(costs), choices.widths, 2, 0.0)
+
+    macs = table(lambda layer, weights: weights * layer.positions / (counted.macs() * MACS))
+    parameters = table(lambda layer, weights: weights / (counted.parameters() * PARAMETERS))
+    bare = Figures(macs.sites, macs.choices, 2, 0.0, parameters=parameters)
+    return replace(bare, dense_ms=bare.predict({group.id: group.size for group in topology.groups}).ms)
 
 
 def search(network: Network, counted: Operations, rankings: Mapping[str, Ranking], samples: Samples) -> PruningPlan:
     """The plan of least loss after least squares that keeps both figures, by the loop of a build."""
-    topology, table = network.topology, proxy(network.topology, counted)
+    topology, table = network.topology, figures(network.topology, counted)
     probe = LossProbe(network, samples.first(VALUED))
     values: Sensitivity = measure(probe, rankings, table.choices)
 
@@ -148,7 +226,7 @@ def search(network: Network, counted: Operations, rankings: Mapping[str, Ranking
         return found
 
     loop = Loop(
-        topology=topology, rankings=rankings, solver=exact, spec=PruneSpec(), loss=probe.loss, recovered=probe.loss,
+        topology=topology, rankings=rankings, solver=Both, spec=PruneSpec(solver_seconds=2), loss=probe.loss, recovered=probe.loss,
         plan_for=lambda widths, dropped: make_plan(topology, rankings, widths, dropped),
         measure=taken, progress=lambda text: print(f"  {text}", flush=True),
     )  # fmt: skip

@@ -226,7 +226,8 @@ def search(network: Network, counted: Operations, rankings: Mapping[str, Ranking
         return found
 
     loop = Loop(
-        topology=topology, rankings=rankings, solver=Both, spec=PruneSpec(solver_seconds=2), loss=probe.loss, recovered=probe.loss,
+        topology=topology, rankings=rankings, solver=Both, spec=PruneSpec(solver_seconds=2),
+        loss=probe.loss, recovered=probe.loss,
         plan_for=lambda widths, dropped: make_plan(topology, rankings, widths, dropped),
         measure=taken, progress=lambda text: print(f"  {text}", flush=True),
     )  # fmt: skip

@@ -55,7 +55,7 @@ def module() -> str:
 
 def chip() -> str:
     """Name of the chip, as tegra234, or ""."""
-    found = re.findall(r"nvidia,(tegra\d+)", tree("compatible"))
+    found = re.findall(r"nvidia,(tegra\d+)$", tree("compatible"), re.M)
     return str(found[-1]) if found else ""
 
 

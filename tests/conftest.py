@@ -1,16 +1,53 @@
-"""What holds for all tests: signals are heard, also where they were started with some ignored (nohup, a job behind &).
+"""What holds for all tests: signals are heard, and with two workers only one of them measures.
 
-An ignored signal is inherited by every program that a test starts, and a shell cannot undo that.
+An ignored signal (nohup, a job behind &) is inherited by every program that a test starts, and a shell cannot undo
+that. `make test` runs two workers (pytest-xdist). Everything that may measure, lease a device or start a board is one
+group, which one worker runs in turn; what only computes runs beside it in the other, one thread of it and at a lower
+priority, so that it takes no time from what is measured.
 """
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPUTES = tuple(
+    f"tests/{name}/"
+    for name in (
+        "pipeline/graph", "pipeline/latency", "pipeline/nightly", "pipeline/project", "pipeline/prune",
+        "pipeline/recover", "profiles",
+    )
+)  # fmt: skip
+"""Folders of tests that measure nothing."""
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)
+
+
+def computes(item: pytest.Item) -> bool:
+    """Whether a test measures nothing."""
+    return item.path.relative_to(ROOT).as_posix().startswith(COMPUTES)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Groups for the workers: a file each of what computes, and all the rest."""
+    if config.pluginmanager.has_plugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(item.path.name if computes(item) else "measures"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A worker that computes steps back; the group that measures is never given to it afterwards."""
+    if "PYTEST_XDIST_WORKER" in os.environ and computes(item):
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture

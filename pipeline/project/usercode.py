@@ -84,9 +84,21 @@ class UserCode:
         for folder in self.folders:
             if str(folder) in sys.path:
                 sys.path.remove(str(folder))
-        self._modules = {name: m for name, m in sys.modules.items() if self.owns(getattr(m, "__file__", None))}
+        self._modules = {name: module for name, module in sys.modules.items() if self._gave(name, module)}
         for name in self._modules:
             del sys.modules[name]
+
+    def _gave(self, name: str, module: ModuleType) -> bool:
+        """Whether a module has its name from one of the folders.
+
+        What lies there under another name (`__main__`, a package that a folder is a part of) is the process's.
+        """
+        file: str | None = getattr(module, "__file__", None)
+        if file is None or not self.owns(file):
+            return False
+        path, top = Path(file).resolve(), name.partition(".")[0]
+        inside = [path.relative_to(folder) for folder in self.folders if path.is_relative_to(folder)]
+        return any(part.parts[0] in (top, f"{top}.py") for part in inside)
 
     def resolve(self, key: str, text: str) -> Reference:
         """The callable that `module:function` names. Raises UsageError for a wrong name, else DeployError."""

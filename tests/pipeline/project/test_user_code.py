@@ -1,5 +1,6 @@
 """The user's modules: found, kept apart, and blamed by file and line."""
 
+import importlib
 import sys
 
 import pytest
@@ -170,3 +171,23 @@ def test_an_environment_inside_the_projects_folder_is_not_the_users_code(world):
     finally:
         sys.path.remove(str(site))
         sys.modules.pop("library_of_the_environment", None)
+
+
+def test_a_module_that_has_its_name_from_elsewhere_stays_when_the_project_leaves(world):
+    """A folder in `path` may be a part of a package that the process uses already, or hold the script that runs."""
+    folder = world()
+    (folder / "part.py").write_text("VALUE = 1\n")
+    sys.path.append(str(folder.parent))
+    sys.modules["a_script"] = script = type(sys)("a_script")
+    script.__file__ = str(folder / "script.py")
+    try:
+        part = importlib.import_module(f"{folder.name}.part")
+        load_project(folder)
+        nets = sys.modules["nets"]
+        load_project(world(folder="other"))
+        assert sys.modules[f"{folder.name}.part"] is part and sys.modules["a_script"] is script
+        assert sys.modules["nets"] is not nets
+    finally:
+        sys.path.remove(str(folder.parent))
+        for name in ("a_script", folder.name, f"{folder.name}.part"):
+            sys.modules.pop(name, None)

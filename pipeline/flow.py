@@ -8,72 +8,55 @@ Each step is a stage with a key; what is measured is journalled, so a run that w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cache
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import onnx
-import torch
 from safetensors.torch import load_file, save
 from torch import fx
 
-from pipeline import outcome, precision, prepare, unmeasured
-from pipeline.cache import named
+from pipeline import losses, ondevice, outcome, precision, prepare, unmeasured
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.graph.export import export
-from pipeline.graph.narrow import narrow, narrow_file
+from pipeline.graph.narrow import narrow
 from pipeline.graph.optimize import PassLog, optimize
 from pipeline.graph.rewriting import Timing, choose
 from pipeline.graph.rows import Rows
 from pipeline.graph.verify import check_model, compare_outputs, seeded_inputs
-from pipeline.latency.feedback import Seen, recalibrate, recall, remember, residuals
+from pipeline.latency.feedback import Seen, recalibrate, remember, residuals
 from pipeline.latency.solvers.base import Solver
-from pipeline.latency.store import Store
 from pipeline.latency.tabulate import tabulate
 from pipeline.latency.timing import Tally
 from pipeline.nouns import KeepUnits, LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.prepare import hashes, state
 from pipeline.project import Project, load_project, predict_torch
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
-from pipeline.prune.evidence import Evidence, Samples, divergence, first
+from pipeline.prune.evidence import Evidence, Samples
 from pipeline.prune.hashing import adaptive
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank, require_labels
 from pipeline.prune.repair import NEED_INPUTS, repair
 from pipeline.prune.repair import affordable as repair_limit
-from pipeline.prune.sensitivity import LossProbe, Probe, RepairProbe, measure, to_fit
-from pipeline.prune.sensitivity import affordable as probe_limit
 from pipeline.prune.surgery import prune, restore
 from pipeline.prune.taps import DenseTaps
-from pipeline.recover.train import RecoverData, recover
-from pipeline.report import numbers
-from pipeline.report.data import Agreement
+from pipeline.recover.train import recover
 from pipeline.run import BuildRequest, Run
-from pipeline.search import Found, Loop, Measured, Search
-from pipeline.stage import Outcome, Stage, run_or_reuse
-from pipeline.work import AGAIN, DENSE, PRUNED, PRUNED_AGAIN, BuildResult, Work, captured, merged
+from pipeline.search import Found, Loop, Search
+from pipeline.stage import Outcome, Stage
+from pipeline.work import DENSE, PRUNED, PRUNED_AGAIN, TOOLS, BuildResult, Work, captured, merged
 from profiles import plugins
-from profiles.errors import DeployError, ScarceError, UsageError
+from profiles.errors import DeployError, UsageError
 from profiles.schema import Budget, Profile, PruneSpec, RecoverSpec, load_profile
 from targets.base import Target, load_target
-from targets.harness.measurement import Judgement, Session, judge
 from targets.runtimes.base import load_runtime
 
-TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
-RANK_SAMPLES, VALUE_SAMPLES, FEWEST_SAMPLES = 512, 384, 48
-EFFORT_MACS = 384 * 126e6
-"""Multiply-accumulates of trying one plan, ResNet-56's, up to which a search may try as many as it likes; four times
-as many are the most that a plan should take."""
-SHORT_STEPS = 16
-"""Training steps of the short recovery that some solvers judge a choice by (NetAdapt's idea)."""
+RANK_SAMPLES = 512
 REPORTED = ("none", "bn", "least-squares")
 DATA_FREE = {"criterion": "red", "repair": "merge"}
 """What ranks and repairs where there are no calibration samples and nothing else was asked for."""
@@ -197,16 +180,16 @@ def _release(work: Work) -> BuildResult:
     """Every step, to the bundle."""
     exact = _dense(work)
     dense = precision.lowered(work, exact, "dense")
-    accuracy_dense = _accuracy(work, exact.path("onnx"), "dense")
+    accuracy_dense = ondevice.accuracy(work, exact.path("onnx"), "dense")
     _compare_precisions(work, exact, dense, accuracy_dense)
-    budget = _relative_budget(work, dense)
+    budget = ondevice.relative_budget(work, dense)
     work, base = _prepared(work, dense, budget)
     _rank(work)
     table = _table(work, base)
-    probe = _probe(work)
-    values = _values(work, probe, table)
+    probe = losses.probe(work)
+    values = losses.values(work, probe, table)
     ratio = budget / work.slower
-    known = _known(work, base)
+    known = ondevice.known_candidates(work, base)
     for attempt in range(ATTEMPTS):
         aimed = ratio * STEP_BACK**attempt
         found = _search(work, base, probe, table, values, aimed, known)
@@ -229,20 +212,15 @@ def _prepared(work: Work, dense: Outcome, budget: float) -> tuple[Work, Outcome]
         first = replace(work, rankings={})
         _rank(first)
         table = _table(first, dense)
-        values, begun = _values(first, _probe(first), table), work.run.seconds
-        grown = prepare.grow(work, table, values, budget, lambda name, files: _timings(work, dense, name, files))
+        values, begun = losses.values(first, losses.probe(first), table), work.run.seconds
+        timings = partial(ondevice.timings, work, dense)
+        grown = prepare.grow(work, table, values, budget, timings)
         work.run.finished("grow", work.run.seconds - begun, f"in {len(grown.growth)} places, to {grown.slower:.3f}x")
     told = len(work.notes)
     work = prepare.trained(work, grown)
     for note in work.notes[told:]:
         _say(work.run, f"note: {note}")
     return work, precision.lowered(work, _dense(work, "prepared"), "prepared")
-
-
-def _timings(work: Work, dense: Outcome, name: str, files: Mapping[str, Path]) -> dict[str, Timing]:
-    """Networks against the dense one in one session."""
-    session = _session(work, name, {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx"), **files}, "rank")
-    return {label: _timing(session, label, DENSE, AGAIN) for label in files}
 
 
 def _finish(work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_dense: float | None) -> outcome.Ending:
@@ -254,9 +232,9 @@ def _finish(work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_d
     plan = found.chosen.plan
     recovered, notes = _recover(work, plan, _repair(work, plan))
     final = precision.lowered(work, _candidates(work, _export(work, plan, recovered)), "pruned")
-    accuracy = _accuracy(work, final.path("onnx"), "pruned")
-    agreement = _agreement(work, exact, final)
-    session, judged = _accept(work, dense, final)
+    accuracy = ondevice.accuracy(work, final.path("onnx"), "pruned")
+    agreement = ondevice.agreement(work, exact, final)
+    session, judged = ondevice.accept(work, dense, final)
     return outcome.Ending(
         dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy, agreement, notes
     )
@@ -268,9 +246,9 @@ def _only_built(work: Work) -> BuildResult:
     final = precision.lowered(work, exact, "dense")
     engine = _engine(work, final)
     here = replace(work, target=load_target(load_profile("local"), work.target.state))
-    dense = _accuracy(here, exact.path("onnx"), "dense")
-    built = dense if final is exact else _accuracy(here, final.path("onnx"), f"dense {work.profile.precision}")
-    agreement = _agreement(here, exact, final)
+    dense = ondevice.accuracy(here, exact.path("onnx"), "dense")
+    built = dense if final is exact else ondevice.accuracy(here, final.path("onnx"), f"dense {work.profile.precision}")
+    agreement = ondevice.agreement(here, exact, final)
     suffix = load_runtime(work.profile.runtime).suffix
     made = unmeasured.Engine(exact, final, engine.path("engine"), suffix, dense, built, agreement)
     return unmeasured.release(here, work.target, made)
@@ -280,7 +258,7 @@ def _engine(work: Work, final: Outcome) -> Outcome:
     """What the device's runtime builds of a network, opened nowhere."""
 
     def make(folder: Path) -> dict[str, Any]:
-        return {"engine": _built(work, {DENSE: final.path("onnx")}, folder)[DENSE]}
+        return {"engine": ondevice.build_artifacts(work, {DENSE: final.path("onnx")}, folder)[DENSE]}
 
     return work.run.stage(
         Stage("engine"), {}, {"model": final.files["onnx"]}, make,
@@ -297,9 +275,9 @@ def _dry(work: Work) -> BuildResult:
     dense = precision.lowered(work, _dense(work), "dense")
     _rank(work)
     table = _table(work, dense)
-    values = _values(work, _probe(work), table)
-    ratio = _relative_budget(work, dense)
-    table = recalibrate(table, residuals(table, _known(work, dense)), ratio)
+    values = losses.values(work, losses.probe(work), table)
+    ratio = ondevice.relative_budget(work, dense)
+    table = recalibrate(table, residuals(table, ondevice.known_candidates(work, dense)), ratio)
     budget_ms, spec = ratio * table.dense_ms, work.profile.prune
     solution = _solver(work).solve(list(work.rankings.values()), values, table, work.topology, budget_ms, spec, None)
     return outcome.dry(work, table, solution, ratio)
@@ -352,71 +330,10 @@ def _compare_precisions(work: Work, exact: Outcome, dense: Outcome, accuracy: fl
         return
     begun, name = work.run.seconds, work.profile.precision
     files = {"fp32": exact.path("onnx"), "fp32-again": exact.path("onnx"), name: dense.path("onnx")}
-    timing = _timing(_session(work, "precision", files, "rank"), name, "fp32", "fp32-again")
-    rounded = _accuracy(work, dense.path("onnx"), f"dense {name}")
+    timing = ondevice.timing(ondevice.measure(work, "precision", files, "rank"), name, "fp32", "fp32-again")
+    rounded = ondevice.accuracy(work, dense.path("onnx"), f"dense {name}")
     work.precision.append(precision.told(name, timing, accuracy, rounded))
     work.run.finished("precision", work.run.seconds - begun, f"{timing.ratio:.3f}x of the time in fp32")
-
-
-def _accuracy(work: Work, model: Path, name: str) -> float | None:
-    """The project's metric of an artifact on the device, None where it has none."""
-    if work.project.lacks("evaluate"):
-        return None
-
-    def make(folder: Path) -> dict[str, Any]:
-        artifact = _built(work, {name: model}, folder)[name]
-        return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
-
-    inputs = {"project": work.source, "model": model}
-    done = work.run.stage(
-        Stage(f"evaluate {name}"), {}, inputs, make, tools=TOOLS,
-        fingerprint=work.target.fingerprint().digest(), detail=lambda d: f"{d['accuracy']:.4f}",
-    )  # fmt: skip
-    return float(done["accuracy"])
-
-
-def _built(work: Work, models: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """What the device's runtime makes of models, by the names that errors tell them by.
-
-    Engines take minutes: a bar says how far they are.
-    """
-    places = {model: folder / f"{name}.artifact" for name, model in models.items()}
-    with named(models):
-        if work.profile.runtime == "ort":
-            work.target.build_each(places)
-        else:
-            with work.run.share("build") as progress:
-                work.target.build_each(places, progress)
-    return {name: places[model] for name, model in models.items()}
-
-
-def _agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
-    """How far the artifact's outputs are those of the user's network on the device, where no metric judges it."""
-    if not work.project.lacks("evaluate"):
-        return None
-    samples = work.loss_samples
-
-    def make(folder: Path) -> dict[str, Any]:
-        before, after = (
-            np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
-            for built in _built(work, {DENSE: dense.path("onnx"), PRUNED: final.path("onnx")}, folder).values()
-        )
-        return asdict(outcome.agreement(before, after, work.loss_samples_are))
-
-    inputs = {"project": work.source, "dense": dense.files["onnx"], "model": final.files["onnx"]}
-    done = work.run.stage(
-        Stage("agreement"), {"samples": samples.count}, inputs, make, tools=TOOLS,
-        fingerprint=work.target.fingerprint().digest(), detail=lambda d: numbers.agreement(Agreement(**d.values)),
-    )  # fmt: skip
-    return Agreement(**done.values)
-
-
-def _predict(target: Target, artifact: Path) -> Callable[..., Any]:
-    def predict(*arrays: Any) -> Any:
-        outputs = target.infer(artifact, [np.asarray(array) for array in arrays])
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    return predict
 
 
 def _rank(work: Work) -> None:
@@ -450,7 +367,7 @@ def _table(work: Work, dense: Outcome) -> LatencyTable:
             data: bytes = narrow(model, resolve(work.topology, plan)).SerializeToString()
             return data
 
-        with _store(work) as store, work.run.share("table") as progress:
+        with ondevice.latency_store(work) as store, work.run.share("table") as progress:
             table = tabulate(
                 work.target, rows, work.topology, dense.path("onnx"), work.profile.prune, store,
                 progress=progress, tally=tally, narrowed=narrowed, precision=work.profile.precision,
@@ -465,94 +382,6 @@ def _table(work: Work, dense: Outcome) -> LatencyTable:
     return LatencyTable.from_table(done["table"])
 
 
-Probing = Callable[[], Probe]
-
-
-def _probe(work: Work) -> Probing:
-    """What measures losses, on as many samples as it can hold; made when first asked for."""
-
-    def make() -> Probe:
-        samples, mode = work.loss_samples.first(_probed(work)), work.profile.prune.repair
-        if mode == "least-squares":
-            return LossProbe(work.network, samples)
-        fitted = work.samples.first(to_fit(_probed(work)))  # noise tells losses, and repairs nothing
-        return RepairProbe(work.network, samples, fitted, mode, work.rankings)
-
-    return cache(make)
-
-
-def _probing(work: Work) -> dict[str, Any]:
-    """What a measured loss depends on beside the plan: the key's parameters."""
-    mode = work.profile.prune.repair
-    twins = {id: ranking.to_table() for id, ranking in work.rankings.items()} if mode == "merge" else {}
-    return {"samples": _probed(work), "repair": mode, "twins": twins}
-
-
-def _probed(work: Work) -> int:
-    """Samples that losses are measured on: fewer where one costs much, but not too few to tell plans apart."""
-    worth = max(FEWEST_SAMPLES, round(4 * EFFORT_MACS / max(1, work.macs)))
-    return min(VALUE_SAMPLES, worth, probe_limit(work.network), work.loss_samples.count)
-
-
-def _loss(work: Work, name: str, params: Mapping[str, Any], plan: PruningPlan, find: Callable[[], float]) -> float:
-    """A loss of a plan, known from this run or an earlier one, else found now. May be infinite."""
-
-    def make(_: Path) -> dict[str, Any]:
-        loss = find()
-        return {"loss": loss if math.isfinite(loss) else None}
-
-    def known() -> float | None:
-        inputs = {"project": work.source, "plan": plan.to_json()}
-        loss: float | None = run_or_reuse(work.run.cache, Stage(name), params, inputs, make, tools=TOOLS)["loss"]
-        return loss
-
-    loss = work.run.journalled(name, plan.to_json(), known)
-    return math.inf if loss is None else float(loss)
-
-
-def _short_recovery(work: Work, probe: Probing, plan: PruningPlan) -> float:
-    """Loss of a plan after repair and a few steps of recovery; after repair alone without training data."""
-    train, few = work.project.train, _probed(work)
-    if train is None:
-        return probe().loss(plan)
-    mode = work.profile.prune.repair
-    pruned = prune(work.network, plan)
-    fixed = repair(pruned, work.network, plan, work.samples.first(few), mode, rankings=work.rankings)
-    data = RecoverData(lambda epoch, seed: islice(train(epoch, seed), SHORT_STEPS), work.project.loss, None)
-    spec = work.profile.recover.model_copy(update={"epochs": 1, "hooks": ()})
-    file = work.scratch("short.checkpoint")
-    file.unlink(missing_ok=True)
-    done = recover(fixed, work.given.graph, data, spec, file)
-    return _divergence(work, cast(fx.GraphModule, done.module), work.loss_samples.first(few))
-
-
-def _values(work: Work, probe: Probing, table: LatencyTable) -> Sensitivity:
-    """What single cuts lose after local repair."""
-    spec = work.profile.prune
-
-    def make(_: Path) -> dict[str, Any]:
-        with work.run.share("values") as advance:
-            found = measure(probe(), work.rankings, table.choices, widths=spec.value_widths, progress=advance)
-            return found.to_table()
-
-    params = {"widths": spec.value_widths, "choices": table.choices, **_probing(work)}
-    order = {id: ranking.removal_order for id, ranking in work.rankings.items()}
-    done = work.run.stage(
-        Stage("values"), params, {"project": work.source, "rankings": order}, make, tools=TOOLS,
-        detail=lambda d: f"{sum(len(c) - 1 for c in d['groups'].values())} widths, {len(d['blocks'])} blocks",
-    )  # fmt: skip
-    return Sensitivity.from_table(done.values)
-
-
-def _relative_budget(work: Work, dense: Outcome) -> float:
-    """The budget relative to the dense network: as asked, or the limit over the dense latency measured now."""
-    if work.budget.ratio is not None:
-        return work.budget.ratio
-    session = _session(work, "dense latency", {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx")}, "rank")
-    known = session.measurement(DENSE).statistic(work.budget.percentile).value_ms
-    return float(work.budget.limit_ms or 0.0) / float(known or session.measurement(DENSE).p50_ms)
-
-
 def _solver(work: Work) -> Solver:
     return cast(Solver, plugins.load("pipeline.latency.solvers", work.profile.prune.solver))
 
@@ -560,122 +389,38 @@ def _solver(work: Work) -> Solver:
 def _search(
     work: Work,
     dense: Outcome,
-    probe: Probing,
+    probe: losses.Probing,
     table: LatencyTable,
     values: Sensitivity,
     ratio: float,
     known: Sequence[Seen],
 ) -> Found:
     """Choose, narrow, measure, correct, until the budget holds. known: candidates that were measured before."""
-    begun, params = work.run.seconds, _probing(work)
+    begun, params = work.run.seconds, losses.depends_on(work)
     loop = Loop(
         topology=work.topology,
         rankings=work.rankings,
         solver=_solver(work),
         spec=work.profile.prune,
         plan_for=lambda widths, dropped: make_plan(work.topology, work.rankings, widths, dropped),
-        loss=lambda plan: _loss(work, "loss", params, plan, lambda: probe().loss(plan)),
-        recovered=lambda plan: _loss(
+        loss=lambda plan: losses.remembered(work, "loss", params, plan, lambda: probe().loss(plan)),
+        recovered=lambda plan: losses.remembered(
             work,
             "recovered loss",
-            {**params, "recover": work.profile.recover, "steps": SHORT_STEPS},
+            {**params, "recover": work.profile.recover, "steps": losses.SHORT_STEPS},
             plan,
-            lambda: _short_recovery(work, probe, plan),
+            lambda: losses.after_recovery(work, probe, plan),
         ),
-        measure=lambda name, plans: _measure_plans(work, dense, name, plans),
+        measure=lambda name, plans: ondevice.measure_plans(work, dense, name, plans),
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
-        effort=EFFORT_MACS / max(1, work.macs * _probed(work)),
+        effort=losses.EFFORT_MACS / max(1, work.macs * losses.samples_taken(work)),
     )
     found = Search(loop, table, values, ratio, known).run()
-    device, protocol, network = _where(work, dense)
-    with _store(work) as store:
+    device, protocol, network = ondevice.identity(work, dense)
+    with ondevice.latency_store(work) as store:
         remember(store, device, protocol, network, found.lasting(device))
     work.run.finished("search", work.run.seconds - begun, f"{len(found.rounds)} rounds, {len(found.tried)} plans tried")
     return found
-
-
-def _known(work: Work, dense: Outcome) -> list[Seen]:
-    """Candidates of this network that earlier builds measured on this device; a resumed run knows no more of them."""
-
-    where = _where(work, dense)
-
-    def find() -> list[Seen]:
-        with _store(work) as store:
-            return recall(store, *where)
-
-    return [(widths, tuple(dropped), ratio) for widths, dropped, ratio in work.run.journalled("known", where, find)]
-
-
-def _where(work: Work, dense: Outcome) -> tuple[str, str, str]:
-    """Device, protocol and network that a candidate's latency relative to the dense network belongs to."""
-    how = work.profile.measure.model_dump_json(include={"threads", "spin", "paced_ms"})
-    return work.target.fingerprint().digest(), f"{work.budget.percentile} {how}", str(dense.files["onnx"])
-
-
-def _store(work: Work) -> Store:
-    return Store(work.run.cache.root / "latency.sqlite")
-
-
-def _measure_plans(work: Work, dense: Outcome, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
-    """The plans narrowed from the dense ONNX and measured beside it in one session.
-
-    Where the device has too little memory for all of them, in two sessions of half as many, each beside the dense
-    network: what counts is a plan's latency relative to that.
-    """
-    try:
-        return _measure_together(work, dense, name, plans)
-    except ScarceError:
-        if len(plans) == 1:
-            raise
-    work.run.console.print(f"  {name}: too little memory for {len(plans)} networks at once, so in two sessions")
-    half = len(plans) // 2
-    parts = {f"{name} a": plans[:half], f"{name} b": plans[half:]}
-    return [measured for each, part in parts.items() for measured in _measure_plans(work, dense, each, part)]
-
-
-def _measure_together(work: Work, dense: Outcome, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
-    model = dense.path("onnx")
-    artifacts = {DENSE: model, AGAIN: model}
-    for index, plan in enumerate(plans, 1):
-        cut = resolve(work.topology, plan)
-        file = work.scratch(f"{name}-{index}.onnx".replace(" ", "-"))
-        artifacts[f"candidate-{index}"] = narrow_file(model, cut, file)
-    session = _session(work, name, artifacts, "rank")
-    return [_measured(session, f"candidate-{index}", work.budget) for index in range(1, len(plans) + 1)]
-
-
-def _measured(session: Session, name: str, budget: Budget) -> Measured:
-    """A candidate's ratio; the dense network stands in the session twice, and both are its reference.
-
-    At p99 a short session has too few samples: p90 stands in, and the accepting measurement judges p99 itself.
-    """
-    statistic = "p90" if budget.percentile == "p99" else budget.percentile
-    one, two = session.ratio(name, DENSE, statistic), session.ratio(name, AGAIN, statistic)
-    center = float(np.sqrt(one.center * two.center))
-    dense_ms = session.measurement(DENSE).p50_ms
-    device = None if session.contaminated else session.fingerprint.digest()
-    return Measured(center, min(one.low, two.low), max(one.high, two.high), dense_ms, device)
-
-
-def _session(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Session:
-    """One interleaved session on the device, journalled with its raw samples."""
-    hashes = {label: _sha(path.read_bytes()) for label, path in models.items()}
-    key = {"mode": mode, "spec": work.profile.measure, "models": hashes}
-
-    def make() -> str:
-        built = _built(work, models, work.run.folder("work"))
-        with named(built), work.run.share(name) as progress:
-            session = work.target.measure(built, work.profile.measure, mode, progress)
-        text = session.to_json()
-        with _store(work) as store:
-            store.add_measurement(work.run.path.name, session.fingerprint.digest(), text)
-        return text
-
-    return Session.from_json(work.run.journalled(f"session {name}", key, make))
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
@@ -691,12 +436,12 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
                 continue
             fixed = repair(pruned, work.network, plan, work.samples, mode, rankings=work.rankings, taps=taps)
             accuracy = work.project.validate(predict_torch(fixed))
-            told[mode] = {"loss": _divergence(work, fixed, work.loss_samples), "accuracy": accuracy}
+            told[mode] = {"loss": losses.mean_divergence(work, fixed, work.loss_samples), "accuracy": accuracy}
             if mode == chosen:
                 (folder / "repaired.safetensors").write_bytes(save(state(fixed)))
         return {"weights": folder / "repaired.safetensors", "told": told}
 
-    params = {"repair": chosen, **_probing(work), "samples": work.samples.count}
+    params = {"repair": chosen, **losses.depends_on(work), "samples": work.samples.count}
     done = work.run.stage(
         Stage("repair"), params, {"project": work.source, "plan": plan.to_json()}, make, tools=TOOLS,
         detail=lambda d: ", ".join(f"{mode} {_score(row)}" for mode, row in d["told"].items()),
@@ -707,15 +452,6 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
 
 def _score(row: Mapping[str, Any]) -> str:
     return f"{row['accuracy']:.3f}" if row["accuracy"] is not None else f"loss {row['loss']:.3g}"
-
-
-def _divergence(work: Work, model: fx.GraphModule, samples: Samples) -> float:
-    total = 0.0
-    with torch.inference_mode():
-        for batch in samples.inputs:
-            outputs, dense = model(*batch), work.network.graph(*batch)
-            total += float(divergence(first(outputs), first(dense)).sum())
-    return total / samples.count
 
 
 def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -790,8 +526,8 @@ def _candidates(work: Work, final: Outcome) -> Outcome:
         for start in range(0, len(files), MOST_OFFERS):
             some = {file.stem: file for file in files[start : start + MOST_OFFERS]}
             name = f"candidates {start // MOST_OFFERS + 1}"
-            session = _session(work, name, {PRUNED: plain, PRUNED_AGAIN: plain, **some}, "rank")
-            found += [_timing(session, label, PRUNED, PRUNED_AGAIN) for label in some]
+            session = ondevice.measure(work, name, {PRUNED: plain, PRUNED_AGAIN: plain, **some}, "rank")
+            found += [ondevice.timing(session, label, PRUNED, PRUNED_AGAIN) for label in some]
         return found
 
     hashing = (lambda weights: adaptive(weights, error).weights) if error else None
@@ -808,25 +544,3 @@ def _candidates(work: Work, final: Outcome) -> Outcome:
 
     inputs = {"project": work.source, "model": final.files["onnx"]}
     return work.run.stage(Stage("rewrite"), {"candidates": told}, inputs, make, tools=TOOLS)
-
-
-def _timing(session: Session, name: str, before: str, again: str) -> Timing:
-    """A rewritten network against the one without; that stands in the session twice, and both are its reference."""
-    one, two = session.ratio(name, before), session.ratio(name, again)
-    before_ms, after_ms = (session.measurement(each).p50_ms for each in (before, name))
-    ratio = math.sqrt(one.center * two.center)
-    return Timing(before_ms, after_ms, ratio, min(one.low, two.low), max(one.high, two.high))
-
-
-def _accept(work: Work, dense: Outcome, final: Outcome) -> tuple[Session, Judgement]:
-    """The full accepting protocol; where it leaves the verdict open, once more, judged together with it."""
-    models = {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx"), PRUNED: final.path("onnx")}
-    begun = work.run.seconds
-    session = _session(work, "accept", models, "accept")
-    judged = judge(session, PRUNED, DENSE, work.budget)
-    if judged.verdict == "undecided":
-        more = _session(work, "accept again", models, "accept")
-        session = more if session.contaminated else session.joined(more)
-        judged = judge(session, PRUNED, DENSE, work.budget)
-    work.run.finished("accept", work.run.seconds - begun, f"{judged.verdict}: {judged.reason}")
-    return session, judged

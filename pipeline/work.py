@@ -30,6 +30,8 @@ DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
 """Names of the networks in a measuring session; the dense one stands in it twice."""
 PRUNED_AGAIN = "pruned-again"
 """Where rewrites of the pruned network are measured, it stands in the session twice."""
+TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
+"""Libraries whose versions the results of most stages depend on."""
 NOISE_SAMPLES = 256
 
 

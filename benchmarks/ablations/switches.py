@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from pipeline import flow, search
+from pipeline import flow, losses, search
 from pipeline.latency.solvers.base import FIT
 from pipeline.latency.tabulate import tabulate
 from pipeline.nouns import LatencyTable, Ranking, RowBuilder, Sensitivity, SiteCost, Topology
@@ -134,7 +134,7 @@ SWITCHES: Mapping[str, Sequence[tuple[Any, str, Any]]] = {
     "separable": [(flow, "tabulate", _tabulated(separable))],
     "unmeasured": [(flow, "Search", Unmeasured), (flow, "ATTEMPTS", 1)],
     "single": [(search, "around", kept)],
-    "scores": [(search, "around", kept), (flow, "measure", scored)],
+    "scores": [(search, "around", kept), (losses, "measure", scored)],
 }
 """Switch -> what it puts in the place of what, as (module, name, value)."""
 

@@ -21,7 +21,6 @@ from benchmarks import nets
 from benchmarks.builds import TARGET, machine
 from benchmarks.coupling import networks
 from benchmarks.solver_scaling import drawn
-from pipeline.flow import EFFORT_MACS, FEWEST_SAMPLES, VALUE_SAMPLES
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow_file
 from pipeline.graph.optimize import optimize
@@ -29,6 +28,7 @@ from pipeline.graph.rows import Rows
 from pipeline.latency.solvers import exact
 from pipeline.latency.store import Store
 from pipeline.latency.tabulate import tabulate
+from pipeline.losses import EFFORT_MACS, FEWEST_SAMPLES, VALUE_SAMPLES
 from pipeline.nouns import KeepUnits, LatencyTable, PruningPlan, Ranking, Sensitivity, Topology
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Samples

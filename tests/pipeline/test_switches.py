@@ -20,7 +20,7 @@ from benchmarks.frontier.arena import QUICK
 from benchmarks.frontier.cells import DENSE, Store
 from benchmarks.frontier.contest import contest
 from benchmarks.frontier.finals import measure as measure_together
-from pipeline import flow, search
+from pipeline import flow, losses, search
 from pipeline.flow import build
 from pipeline.journal import Journal
 from pipeline.latency.operations import Operations
@@ -58,7 +58,7 @@ def test_a_build_without_a_part_ends_with_a_measured_network_and_the_part_is_bac
     result, _ = built(name)
     assert 0.2 < result.summary["latency_ratio"] < 0.8
     assert result.summary["rejected"] or result.summary["bundle"]
-    assert (flow.tabulate, flow.Search, flow.measure, search.around) == (tabulate, Search, measure, around)
+    assert (flow.tabulate, flow.Search, losses.measure, search.around) == (tabulate, Search, measure, around)
     assert flow.ATTEMPTS > 1
 
 

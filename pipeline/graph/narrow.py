@@ -1,6 +1,6 @@
 """Make the ONNX of a pruned network out of the dense one by slicing initializers: milliseconds, no export.
 
-    parameters      W[kept, …] along every axis that the cut names; a bias that fold-batchnorm made follows its weight
+    parameters      W[kept, …] along every axis that the cut names; a bias that the network has not follows its weight
     constants       amounts of Pad, sizes of Split, target of Reshape, indices of Gather, range of Slice, by node scope
     convolutions    groups follow the weight: a depthwise one keeps its outputs per group, others the number of groups
     removed blocks  the addition `/<block.add>/Add` is replaced by its skip operand; what nothing reads any more goes
@@ -28,6 +28,7 @@ from profiles.errors import DeployError
 Kept = NDArray[np.int64]
 AGAIN = "export and optimize the dense network again."
 LAYERS = ("Conv", "ConvTranspose", "Gemm")
+LAYER_NORM = "LayerNormalization"
 
 
 def narrow_file(dense: Path, cut: Cut, out: Path) -> Path:
@@ -63,14 +64,21 @@ def narrow(model: onnx.ModelProto, cut: Cut) -> onnx.ModelProto:
 
 
 def _with_biases(model: onnx.ModelProto, cut: Cut) -> dict[str, Mapping[int, Kept]]:
-    """The cut's parameters, and biases that fold-batchnorm made: axis 0 goes with the weight's output axis."""
+    """The cut's parameters, and biases that the network has not: they follow the weight beside them.
+
+    fold-batchnorm makes such ones of a layer, whose axis 0 is the weight's output axis, and the export zeros for a
+    LayerNorm that has no bias, of the same axes as its weight.
+    """
     slices: dict[str, Mapping[int, Kept]] = dict(cut.params)
     shapes: dict[str, list[int]] = {}
     for node in model.graph.node:
-        if node.op_type not in LAYERS or len(node.input) < 3 or not node.input[2] or node.input[2] in slices:
+        known = node.op_type in (*LAYERS, LAYER_NORM)
+        if not known or len(node.input) < 3 or not node.input[2] or node.input[2] in slices:
             continue
         axes = cut.params.get(node.input[1])
-        if axes:
+        if axes and node.op_type == LAYER_NORM:
+            slices[node.input[2]] = axes
+        elif axes:
             shapes = shapes or _shapes(model.graph)
             kept = _outputs_kept(node, axes, shapes[node.input[1]])
             if kept is not None:

@@ -1,4 +1,5 @@
 import time
+from functools import partial
 
 import numpy as np
 import onnx
@@ -6,6 +7,7 @@ import pytest
 import torch
 from graph_samples import Mixed, Mobile, ResNet, graph, integers, node, norm, ops, shaken, weights
 from onnx import numpy_helper
+from torch import nn
 
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow, narrow_file
@@ -223,6 +225,26 @@ def test_a_narrowed_graph_computes_what_the_pruned_network_does(captured, passes
                 lambda x, net=pruned: net(torch.from_numpy(x)).numpy(), result, seeded_inputs(result, seed)
             )
         assert gap.max_rel < 1e-5, plan
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm, partial(nn.LayerNorm, bias=False), partial(nn.LayerNorm, elementwise_affine=False)],
+    ids=["layer", "no bias", "plain"],
+)
+def test_what_the_export_adds_to_a_norm_is_narrowed_with_it(norm, tmp_path):
+    """A LayerNorm without bias has one of zeros in ONNX: a constant of the dense width."""
+    net = shaken(nn.Sequential(nn.Linear(4, 12), norm(12), nn.Linear(12, 12), norm(12), nn.Linear(12, 3)))
+    network = find_groups(capture(net, (torch.randn(2, 4),)), prove=False)
+    path = export(network.graph, [InputSpec(shape=(2, 4))], tmp_path / "dense.onnx")
+    model, _ = optimize_model(onnx.load(str(path)), PASSES)
+    plan = random_plan(network.topology, 1)
+    assert plan.edits
+    pruned = prune(network, plan).eval()
+    result = valid(narrow(model, resolve(network.topology, plan)))
+    with torch.no_grad():
+        gap = compare_outputs(lambda x: pruned(torch.from_numpy(x)).numpy(), result, seeded_inputs(result, 0))
+    assert gap.max_rel < 1e-5, plan
 
 
 def test_a_candidate_has_the_nodes_of_the_network_that_ships(captured, tmp_path):

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FIXED = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 224, "s3d": 224, "mvit_v1_b": 224, "mvit_v2_s": 224} | {
-    f"vgg{n}": 224 for n in (11, 13, 16, 19)
-}  # networks that ask for a size, or for at least one
+FIXED = {
+    "inception_v3": 96,
+    "maxvit_t": 224,
+    "alexnet": 224,
+    "s3d": 224,
+    "mvit_v1_b": 224,
+    "mvit_v2_s": 224,
+    "ssd300_vgg16": 300,
+} | {f"vgg{n}": 224 for n in (11, 13, 16, 19)}  # networks that ask for a size, or for at least one
 TIMM = """
 convnext_atto convnext_tiny convnextv2_atto edgenext_xx_small edgenext_small mobilenetv4_conv_small
 mobilenetv4_hybrid_medium mobilenetv3_small_100 efficientnet_lite0 tf_efficientnetv2_b0 efficientnetv2_rw_t regnetx_004

@@ -9,12 +9,13 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
 from targets.harness import pack
-from targets.harness.agent.board import driver, inferring, lease, server
+from targets.harness.agent.board import driver, inferring, job, lease, server
 from targets.harness.agent.board.files import sha256
 from targets.harness.agent.board.peer import Peer
 
@@ -130,3 +131,38 @@ def test_a_process_that_does_not_end_is_ended_and_said_so(monkeypatch):
         error = driver.died(process, errors, "net")
     assert time.monotonic() - begun < 10.0 and process.returncode == -9
     assert (error.kind, error.message, error.model) == ("lost", "answered no more and was ended", "net")
+
+
+DONE = """
+import json, sys, time
+with open(sys.argv[3], "w") as file:
+    file.write('{"rows": 7}')
+print(json.dumps(EVENT))
+sys.stdout.flush()
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("event", ["done", "error"])
+def test_a_job_that_hangs_as_its_process_ends_is_spooled_and_ended(tmp_path, monkeypatch, event):
+    monkeypatch.setattr(job, "END_S", 0.3)
+    told = {"event": event, "kind": "memory", "message": "out of memory"}
+    monkeypatch.setattr(job, "program", lambda: program(tmp_path / "agent", DONE.replace("EVENT", repr(told))))
+    children = []
+    real = subprocess.Popen
+
+    def popen(*arguments, **others):
+        children.append(real(*arguments, **others))
+        return children[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    begun = time.monotonic()
+    work = {"verb": "rows", "limit_s": 20.0}
+    outcome = job.attend(work, str(tmp_path), lambda event: None, job.Absence(str(tmp_path), 20.0))
+    assert time.monotonic() - begun < 15.0
+    assert [child.returncode for child in children] == [-9]
+    if event == "error":
+        assert outcome == told
+        return
+    assert outcome["event"] == "done"
+    assert json.loads(zlib.decompress((tmp_path / "result").read_bytes())) == {"rows": 7}

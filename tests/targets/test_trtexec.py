@@ -154,10 +154,39 @@ def test_a_way_that_a_binary_cannot_go_is_refused():
 def test_every_flag_of_a_run_is_one_that_the_help_lists(version):
     found = binary(version)
     command = found.run_command("e.plan", {**RUN, "dla_core": 0}, 30, "t.json")
-    command += found.profile_command("e.plan", 10, "p.json", "l.json")
+    command += found.profile_command("e.plan", RUN, 10, "p.json", "l.json")
     assert all(flag.partition("=")[0] in found.flags for flag in command if flag.startswith("--"))
     assert "--iterations=30" in command and "--duration=0" in command and "--exportProfile=p.json" in command
     assert ("--infStreams=1" in command) == (version in ("10", "11"))
+
+
+@pytest.mark.parametrize("version", HELPS)
+def test_an_engine_is_profiled_as_it_is_timed_on_the_dla_and_as_compatible_with_other_versions(version):
+    found = binary(version)
+    for options, flag, key in (
+        ({"dla_core": 1}, "--useDLACore=1", "dla_core"),
+        ({"version_compatible": True}, "--versionCompatible", "version_compatible"),
+    ):
+        asked = [
+            lambda options=options: found.run_command("e.plan", {**RUN, **options}, 30, "t.json"),
+            lambda options=options: found.profile_command("e.plan", {**RUN, **options}, 10, "p.json", "l.json"),
+        ]
+        if found.has(flag.partition("=")[0]):
+            assert [ask().count(flag) for ask in asked] == [1, 1]
+            continue
+        for ask in asked:
+            with pytest.raises(BoardError) as error:
+                ask()
+            assert error.value.hint == f"leave out tensorrt.{key}."
+    command = found.profile_command("e.plan", RUN, 10, "p.json", "l.json")
+    assert not {"--useDLACore", "--versionCompatible"} & {flag.partition("=")[0] for flag in command}
+
+
+def test_the_profiler_of_a_model_is_given_the_options_of_the_model(stand_in, tmp_path):
+    found = stand_in(last=f'echo "$@" >>"{tmp_path}/asked"')
+    trtexec.TrtexecModel(str(tmp_path / "e.plan"), {**RUN, "dla_core": 1}, found).profile(5)
+    (asked,) = [line for line in (tmp_path / "asked").read_text().splitlines() if "--exportProfile=" in line]
+    assert "--useDLACore=1" in asked.split()
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -143,13 +143,16 @@ class Trtexec(object):
             "--iterations=%d" % timed,
         ]
         command += [flag + "=1" for flag in self._first(("--infStreams", "--streams"))]
-        command += self.switches(options)
+        return command + self.switches(options) + self._opening(options) + ["--exportTimes=" + times]
+
+    def _opening(self, options: Table) -> List[str]:
+        """Flags that an engine is opened with, whether it is timed or profiled."""
+        found = []
         if options.get("dla_core") is not None:
-            command.append("%s=%d" % (self._need("--useDLACore", "dla_core"), options["dla_core"]))
-        command += (
-            [self._need("--versionCompatible", "version_compatible")] if options.get("version_compatible") else []
-        )
-        return command + ["--exportTimes=" + times]
+            found.append("%s=%d" % (self._need("--useDLACore", "dla_core"), options["dla_core"]))
+        if options.get("version_compatible"):
+            found.append(self._need("--versionCompatible", "version_compatible"))
+        return found
 
     def switches(self, options: Table) -> List[str]:
         """Flags for graph, spinning and copies. Raises BoardError for a way that the binary does not offer."""
@@ -172,9 +175,10 @@ class Trtexec(object):
             return not self.has(on)
         return self.has(off)
 
-    def profile_command(self, plan: str, runs: int, profile: str, described: str) -> List[str]:
+    def profile_command(self, plan: str, options: Table, runs: int, profile: str, described: str) -> List[str]:
         """The command that writes each layer's time and what the layers are."""
         command = [self.path, "--loadEngine=" + plan, "--warmUp=0", "--duration=0", "--iterations=%d" % runs]
+        command += self._opening(options)
         command += self._first(("--separateProfileRun",)) + self._first(("--dumpProfile",))
         command += ["--exportLayerInfo=" + described] if self.has("--exportLayerInfo") else []
         return command + ["--exportProfile=" + profile]
@@ -412,7 +416,8 @@ class TrtexecModel(Timed):
         """(name, operator) of every layer -> its ms per inference."""
         with tempfile.TemporaryDirectory() as folder:
             profile, described = (os.path.join(folder, name) for name in ("profile.json", "layers.json"))
-            text = self._done(self.binary.profile_command(self.path, runs, profile, described), profile)
+            command = self.binary.profile_command(self.path, self.options, runs, profile, described)
+            text = self._done(command, profile)
             known: Dict[str, str] = {}
             if os.path.isfile(described):
                 with open(described, encoding="utf-8", errors="replace") as file:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import write_conv
+from engine_sites import compile_library
 from test_engine import half, quantized
 
+from targets.harness.agent.board.files import sha256
 from targets.harness.agent.board.tensorrt import engine, library, onnxfile, running, trtexec
 from targets.harness.agent.board.tensorrt.errors import BoardError
 from targets.harness.agent.board.tensorrt.trtexec import Trtexec
@@ -371,6 +375,47 @@ def test_it_is_found_where_it_is_put(stand_in, tmp_path, monkeypatch):
     with pytest.raises(BoardError, match="there is no trtexec at /nowhere"):
         trtexec.find("/nowhere")
     assert trtexec.facts(Trtexec(trtexec.find()))["version"] == "10.3.0"
+
+
+BANNER = "&&&& RUNNING TensorRT.trtexec [TensorRT v100300]\\n"
+PROGRAM = """
+#include <stdio.h>
+CALL
+int main(void) { USE; puts("OPTIONS"); return 0; }
+"""
+LINKED = {"CALL": "int getInferLibVersion(void);", "USE": "getInferLibVersion()"}
+BY_NAME = {"CALL": "", "USE": ""}
+FACTS = "from targets.harness.agent.board.tensorrt import trtexec as t; import sys, json\n"
+FACTS += "found = t.Trtexec(sys.argv[1]); print(json.dumps([t.facts(found), t.loads(found)]))\n"
+
+
+@pytest.mark.parametrize("how", [LINKED, BY_NAME], ids=["linked", "by name"])
+def test_two_libraries_of_one_name_behind_one_binary_are_two_builds(how, tmp_path):
+    places = [tmp_path / name for name in ("one", "two")]
+    for number, place in enumerate(places):
+        source = f"int getInferLibVersion(void) {{ return 100300; }}\nint made(void) {{ return {number}; }}\n"
+        compile_library(place / "libnvinfer.so.10", source, "-Wl,-soname,libnvinfer.so.10")
+    source = PROGRAM.replace("OPTIONS", BANNER + "  --onnx=\\n  --loadEngine=\\n  --exportTimes=")
+    for word, text in how.items():
+        source = source.replace(word, text)
+    linked = [str(places[0] / "libnvinfer.so.10")] if how is LINKED else []
+    path = tmp_path / "trtexec"
+    subprocess.run(["gcc", "-o", path, "-x", "c", "-", "-x", "none", *linked], check=True, input=source, text=True)
+
+    def found(place):
+        env = {**os.environ, "LD_LIBRARY_PATH": str(place), "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", FACTS, str(path)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
+
+    (one, first), (two, second) = (found(place) for place in places)
+    assert [first, second] == [str(place / "libnvinfer.so.10") for place in places]
+    assert one["version"] == two["version"] == "10.3.0" and one["build"] != two["build"]
+    assert found(places[0])[0] == one and len(one["build"]) == 64
+
+
+def test_the_library_behind_a_script_is_not_guessed(stand_in):
+    found = stand_in()
+    assert trtexec.loads(found) == "" and trtexec.facts(found)["build"] == sha256(found.path)
 
 
 def test_one_that_hangs_is_given_up():

@@ -9,7 +9,9 @@ Times are those of `--exportTimes`: CUDA events, no wall clock. trtexec enqueues
 not a control loop's: the protocol's id says so, and numbers of the two kinds are never compared.
 """
 
+import ctypes
 import glob
+import hashlib
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple
 from ..base import die_with_parent, median
 from ..files import sha256
 from ..timing import Timed
-from . import dla, layers, onnxfile, parsing
+from . import dla, layers, library, onnxfile, parsing
 from .errors import BoardError, Table
 from .progress import Beat, Tell
 
@@ -274,9 +276,7 @@ def failure(binary: Trtexec, log: str, path: str, model: Optional[onnxfile.OnnxF
 
 
 def _plain(line: str) -> str:
-    from .library import clean
-
-    return clean(line.replace("[TRT]", " ").strip())
+    return library.clean(line.replace("[TRT]", " ").strip())
 
 
 def run(command: Sequence[str], patience_s: float) -> Tuple[int, str]:
@@ -433,6 +433,28 @@ class TrtexecModel(Timed):
             return file.read()
 
 
+def loads(binary: Trtexec) -> str:
+    """Path of the TensorRT library that the binary loads, or "" where that cannot be told, as of a script.
+
+    It is linked to the library, or loads it by name once it runs: then the loader is asked what lies under that name.
+    """
+    try:
+        status, said = run(["ldd", binary.path], 60.0)
+    except BoardError:
+        return ""
+    linked = re.search(r"^\s*libnvinfer\.so\S* => (/.+) \(0x", said, re.MULTILINE)
+    if status or linked or not binary.version:
+        return linked.group(1) if linked and not status else ""
+    try:
+        ctypes.CDLL("libnvinfer.so." + binary.version.split(".")[0])
+    except OSError:
+        return ""
+    return library.loaded_file("tensorrt")
+
+
 def facts(binary: Trtexec) -> Dict[str, Any]:
-    """Who the binary is, for a fingerprint."""
-    return {"name": "trtexec", "version": binary.version, "build": sha256(binary.path)}
+    """Who the binary is, for a fingerprint. build: of its bytes and, where it is known, of the library's behind it."""
+    build, path = sha256(binary.path), loads(binary)
+    if path:
+        build = hashlib.sha256((build + sha256(path)).encode()).hexdigest()
+    return {"name": "trtexec", "version": binary.version, "build": build}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import write_conv
+from engine_sites import compile_library
 from test_engine import half, quantized
 
+from targets.harness.agent.board.files import sha256
 from targets.harness.agent.board.tensorrt import engine, library, onnxfile, running, trtexec
 from targets.harness.agent.board.tensorrt.errors import BoardError
 from targets.harness.agent.board.tensorrt.trtexec import Trtexec
@@ -154,10 +158,39 @@ def test_a_way_that_a_binary_cannot_go_is_refused():
 def test_every_flag_of_a_run_is_one_that_the_help_lists(version):
     found = binary(version)
     command = found.run_command("e.plan", {**RUN, "dla_core": 0}, 30, "t.json")
-    command += found.profile_command("e.plan", 10, "p.json", "l.json")
+    command += found.profile_command("e.plan", RUN, 10, "p.json", "l.json")
     assert all(flag.partition("=")[0] in found.flags for flag in command if flag.startswith("--"))
     assert "--iterations=30" in command and "--duration=0" in command and "--exportProfile=p.json" in command
     assert ("--infStreams=1" in command) == (version in ("10", "11"))
+
+
+@pytest.mark.parametrize("version", HELPS)
+def test_an_engine_is_profiled_as_it_is_timed_on_the_dla_and_as_compatible_with_other_versions(version):
+    found = binary(version)
+    for options, flag, key in (
+        ({"dla_core": 1}, "--useDLACore=1", "dla_core"),
+        ({"version_compatible": True}, "--versionCompatible", "version_compatible"),
+    ):
+        asked = [
+            lambda options=options: found.run_command("e.plan", {**RUN, **options}, 30, "t.json"),
+            lambda options=options: found.profile_command("e.plan", {**RUN, **options}, 10, "p.json", "l.json"),
+        ]
+        if found.has(flag.partition("=")[0]):
+            assert [ask().count(flag) for ask in asked] == [1, 1]
+            continue
+        for ask in asked:
+            with pytest.raises(BoardError) as error:
+                ask()
+            assert error.value.hint == f"leave out tensorrt.{key}."
+    command = found.profile_command("e.plan", RUN, 10, "p.json", "l.json")
+    assert not {"--useDLACore", "--versionCompatible"} & {flag.partition("=")[0] for flag in command}
+
+
+def test_the_profiler_of_a_model_is_given_the_options_of_the_model(stand_in, tmp_path):
+    found = stand_in(last=f'echo "$@" >>"{tmp_path}/asked"')
+    trtexec.TrtexecModel(str(tmp_path / "e.plan"), {**RUN, "dla_core": 1}, found).profile(5)
+    (asked,) = [line for line in (tmp_path / "asked").read_text().splitlines() if "--exportProfile=" in line]
+    assert "--useDLACore=1" in asked.split()
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -342,6 +375,47 @@ def test_it_is_found_where_it_is_put(stand_in, tmp_path, monkeypatch):
     with pytest.raises(BoardError, match="there is no trtexec at /nowhere"):
         trtexec.find("/nowhere")
     assert trtexec.facts(Trtexec(trtexec.find()))["version"] == "10.3.0"
+
+
+BANNER = "&&&& RUNNING TensorRT.trtexec [TensorRT v100300]\\n"
+PROGRAM = """
+#include <stdio.h>
+CALL
+int main(void) { USE; puts("OPTIONS"); return 0; }
+"""
+LINKED = {"CALL": "int getInferLibVersion(void);", "USE": "getInferLibVersion()"}
+BY_NAME = {"CALL": "", "USE": ""}
+FACTS = "from targets.harness.agent.board.tensorrt import trtexec as t; import sys, json\n"
+FACTS += "found = t.Trtexec(sys.argv[1]); print(json.dumps([t.facts(found), t.loads(found)]))\n"
+
+
+@pytest.mark.parametrize("how", [LINKED, BY_NAME], ids=["linked", "by name"])
+def test_two_libraries_of_one_name_behind_one_binary_are_two_builds(how, tmp_path):
+    places = [tmp_path / name for name in ("one", "two")]
+    for number, place in enumerate(places):
+        source = f"int getInferLibVersion(void) {{ return 100300; }}\nint made(void) {{ return {number}; }}\n"
+        compile_library(place / "libnvinfer.so.10", source, "-Wl,-soname,libnvinfer.so.10")
+    source = PROGRAM.replace("OPTIONS", BANNER + "  --onnx=\\n  --loadEngine=\\n  --exportTimes=")
+    for word, text in how.items():
+        source = source.replace(word, text)
+    linked = [str(places[0] / "libnvinfer.so.10")] if how is LINKED else []
+    path = tmp_path / "trtexec"
+    subprocess.run(["gcc", "-o", path, "-x", "c", "-", "-x", "none", *linked], check=True, input=source, text=True)
+
+    def found(place):
+        env = {**os.environ, "LD_LIBRARY_PATH": str(place), "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", FACTS, str(path)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, env=env).stdout)
+
+    (one, first), (two, second) = (found(place) for place in places)
+    assert [first, second] == [str(place / "libnvinfer.so.10") for place in places]
+    assert one["version"] == two["version"] == "10.3.0" and one["build"] != two["build"]
+    assert found(places[0])[0] == one and len(one["build"]) == 64
+
+
+def test_the_library_behind_a_script_is_not_guessed(stand_in):
+    found = stand_in()
+    assert trtexec.loads(found) == "" and trtexec.facts(found)["build"] == sha256(found.path)
 
 
 def test_one_that_hangs_is_given_up():

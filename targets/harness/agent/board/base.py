@@ -8,6 +8,8 @@ import time
 from typing import Any, Callable, Dict, Optional, Sequence
 
 Table = Dict[str, Any]
+END_S = 10.0
+"""How long a process may take to end once there is nothing left for it to do."""
 
 
 class AgentError(Exception):

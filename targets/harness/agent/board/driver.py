@@ -12,7 +12,7 @@ import time
 from typing import Any, Dict, List, Optional, Tuple
 
 from . import jetson, providers
-from .base import CLOCK, AgentError, Table, program, tell
+from .base import CLOCK, END_S, AgentError, Table, program, tell
 from .files import sha256
 from .flags import flag
 from .machine import OVERCURRENT, moved, processor_ticks, temperatures, throttle_counts
@@ -83,8 +83,16 @@ class Worker(object):
 
 
 def died(process: Any, errors: Any, name: Optional[str]) -> AgentError:
-    """Why a process ended. errors: the file that its stderr went to; name: of the model that it held."""
-    code = process.wait()
+    """Why a process ended; one that does not is ended here.
+
+    errors: the file that its stderr went to; name: of the model that it held.
+    """
+    try:
+        code = process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return AgentError("lost", "answered no more and was ended", name)
     errors.seek(0)
     said = errors.read().decode("utf-8", "replace").strip().splitlines()
     if code == -signal.SIGKILL:

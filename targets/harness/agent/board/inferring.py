@@ -25,11 +25,14 @@ class Inferring(object):
         self.peer = Peer(self.process.stdout.fileno(), self.process.stdin.fileno(), 600.0)
 
     def ask(self, request: Table, data: bytes, alive: Callable[[], None]) -> Tuple[Table, bytes]:
-        """Its answer. alive: called now and then while it computes."""
+        """Its answer. alive: called now and then while it computes; what it raises goes through as it is."""
         try:
             self.peer.send(request, data)
-            while not self.peer.ready(ALIVE_S):
-                alive()
+        except Lost:
+            raise died(self.process, self.errors, None) from None
+        while not self.peer.ready(ALIVE_S):
+            alive()
+        try:
             answer = self.peer.receive(600.0)
             return answer, b"".join(self.peer.chunks(answer.get("bytes", 0)))
         except Lost:

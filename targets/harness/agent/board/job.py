@@ -14,7 +14,7 @@ import zlib
 from typing import Any, Callable
 
 from .arrange import Arrangement
-from .base import AgentError, Table, program, read_text
+from .base import END_S, AgentError, Table, program, read_text
 from .files import sha256, write_file, write_result
 from .lease import Lease, lock
 from .machine import asked_facts, require_runtime, state
@@ -127,7 +127,7 @@ def attend(job: Table, folder: str, note: Callable[[Table], None], absence: Abse
         assert child.stdout is not None
         pipe, buffer = child.stdout.fileno(), b""
         try:
-            while True:
+            while last.get("event") not in ("done", "error"):
                 if time.monotonic() > end:
                     raise AgentError("astray", "the job did not end within %.0f s" % job["limit_s"])
                 absence.check()
@@ -147,8 +147,12 @@ def attend(job: Table, folder: str, note: Callable[[Table], None], absence: Abse
                         note(event)
                     else:
                         last = event
+            try:  # its result is whole, so it is kept whether or not a library hangs as the process ends
+                child.wait(END_S)
+            except subprocess.TimeoutExpired:
+                pass
         finally:
-            if child.poll() is None and last.get("event") != "done":
+            if child.poll() is None:
                 child.kill()
             child.wait()
             child.stdout.close()

@@ -348,6 +348,9 @@ class Server(object):
                 if error.kind in ("killed", "lost"):
                     self.rest()
                 raise
+            except Lost:  # the client is gone: nothing may compute on a device that is given back
+                self.rest()
+                raise
         finally:
             lease.give_back()
 

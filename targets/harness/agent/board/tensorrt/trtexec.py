@@ -9,7 +9,9 @@ Times are those of `--exportTimes`: CUDA events, no wall clock. trtexec enqueues
 not a control loop's: the protocol's id says so, and numbers of the two kinds are never compared.
 """
 
+import ctypes
 import glob
+import hashlib
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple
 from ..base import die_with_parent, median
 from ..files import sha256
 from ..timing import Timed
-from . import dla, layers, onnxfile, parsing
+from . import dla, layers, library, onnxfile, parsing
 from .errors import BoardError, Table
 from .progress import Beat, Tell
 
@@ -143,13 +145,16 @@ class Trtexec(object):
             "--iterations=%d" % timed,
         ]
         command += [flag + "=1" for flag in self._first(("--infStreams", "--streams"))]
-        command += self.switches(options)
+        return command + self.switches(options) + self._opening(options) + ["--exportTimes=" + times]
+
+    def _opening(self, options: Table) -> List[str]:
+        """Flags that an engine is opened with, whether it is timed or profiled."""
+        found = []
         if options.get("dla_core") is not None:
-            command.append("%s=%d" % (self._need("--useDLACore", "dla_core"), options["dla_core"]))
-        command += (
-            [self._need("--versionCompatible", "version_compatible")] if options.get("version_compatible") else []
-        )
-        return command + ["--exportTimes=" + times]
+            found.append("%s=%d" % (self._need("--useDLACore", "dla_core"), options["dla_core"]))
+        if options.get("version_compatible"):
+            found.append(self._need("--versionCompatible", "version_compatible"))
+        return found
 
     def switches(self, options: Table) -> List[str]:
         """Flags for graph, spinning and copies. Raises BoardError for a way that the binary does not offer."""
@@ -172,9 +177,10 @@ class Trtexec(object):
             return not self.has(on)
         return self.has(off)
 
-    def profile_command(self, plan: str, runs: int, profile: str, described: str) -> List[str]:
+    def profile_command(self, plan: str, options: Table, runs: int, profile: str, described: str) -> List[str]:
         """The command that writes each layer's time and what the layers are."""
         command = [self.path, "--loadEngine=" + plan, "--warmUp=0", "--duration=0", "--iterations=%d" % runs]
+        command += self._opening(options)
         command += self._first(("--separateProfileRun",)) + self._first(("--dumpProfile",))
         command += ["--exportLayerInfo=" + described] if self.has("--exportLayerInfo") else []
         return command + ["--exportProfile=" + profile]
@@ -270,9 +276,7 @@ def failure(binary: Trtexec, log: str, path: str, model: Optional[onnxfile.OnnxF
 
 
 def _plain(line: str) -> str:
-    from .library import clean
-
-    return clean(line.replace("[TRT]", " ").strip())
+    return library.clean(line.replace("[TRT]", " ").strip())
 
 
 def run(command: Sequence[str], patience_s: float) -> Tuple[int, str]:
@@ -412,7 +416,8 @@ class TrtexecModel(Timed):
         """(name, operator) of every layer -> its ms per inference."""
         with tempfile.TemporaryDirectory() as folder:
             profile, described = (os.path.join(folder, name) for name in ("profile.json", "layers.json"))
-            text = self._done(self.binary.profile_command(self.path, runs, profile, described), profile)
+            command = self.binary.profile_command(self.path, self.options, runs, profile, described)
+            text = self._done(command, profile)
             known: Dict[str, str] = {}
             if os.path.isfile(described):
                 with open(described, encoding="utf-8", errors="replace") as file:
@@ -428,6 +433,28 @@ class TrtexecModel(Timed):
             return file.read()
 
 
+def loads(binary: Trtexec) -> str:
+    """Path of the TensorRT library that the binary loads, or "" where that cannot be told, as of a script.
+
+    It is linked to the library, or loads it by name once it runs: then the loader is asked what lies under that name.
+    """
+    try:
+        status, said = run(["ldd", binary.path], 60.0)
+    except BoardError:
+        return ""
+    linked = re.search(r"^\s*libnvinfer\.so\S* => (/.+) \(0x", said, re.MULTILINE)
+    if status or linked or not binary.version:
+        return linked.group(1) if linked and not status else ""
+    try:
+        ctypes.CDLL("libnvinfer.so." + binary.version.split(".")[0])
+    except OSError:
+        return ""
+    return library.loaded_file("tensorrt")
+
+
 def facts(binary: Trtexec) -> Dict[str, Any]:
-    """Who the binary is, for a fingerprint."""
-    return {"name": "trtexec", "version": binary.version, "build": sha256(binary.path)}
+    """Who the binary is, for a fingerprint. build: of its bytes and, where it is known, of the library's behind it."""
+    build, path = sha256(binary.path), loads(binary)
+    if path:
+        build = hashlib.sha256((build + sha256(path)).encode()).hexdigest()
+    return {"name": "trtexec", "version": binary.version, "build": build}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from profiles.errors import DeployError
 from profiles.schema import MeasureSpec, Profile
 from targets.base import LayerTime, Progress, RowTimes, Target
 from targets.harness import bench, building, device
-from targets.harness.device import Condition, Fingerprint, Preflight
+from targets.harness.device import Condition, Fingerprint, Look, Preflight
 from targets.harness.measurement import Session
 from targets.runtimes.base import load_runtime
 from targets.runtimes.tensorrt import TensorRT
@@ -24,13 +24,11 @@ ROWS_LIMIT_S, ROW_BUILD_S = 600.0, 120.0
 LAYERS_LIMIT_S = 600.0
 Table = dict[str, Any]
 Verb = Literal["drive", "rows", "layers"]
-Look = Callable[[Mapping[str, Any]], object]
-"""Called with the device's state once it is leased; what it raises ends the job."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished job. result: the agent's; facts and state: of the device when the job began, in a `drive` only.
+    """A finished job. result: the agent's; facts: of the device when the job began; state: too, in a `drive` only.
 
     owner: who held the lease; started: UTC, ISO 8601.
     """
@@ -50,7 +48,7 @@ class AgentTarget(Target):
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
         self.runtime = load_runtime(profile.runtime).fitted(profile, state)
-        self._built_for: str | None = None
+        self._first: Fingerprint | None = None
 
     @abstractmethod
     def _facts(self) -> Table:
@@ -72,9 +70,19 @@ class AgentTarget(Target):
 
     def _device(self) -> str:
         """What engines are built for: module, power mode, clocks, versions and GPU, read once."""
-        if self._built_for is None:
-            self._built_for = self.fingerprint().digest()
-        return self._built_for
+        return (self._first or self.fingerprint()).digest()
+
+    def _same(self, facts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Raise UndecidedError where the device is no longer what it was when it was first looked at.
+
+        A restart or an operator may change it at any time, and what is kept by a fingerprint is not to be another
+        one's. facts: of the device while it is leased, {} of a job that an older agent began; state: unused.
+        """
+        if not facts:
+            return
+        seen = self._fingerprint_of(facts, self.profile.measure)
+        self._first = self._first or seen
+        device.require_same(self._first, seen)
 
     def _in_runtime(self, job: Table) -> Table:
         """The job with what its runtime has to know."""
@@ -99,12 +107,11 @@ class AgentTarget(Target):
 
     def fingerprint(self) -> Fingerprint:
         """The device, its runtime and the profile's threading."""
-        return self._fingerprint(self.profile.measure)
+        found = self._fingerprint_of(self._facts(), self.profile.measure)
+        self._first = self._first or found
+        return found
 
-    def _fingerprint(self, spec: MeasureSpec) -> Fingerprint:
-        return self._fingerprint_of(self._facts(), spec)
-
-    def _fingerprint_of(self, facts: Table, spec: MeasureSpec) -> Fingerprint:
+    def _fingerprint_of(self, facts: Mapping[str, Any], spec: MeasureSpec) -> Fingerprint:
         return device.fingerprint(facts, self.runtime.manner(self.profile.providers, spec, facts), spec)
 
     def outputs(self) -> Condition:
@@ -142,7 +149,7 @@ class AgentTarget(Target):
         hashes = bench.hash_artifacts(artifacts)
         job = self._in_runtime(bench.drive_job(artifacts, hashes, spec, mode, self.profile.providers))
         done = self._run(
-            "drive", job, bench.session_limit_s(spec), progress, lambda seen: device.preflight(spec, seen).require()
+            "drive", job, bench.session_limit_s(spec), progress, lambda _, seen: device.preflight(spec, seen).require()
         )
         fingerprint = self._fingerprint_of(done.facts, spec)
         preflight = device.preflight(spec, done.state)
@@ -158,7 +165,7 @@ class AgentTarget(Target):
         if order is not None:
             job["build"] = order
             limit_s += ROW_BUILD_S * len({*models, reference})
-        result = self._run("rows", self._in_runtime(job), limit_s, progress).result
+        result = self._run("rows", self._in_runtime(job), limit_s, progress, self._same).result
         ms = np.array(result["rows"], dtype=np.float64).reshape(len(models), rounds) * 1e-6
         reference_ms = np.median(np.array(result["reference"], dtype=np.float64), axis=1) * 1e-6
         return RowTimes(ms, reference_ms, np.array(result["group"], dtype=np.int64), tuple(result["again"]))
@@ -167,5 +174,5 @@ class AgentTarget(Target):
         """What the runtime's profiler counts, several short sessions of every artifact in turn."""
         hashes = bench.hash_artifacts(artifacts)
         job = self._in_runtime(bench.layers_job(artifacts, hashes, spec, self.profile.providers))
-        result = self._run("layers", job, LAYERS_LIMIT_S).result
+        result = self._run("layers", job, LAYERS_LIMIT_S, look=self._same).result
         return {name: tuple(LayerTime(**row) for row in result["layers"][name]) for name in artifacts}

@@ -8,9 +8,9 @@ from typing import Any
 
 from profiles.errors import DeployError, UsageError, near_miss
 from profiles.schema import JetsonSpec, Profile
-from targets._agents import Answer, Look, Table, Verb
+from targets._agents import Answer, Table, Verb
 from targets.base import Progress, Target
-from targets.harness.device import Condition
+from targets.harness.device import Condition, Look
 from targets.runtimes.tensorrt import TensorRT
 from targets.ssh import Ssh
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from profiles.errors import DeployError
 from profiles.schema import Profile
-from targets._agents import AgentTarget, Answer, Look, Table, Verb
+from targets._agents import AgentTarget, Answer, Table, Verb
 from targets.base import Array, Progress, Target
 from targets.harness import bench, building, device
 from targets.harness import lease as leases
 from targets.harness.agent.board import machine
 from targets.harness.agent.board.base import AgentError
-from targets.harness.device import Condition
+from targets.harness.device import Condition, Look
 from targets.harness.lease import lease
 from targets.runtimes.base import Opened, infer
 from targets.runtimes.tensorrt import TensorRT
@@ -31,7 +31,7 @@ class Local(AgentTarget):
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
         self._opened: dict[tuple[str, int, int], Opened] = {}
-        self._site = building.Here(state)
+        self._site = building.Here(state, look=lambda: self._same(self._facts(), {}))
 
     def _facts(self) -> Table:
         try:
@@ -46,10 +46,10 @@ class Local(AgentTarget):
         self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
     ) -> Answer:
         with lease(self.device, limit_s) as held:
-            started, seen, facts = bench.utc_now(), Table(), Table()
+            started, seen = bench.utc_now(), self._state() if verb == "drive" else Table()
+            facts = self._facts()
             if look is not None:
-                seen, facts = self._state(), self._facts()
-                look(seen)
+                look(facts, seen)
             result = bench.run_agent(verb, job, self.state / "spool", limit_s, progress, held.note_agent)
         return Answer(result, facts, seen, held.owner, started)
 

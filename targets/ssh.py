@@ -10,12 +10,12 @@ import numpy as np
 
 from profiles.errors import DeployError, UsageError
 from profiles.schema import Profile, profile_names
-from targets._agents import AgentTarget, Answer, Look, Table, Verb
+from targets._agents import AgentTarget, Answer, Table, Verb
 from targets.base import Array, Progress, Target
 from targets.harness import building, device, lease
 from targets.harness.agent.board.files import sha256
 from targets.harness.agent.board.inferring import pack_arrays, unpack_arrays
-from targets.harness.device import Condition
+from targets.harness.device import Condition, Look
 from targets.harness.engines import model_digest
 from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refusal, refused
 from targets.runtimes.base import Opened, Port, infer
@@ -36,7 +36,7 @@ class Ssh(AgentTarget):
             raise UsageError(f"the profile '{profile.name}' names no board.", hint)
         self.board = Board(Place(profile.host, profile.ssh))
         self.board.runtime, self.board.providers = self.runtime.name, list(profile.providers)
-        self._site = BoardSite(self.board)
+        self._site = BoardSite(self.board, self._same)
         self._opened: dict[tuple[str, int, int], RemoteSession] = {}
 
     @contextmanager
@@ -119,10 +119,10 @@ class Ssh(AgentTarget):
 
 
 class BoardSite:
-    """A board on which engines are built: its own library, its own GPU, its own timing caches."""
+    """A board on which engines are built: its own library, its own GPU, its own timing caches. look: as of `run`."""
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    def __init__(self, board: Board, look: Look | None = None) -> None:
+        self._board, self._look = board, look
         self._known: dict[str, Table] = {}
 
     def facts(self, name: str) -> Table:
@@ -146,7 +146,8 @@ class BoardSite:
             asked.append({"path": own, "name": path.name, "beside": digests} if digests else own)
         names = {path.name: str(path) for path in models}
         limit_s = BUILD_LIMIT_S * len(models)
-        done = self._board.run("build", {**order, "models": asked, "tied": True}, files, names, limit_s, progress)
+        job = {**order, "models": asked, "tied": True}
+        done = self._board.run("build", job, files, names, limit_s, progress, self._look)
         for number, made in enumerate(done.result["built"]):
             self._board.get(made["sha256"], made["size"], folder / f"engine-{number}.plan")
         return [made["record"] for made in done.result["built"]]

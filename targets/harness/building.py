@@ -60,10 +60,11 @@ class Site(Protocol):
 
 @dataclass(frozen=True)
 class Here:
-    """This machine. state: where timing caches lie."""
+    """This machine. state: where timing caches lie; look: called before something is built, what it raises ends it."""
 
     state: Path
     known: dict[str, Table] = field(default_factory=dict, compare=False)
+    look: Callable[[], object] = field(default=lambda: None, compare=False)
 
     def facts(self, name: str) -> Table:
         """What is installed here, looked at once."""
@@ -77,6 +78,7 @@ class Here:
 
     def build(self, models: Sequence[Path], order: Table, folder: Path, progress: Progress | None) -> list[Table]:
         """In a process of its own."""
+        self.look()
         plans = [folder.resolve() / f"engine-{number}.plan" for number in range(len(models))]
         work = [{"onnx": str(onnx.resolve()), "out": str(plan)} for onnx, plan in zip(models, plans, strict=True)]
         (folder / "job.json").write_text(json.dumps({**order, "models": work}), encoding="utf-8")

@@ -42,8 +42,6 @@ BASELINE, AGAIN, CANDIDATE = "baseline", "baseline again", "candidate"
 Outcome = Literal["pass", "warn", "fail", "improved", "undecided", "inconclusive"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "warn": 0, "fail": 3, "improved": 0, "undecided": 4, "inconclusive": 4}
 
-HASH = 64
-"""Letters of a SHA-256; values of a fingerprint as long as that are only named."""
 PROCESSES = 3
 """Fewer give bounds that say nothing: t(.99, 1) is 32."""
 POWER = 0.80
@@ -229,15 +227,8 @@ def unlike(control: Interval, spec: CheckSpec) -> str:
 
 def _moved(first: Fingerprint | None, now: Fingerprint) -> str:
     """Which fields of the fingerprint changed since the check began, "" where none did."""
-    fields = {} if first is None else first.differs(now)
-    told = [name.replace("_", " ") + _then_now(*values) for name, values in fields.items()]
-    return f"the device changed during the check: {', '.join(told)}" if told else ""
-
-
-def _then_now(then: Any, now: Any) -> str:
-    """Both values of a field; hashes say nothing to people."""
-    shown = [str(value) or "not shown" for value in (then, now)]
-    return "" if max(map(len, shown)) >= HASH else f" was {shown[0]}, is {shown[1]}"
+    told = "" if first is None else first.changes(now)
+    return f"the device changed during the check: {told}" if told else ""
 
 
 def _disturbed(session: Session) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ HOT_C = 85.0
 STEAL_PERCENT = 2.0
 GOVERNORS = frozenset({"", "performance", "userspace"})
 """Frequency governors that leave the clock alone; "" where the system shows none."""
-
+HASH = 64
+"""Letters of a SHA-256; values of a fingerprint as long as that are only named."""
+Look = Callable[[Mapping[str, Any], Mapping[str, Any]], object]
+"""Called with the facts of a device once it is leased, and with its state before a `drive`; what it raises ends the
+job."""
 
 LATER = frozenset({"board", "power_mode", "gpu", "libraries"})
 """Fields of a fingerprint that are part of it only where a device has them."""
@@ -71,6 +75,15 @@ class Fingerprint:
         """Field name -> (this value, the other's), for the fields that differ."""
         mine, theirs = asdict(self), asdict(other)
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+
+    def changes(self, now: Fingerprint) -> str:
+        """The fields that differ in a later one, in words, or "". Hashes say nothing to people."""
+        told = []
+        for name, values in self.differs(now).items():
+            shown = [str(value) or "not shown" for value in values]
+            both = "" if max(map(len, shown)) >= HASH else f" was {shown[0]}, is {shown[1]}"
+            told.append(name.replace("_", " ") + both)
+        return ", ".join(told)
 
     def to_table(self) -> dict[str, Any]:
         """Plain table for JSON."""
@@ -137,6 +150,14 @@ def fingerprint(facts: Mapping[str, Any], providers: tuple[str, ...], spec: Meas
     """The fingerprint made of what `agent.facts` reads on the device and how inference is asked to run there."""
     kept = {name: facts[name] for name in Fingerprint.__dataclass_fields__ if name in facts}
     return Fingerprint(**kept, providers=providers, threads=spec.threads, spin=spec.spin)
+
+
+def require_same(known: Fingerprint, seen: Fingerprint) -> None:
+    """Raise UndecidedError where a device is no longer what it was when it was first looked at."""
+    changed = known.changes(seen)
+    if changed:
+        hint = "set it back, or run it again: rows and engines are then made for the device as it is now."
+        raise UndecidedError(f"the device has changed: {changed}.", hint)
 
 
 def preflight(spec: MeasureSpec, state: Mapping[str, Any] | None = None, folder: Path | None = None) -> Preflight:

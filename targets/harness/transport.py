@@ -29,6 +29,7 @@ from profiles.schema import SshSpec
 from targets.harness import bench, lease, pack
 from targets.harness.agent.board.files import sha256 as agent_sha256
 from targets.harness.agent.board.peer import MARK, Lost, Peer
+from targets.harness.device import Look
 
 HELLO_S = 60.0
 """For a connection and for Python to start on a slow board."""
@@ -219,7 +220,7 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Done:
-    """A finished job. result: the agent's; seen: facts and state of the board when it began."""
+    """A finished job. result: the agent's; seen: facts of the board when it began, and its state before a `drive`."""
 
     result: Table
     seen: Table
@@ -232,7 +233,7 @@ class Following:
 
     id: str
     progress: Callable[[float], None] | None = None
-    look: Callable[[Mapping[str, Any]], object] | None = None
+    look: Look | None = None
     found: bool = False
     offset: int = 0
     seen: Table = field(default_factory=dict)
@@ -387,7 +388,7 @@ class Board:
         names: Mapping[str, str],
         limit_s: float,
         progress: Callable[[float], None] | None = None,
-        look: Callable[[Mapping[str, Any]], object] | None = None,
+        look: Look | None = None,
         device: str = "",
     ) -> Done:
         """Do a job on the board, whatever happens to the link. The paths in it are SHA-256 of files.
@@ -396,8 +397,7 @@ class Board:
         result belongs to; a job that was begun in another one is not gone on with.
 
         It holds the board's lease and outlives the link; its result waits there under an id. A board that starts
-        anew in the middle has lost the job, which is started again. look: called with the board's state once it is
-        leased; what it raises ends the job there.
+        anew in the middle has lost the job, which is started again. look: at the board, each time that it is leased.
         """
         names = {digest: str(path) for digest, path in files.items()} | dict(names)
         self._forget()
@@ -467,7 +467,7 @@ class Board:
             elif event["event"] == "leased":
                 follow.seen, follow.started = event, bench.utc_now(event["ago"])
                 if follow.look is not None:
-                    follow.look(event["state"])
+                    follow.look(event.get("facts", {}), event.get("state", {}))
             elif event["event"] == "finished" and event["outcome"]["event"] == "stopped":
                 # by somebody else, as a system does that shuts down: as good as gone
                 return {"event": "gone", "boot": link.hello["boot"], "said": ""}

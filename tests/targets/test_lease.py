@@ -15,6 +15,7 @@ import pytest
 
 from profiles.errors import DeployError, UndecidedError
 from targets.harness import lease as leases
+from targets.harness.agent.board import job as job_part
 from targets.harness.agent.board import lease as board
 from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.job import leased
@@ -236,6 +237,26 @@ def test_who_waits_in_vain_on_a_board_leaves_the_holders_name_and_its_agent(tmp_
     last.take("eve@desk", 1.0, 1.0, lambda holder: None)
     last.give_back()
     assert json.loads((tmp_path / "edge-deploy-board.lock").read_text()) == {}
+
+
+@pytest.mark.parametrize("verb", ["drive", "rows", "layers", "build"])
+def test_whatever_is_kept_by_a_fingerprint_says_what_the_device_was_while_it_was_held(tmp_path, monkeypatch, verb):
+    monkeypatch.setattr(board, "lease_folder", lambda: str(tmp_path))
+    held: list[bool] = []
+
+    def facts(*asked):
+        held.append(board.holder_of("board") is not None)
+        return {"power_mode": "25W"}
+
+    monkeypatch.setattr(job_part, "asked_facts", facts)
+    monkeypatch.setattr(job_part, "state", lambda folder: {"load": 0.0})
+    monkeypatch.setattr(job_part, "attend", lambda *arguments: {"event": "done"})
+    job = {"device": "board", "owner": "eve@desk", "limit_s": 1.0, "wait_s": 1.0, "absent_s": 60.0, "verb": verb}
+    seen: list[dict[str, object]] = []
+    leased(job, str(tmp_path / "jobs" / "1"), seen.append)
+    (told,) = seen
+    assert told["facts"] == {"power_mode": "25W"} and held == [True]
+    assert ("state" in told) == (verb == "drive")
 
 
 @pytest.mark.parametrize("why", ["busy", "runtime", "absent"])

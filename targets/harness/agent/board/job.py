@@ -76,8 +76,9 @@ def leased(job: Table, folder: str, note: Callable[[Table], None]) -> Table:
         try:
             arrangement.begin(lease.file)
             seen: Table = {"event": "leased", "clock": time.monotonic()}
-            if job["verb"] in ("drive", "facts"):
-                seen.update(facts=asked_facts(runtime, job.get("providers") or ()), state=state(folder))
+            seen["facts"] = asked_facts(runtime, job.get("providers") or ())
+            if job["verb"] == "drive":
+                seen["state"] = state(folder)
             note(seen)
             if job["verb"] == "facts":
                 write_result(os.path.join(folder, "out.json"), {})

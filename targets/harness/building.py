@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ INSTALL = {
     "tensorrt-rtx": "pip install 'edge-deploy[tensorrt-rtx]'",
 }
 BUILD_HINT = 'export the network again, or run it elsewhere: runtime = "ort".'
+BUILD_LIMIT_S = 3600.0
+"""For the engine of one network, which takes minutes."""
 KILLED_HINT = "lower tensorrt.workspace_mib, close what else holds memory, or add swap while building."
 Progress = Callable[[float], None]
 Table = dict[str, Any]
@@ -60,9 +62,10 @@ class Site(Protocol):
 
 @dataclass(frozen=True)
 class Here:
-    """This machine. state: where timing caches lie."""
+    """This machine. state: where timing caches lie; leased: holds it for so many seconds, for nobody if left out."""
 
     state: Path
+    leased: Callable[[float], AbstractContextManager[object]] = field(default=nullcontext, compare=False)
     known: dict[str, Table] = field(default_factory=dict, compare=False)
 
     def facts(self, name: str) -> Table:
@@ -80,7 +83,8 @@ class Here:
         plans = [folder.resolve() / f"engine-{number}.plan" for number in range(len(models))]
         work = [{"onnx": str(onnx.resolve()), "out": str(plan)} for onnx, plan in zip(models, plans, strict=True)]
         (folder / "job.json").write_text(json.dumps({**order, "models": work}), encoding="utf-8")
-        _work(["build", str(folder / "job.json"), str(folder / "out.json")], order["library"], progress)
+        with self.leased(BUILD_LIMIT_S * len(models)):
+            _work(["build", str(folder / "job.json"), str(folder / "out.json")], order["library"], progress)
         records: list[Table] = json.loads((folder / "out.json").read_bytes())
         return records
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 
 from profiles.errors import DeployError, ScarceError
 from targets.harness import pack
+from targets.harness.agent.board import machine
 from targets.harness.agent.board.tensorrt import dla
 from targets.harness.engines import Engines, engine_key, model_digest, timing_name
 
@@ -38,6 +40,8 @@ LOCK = "lock"
 """The file of a working folder that is locked while somebody builds there."""
 LEFT_S = 86400.0
 """A folder without that file is of a version that had none, or is being made: after so long it is nobody's."""
+KILL_S = 5.0
+HUNG_HINT = "the GPU's driver may hang: look at it (dmesg | tail, nvidia-smi), and start the machine anew."
 KILLED_HINT = "lower tensorrt.workspace_mib, close what else holds memory, or add swap while building."
 Progress = Callable[[float], None]
 Table = dict[str, Any]
@@ -90,15 +94,16 @@ class Here:
         plans = [folder.resolve() / f"engine-{number}.plan" for number in range(len(models))]
         work = [{"onnx": str(onnx.resolve()), "out": str(plan)} for onnx, plan in zip(models, plans, strict=True)]
         (folder / "job.json").write_text(json.dumps({**order, "models": work}), encoding="utf-8")
-        with self.leased(BUILD_LIMIT_S * len(models)):
-            _work(["build", str(folder / "job.json"), str(folder / "out.json")], order["library"], progress)
+        limit_s = BUILD_LIMIT_S * len(models)
+        with self.leased(limit_s):
+            _work(["build", str(folder / "job.json"), str(folder / "out.json")], order["library"], progress, limit_s)
         records: list[Table] = json.loads((folder / "out.json").read_bytes())
         return records
 
 
 def facts(name: str) -> Table:
     """The library of a runtime on this machine and the GPU. Raises DeployError where it is not installed."""
-    return _work(["facts", name], name, None)
+    return _work(["facts", name], name, None, machine.FACTS_S)
 
 
 def build(
@@ -242,17 +247,20 @@ def _sweep(state: Path) -> None:
                 os.close(held)
 
 
-def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:
+def _work(arguments: list[str], name: str, progress: Progress | None, limit_s: float) -> Table:
     """Run a job and give its last event. Raises DeployError for what it reports."""
     command = [sys.executable, str(pack.FOLDER), "engine", *arguments]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         try:
-            last = _follow(process, progress)
+            last = _follow(process, progress, limit_s)
+        except subprocess.TimeoutExpired:
+            what = f"{name} did not load" if arguments[0] == "facts" else "the building process did not end"
+            raise DeployError(f"{what} within {limit_s:.0f} s.", HUNG_HINT) from None
         finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in the driver, where no signal is heard
+                process.wait(KILL_S)
             if process.stdout is not None:
                 process.stdout.close()
         if last.get("event") == "error":
@@ -263,19 +271,22 @@ def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:
     return last
 
 
-def _follow(process: subprocess.Popen[bytes], progress: Progress | None) -> Table:
-    """Read a job's lines until it ends; the last event that is no progress."""
+def _follow(process: subprocess.Popen[bytes], progress: Progress | None, limit_s: float) -> Table:
+    """Read a job's lines until it ends; the last event that is no progress. Raises TimeoutExpired after its time."""
     assert process.stdout is not None
+    pipe, end, buffer = process.stdout.fileno(), time.monotonic() + limit_s, b""
     last: Table = {}
-    for line in process.stdout:
-        if not line.endswith(b"\n"):
-            break  # cut off as it ended
-        event = json.loads(line)
-        if event["event"] != "progress":
-            last = event
-        elif progress is not None:
-            progress(float(event["done"]))
-    process.wait()
+    while (left := end - time.monotonic()) > 0.0 and select.select([pipe], [], [], left)[0]:
+        part = os.read(pipe, 1 << 16)
+        if not part:
+            break
+        *lines, buffer = (buffer + part).split(b"\n")  # what is cut off as it ends is no line
+        for event in map(json.loads, lines):
+            if event["event"] != "progress":
+                last = event
+            elif progress is not None:
+                progress(float(event["done"]))
+    process.wait(max(0.0, end - time.monotonic()))
     return last
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,30 @@ def test_a_folder_without_a_lock_is_swept_after_a_day(tmp_path):
     os.utime(old, (0, 0))
     with building._building(tmp_path):
         assert new.is_dir() and not old.exists()
+
+
+@pytest.mark.parametrize("closes", ["", "exec 1>&-; "])
+@pytest.mark.parametrize("verb", ["facts", "build"])
+def test_a_builder_that_hangs_is_ended_after_its_time(tmp_path, monkeypatch, verb, closes):
+    """As where the driver does, whatever it has said before."""
+    path, event = write_conv(tmp_path / "a.onnx"), '{"event": "progress", "done": 0.1}'
+    monkeypatch.setattr(building, "sys", type("S", (), {"executable": str(tmp_path / "hang")}))
+    text = f"#!/bin/sh\necho $$ > {tmp_path}/pid\necho '{event}'\n{closes}exec sleep 60\n"
+    (tmp_path / "hang").write_text(text, encoding="utf-8")
+    (tmp_path / "hang").chmod(0o755)
+    monkeypatch.setattr(building.machine, "FACTS_S", 1.0)
+    monkeypatch.setattr(building, "BUILD_LIMIT_S", 1.0)
+    if verb == "build":
+        here = {"library": {"name": "tensorrt", "version": "9", "build": ""}, "gpu": {}}
+        monkeypatch.setattr(building, "facts", lambda name: here)
+    begin = time.monotonic()
+    with pytest.raises(DeployError) as error:
+        building.build(path, tmp_path / "a.plan", "tensorrt", OPTIONS, tmp_path / ".deploy")
+    what = {"facts": "tensorrt did not load", "build": "the building process did not end"}[verb]
+    assert (error.value.message, error.value.hint) == (f"{what} within 1 s.", building.HUNG_HINT)
+    assert 1.0 <= time.monotonic() - begin < 30.0
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    assert not list((tmp_path / ".deploy").glob("build-*"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from profiles.errors import DeployError
@@ -15,11 +17,13 @@ from targets.harness import lease as leases
 from targets.harness.agent.board import machine
 from targets.harness.agent.board.base import AgentError
 from targets.harness.device import Condition, Look
-from targets.harness.lease import lease
+from targets.harness.lease import Lease, lease
 from targets.runtimes.base import Opened, infer
 from targets.runtimes.tensorrt import TensorRT
 
 OPEN_SESSIONS = 4
+INFER_S = 60.0
+"""For opening and running a network, as others are told."""
 NO_GPU = "measure where an NVIDIA GPU and its driver are; --target rtx builds engines for a card that is elsewhere."
 
 
@@ -31,7 +35,26 @@ class Local(AgentTarget):
     def __init__(self, profile: Profile, state: Path) -> None:
         super().__init__(profile, state)
         self._opened: dict[tuple[str, int, int], Opened] = {}
-        self._site = building.Here(state, look=lambda: self._same(self._facts(), {}))
+        self._site = building.Here(state, self._leased, look=lambda: self._same(self._facts(), {}))
+        self._held: Lease | None = None
+        self._turn = threading.RLock()
+
+    @contextmanager
+    def _lease(self, holds_s: float) -> Iterator[Lease]:
+        """Hold the device's lease; who holds it already goes on with it."""
+        with self._turn:
+            if self._held is not None:
+                yield self._held
+                return
+            with lease(self.device, holds_s) as self._held:
+                try:
+                    yield self._held
+                finally:
+                    self._held = None
+
+    def _leased(self, holds_s: float) -> AbstractContextManager[object]:
+        """Hold the device for what disturbs whoever measures: building an engine, opening and running a network."""
+        return self._lease(holds_s)
 
     def _facts(self) -> Table:
         try:
@@ -45,7 +68,7 @@ class Local(AgentTarget):
     def _run(
         self, verb: Verb, job: Table, limit_s: float, progress: Progress | None = None, look: Look | None = None
     ) -> Answer:
-        with lease(self.device, limit_s) as held:
+        with self._lease(limit_s) as held:
             started, seen = bench.utc_now(), self._state() if verb == "drive" else Table()
             facts = self._facts()
             if look is not None:
@@ -54,11 +77,13 @@ class Local(AgentTarget):
         return Answer(result, facts, seen, held.owner, started)
 
     def _checked(self, onnx: Path, out: Path) -> None:
-        self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
+        with self._leased(INFER_S):
+            self.runtime.build(onnx, out, self.profile.providers, self.profile.measure.threads)
 
     def infer(self, artifact: Path, batch: Sequence[Array]) -> list[Array]:
         """Outputs for a numpy batch of any size; the last few artifacts stay open."""
-        return infer(self._open(artifact), batch, artifact.name)
+        with self._leased(INFER_S):
+            return infer(self._open(artifact), batch, artifact.name)
 
     def _open(self, artifact: Path) -> Opened:
         if not artifact.is_file():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,9 @@ class Simulated(Local):
     def _leasing(self) -> list[Condition]:
         """Nobody has to wait for it."""
         return []
+
+    def _leased(self, holds_s: float) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def true_ms(self, artifact: Path) -> float:
         """Latency of an ONNX file on this device without any noise, in ms."""

@@ -21,8 +21,8 @@ from targets.harness.transport import DEVICE, HASH_S, WAIT_S, Board, Place, Refu
 from targets.runtimes.base import Opened, Port, infer
 from targets.runtimes.ort import copy_whole, unreadable
 
-FACTS_S, BUILD_LIMIT_S = 120.0, 3600.0
-"""For a board to load a library of engines; for it to build one, which takes minutes."""
+FACTS_S = 120.0
+"""For a board to load a library of engines."""
 
 
 class Ssh(AgentTarget):
@@ -145,7 +145,7 @@ class BoardSite:
             own = digests.pop("")
             asked.append({"path": own, "name": path.name, "beside": digests} if digests else own)
         names = {path.name: str(path) for path in models}
-        limit_s = BUILD_LIMIT_S * len(models)
+        limit_s = building.BUILD_LIMIT_S * len(models)
         job = {**order, "models": asked, "tied": True}
         done = self._board.run("build", job, files, names, limit_s, progress, self._look)
         for number, made in enumerate(done.result["built"]):

@@ -5,22 +5,27 @@ The builder runs in a process of its own (`agent/board/tensorrt/job.py`), which 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from profiles.errors import DeployError, ScarceError
 from targets.harness import pack
+from targets.harness.agent.board import machine
 from targets.harness.agent.board.tensorrt import dla
 from targets.harness.engines import Engines, engine_key, model_digest, timing_name
 
@@ -29,6 +34,14 @@ INSTALL = {
     "tensorrt-rtx": "pip install 'edge-deploy[tensorrt-rtx]'",
 }
 BUILD_HINT = 'export the network again, or run it elsewhere: runtime = "ort".'
+BUILD_LIMIT_S = 3600.0
+"""For the engine of one network, which takes minutes."""
+LOCK = "lock"
+"""The file of a working folder that is locked while somebody builds there."""
+LEFT_S = 86400.0
+"""A folder without that file is of a version that had none, or is being made: after so long it is nobody's."""
+KILL_S = 5.0
+HUNG_HINT = "the GPU's driver may hang: look at it (dmesg | tail, nvidia-smi), and start the machine anew."
 KILLED_HINT = "lower tensorrt.workspace_mib, close what else holds memory, or add swap while building."
 Progress = Callable[[float], None]
 Table = dict[str, Any]
@@ -60,9 +73,14 @@ class Site(Protocol):
 
 @dataclass(frozen=True)
 class Here:
-    """This machine. state: where timing caches lie; look: called before something is built, what it raises ends it."""
+    """This machine.
+
+    state: where timing caches lie; leased: holds it for so many seconds, for nobody if left out; look: called before
+    something is built, what it raises ends it.
+    """
 
     state: Path
+    leased: Callable[[float], AbstractContextManager[object]] = field(default=nullcontext, compare=False)
     known: dict[str, Table] = field(default_factory=dict, compare=False)
     look: Callable[[], object] = field(default=lambda: None, compare=False)
 
@@ -78,18 +96,20 @@ class Here:
 
     def build(self, models: Sequence[Path], order: Table, folder: Path, progress: Progress | None) -> list[Table]:
         """In a process of its own."""
-        self.look()
         plans = [folder.resolve() / f"engine-{number}.plan" for number in range(len(models))]
         work = [{"onnx": str(onnx.resolve()), "out": str(plan)} for onnx, plan in zip(models, plans, strict=True)]
         (folder / "job.json").write_text(json.dumps({**order, "models": work}), encoding="utf-8")
-        _work(["build", str(folder / "job.json"), str(folder / "out.json")], order["library"], progress)
+        limit_s = BUILD_LIMIT_S * len(models)
+        with self.leased(limit_s):
+            self.look()
+            _work(["build", str(folder / "job.json"), str(folder / "out.json")], order["library"], progress, limit_s)
         records: list[Table] = json.loads((folder / "out.json").read_bytes())
         return records
 
 
 def facts(name: str) -> Table:
     """The library of a runtime on this machine and the GPU. Raises DeployError where it is not installed."""
-    return _work(["facts", name], name, None)
+    return _work(["facts", name], name, None, machine.FACTS_S)
 
 
 def build(
@@ -174,33 +194,79 @@ def _building(state: Path) -> Iterator[Path]:
     try:
         state.mkdir(parents=True, exist_ok=True)
         _sweep(state)
-        folder = tempfile.TemporaryDirectory(dir=state, prefix=f"build-{os.getpid()}-")
+        folder, held = _held_folder(state)
     except OSError as error:
         message = f"cannot make a folder in '{state}': {error.strerror}."
         raise DeployError(message, "free space or choose another folder.") from None
-    with folder as name:
-        yield Path(name)
+    try:
+        with folder as name:
+            yield Path(name)
+    finally:
+        os.close(held)
+
+
+def _held_folder(state: Path) -> tuple[tempfile.TemporaryDirectory[str], int]:
+    """A new folder, and its locked file: another process may sweep it before it is locked, which needs another one."""
+    while True:
+        folder = tempfile.TemporaryDirectory(dir=state, prefix="build-")
+        held = None
+        try:
+            held = _locked(Path(folder.name) / LOCK, os.O_CREAT)
+        finally:
+            if held is None:
+                folder.cleanup()
+        if held is not None:
+            return folder, held
+
+
+def _locked(path: Path, flags: int = 0) -> int | None:
+    """Descriptor of a file that nobody else has locked, or None; a file that was removed meanwhile is not it."""
+    file = os.open(path, os.O_RDWR | flags, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(path), os.fstat(file)):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(file)
+        raise
+    os.close(file)
+    return None
 
 
 def _sweep(state: Path) -> None:
-    """Remove what killed builds left behind."""
-    for left in state.glob("build-*-*"):
-        pid = left.name.split("-")[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove what killed builds left behind.
+
+    A build in another container has no process here, so whether one is at work is asked of its lock.
+    """
+    for left in state.glob("build-*"):
+        with contextlib.suppress(OSError):
+            try:
+                held = _locked(left / LOCK)
+            except FileNotFoundError:
+                if time.time() - left.stat().st_mtime > LEFT_S:
+                    shutil.rmtree(left, ignore_errors=True)
+                continue
+            if held is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
 
 
-def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:
+def _work(arguments: list[str], name: str, progress: Progress | None, limit_s: float) -> Table:
     """Run a job and give its last event. Raises DeployError for what it reports."""
     command = [sys.executable, str(pack.FOLDER), "engine", *arguments]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         try:
-            last = _follow(process, progress)
+            last = _follow(process, progress, limit_s)
+        except subprocess.TimeoutExpired:
+            what = f"{name} did not load" if arguments[0] == "facts" else "the building process did not end"
+            raise DeployError(f"{what} within {limit_s:.0f} s.", HUNG_HINT) from None
         finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may hang in the driver, where no signal is heard
+                process.wait(KILL_S)
             if process.stdout is not None:
                 process.stdout.close()
         if last.get("event") == "error":
@@ -211,19 +277,22 @@ def _work(arguments: list[str], name: str, progress: Progress | None) -> Table:
     return last
 
 
-def _follow(process: subprocess.Popen[bytes], progress: Progress | None) -> Table:
-    """Read a job's lines until it ends; the last event that is no progress."""
+def _follow(process: subprocess.Popen[bytes], progress: Progress | None, limit_s: float) -> Table:
+    """Read a job's lines until it ends; the last event that is no progress. Raises TimeoutExpired after its time."""
     assert process.stdout is not None
+    pipe, end, buffer = process.stdout.fileno(), time.monotonic() + limit_s, b""
     last: Table = {}
-    for line in process.stdout:
-        if not line.endswith(b"\n"):
-            break  # cut off as it ended
-        event = json.loads(line)
-        if event["event"] != "progress":
-            last = event
-        elif progress is not None:
-            progress(float(event["done"]))
-    process.wait()
+    while (left := end - time.monotonic()) > 0.0 and select.select([pipe], [], [], left)[0]:
+        part = os.read(pipe, 1 << 16)
+        if not part:
+            break
+        *lines, buffer = (buffer + part).split(b"\n")  # what is cut off as it ends is no line
+        for event in map(json.loads, lines):
+            if event["event"] != "progress":
+                last = event
+            elif progress is not None:
+                progress(float(event["done"]))
+    process.wait(max(0.0, end - time.monotonic()))
     return last
 
 

@@ -48,6 +48,8 @@ RESTARTS = 2
 KEPT = ("rows", "build")
 """Jobs whose result is the same whenever it is asked for: it stays on the board until it is known to be put away."""
 SSH = {"ConnectTimeout": 15, "ServerAliveInterval": 5, "ServerAliveCountMax": 6}
+ECHOES = ("kex_exchange_identification:", "ssh_exchange_identification:", "Connection closed by UNKNOWN")
+"""What ssh says last where the way leads through another host that was not reached; why, stands before it."""
 DEVICE = "local"
 """The board's own name of its lease: who measures on it by hand takes the same one."""
 BOOT = r"""
@@ -94,7 +96,14 @@ log = logging.getLogger(__name__)
 
 
 class LinkLost(Exception):
-    """A link that was lost, or that could not be made because the board does not answer; worth another call."""
+    """A link that was lost, or that could not be made because the board does not answer; worth another call.
+
+    unmet: what it means where the board was never met: an error in what the user wrote, for which no call is worth it.
+    """
+
+    def __init__(self, reason: str, unmet: DeployError | None = None) -> None:
+        super().__init__(reason)
+        self.unmet = unmet
 
 
 @dataclass(frozen=True)
@@ -341,10 +350,12 @@ class Board:
                 except BaseException:
                     self.close()
                     raise
+                if reason.unmet is not None and not self._met:
+                    raise reason.unmet
                 lost_at, calls = lost_at or time.monotonic(), calls + 1
                 tried = calls >= (MOST_CALLS if self._met else 2)
                 if tried or time.monotonic() - lost_at > PATIENCE_S:
-                    raise unreachable(self.place, str(reason))
+                    raise reason.unmet or unreachable(self.place, str(reason))
                 if calls == PATIENT_CALLS:
                     log.warning("the link to '%s' was lost (%s); calling again.", self.place.host, reason)
                 time.sleep(CALLS_S[min(calls, len(CALLS_S)) - 1])
@@ -547,7 +558,8 @@ class Board:
 def explain(place: Place, code: int | None, said: str, reason: str) -> Exception:
     """What the end of an ssh process means. code: None where it had to be ended; said: its stderr."""
     host, lines = place.host, [line.strip() for line in said.splitlines() if line.strip()]
-    last = lines[-1].rstrip(".") if lines else reason
+    telling = [line for line in lines if not line.startswith(ECHOES)] or lines
+    last = telling[-1].rstrip(".") if telling else reason
     if "HOST IDENTIFICATION HAS CHANGED" in said:
         remove = next((line for line in lines if line.startswith("ssh-keygen") and " -R " in line), "")
         return DeployError(
@@ -558,12 +570,13 @@ def explain(place: Place, code: int | None, said: str, reason: str) -> Exception
     if "Host key verification failed" in said or "host key is known for" in said:
         hint = f"compare its fingerprint once by hand: {place.by_hand('true')}"
         return DeployError(f"the host key of '{host}' is not known yet.", hint)
-    if "Permission denied" in said and code == 255:
+    # of these two only the last line tells: before it stands what the board's own start-up files have to say
+    if "Permission denied (" in last and code == 255:
         hint = f"ssh-copy-id {host}, or ssh-add your key; then try: {place.by_hand('true')}"
-        return DeployError(f"'{host}' lets nobody in with your keys: {last}.", hint)
-    if "Could not resolve hostname" in said:
+        return LinkLost(last, DeployError(f"'{host}' lets nobody in with your keys: {last}.", hint))
+    if "Could not resolve hostname" in last:
         hint = "write it into ~/.ssh/config, or its address into the profile's 'host'."
-        return DeployError(f"no board named '{host}' is known: {last}.", hint)
+        return LinkLost(last, DeployError(f"no board named '{host}' is known: {last}.", hint))
     if "Bad configuration option" in said or "Can't open user config file" in said:
         return DeployError(f"ssh refuses its options for '{host}': {last}.", "mend ssh.options or ssh.config.")
     if code in (126, 127):

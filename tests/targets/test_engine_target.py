@@ -6,6 +6,7 @@ what a Jetson would run: the agent in its zip, the worker, the link, jobs, the e
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -21,8 +22,9 @@ from test_jetson import Shown, orin  # noqa: F401  a fixture
 from test_trtexec import RECORDED, stand_in  # noqa: F401  a fixture
 
 from pipeline import flow
-from profiles.errors import DeployError
+from profiles.errors import DeployError, UndecidedError
 from profiles.schema import MeasureSpec, load_profile
+from targets import local as local_target
 from targets.base import load_target
 from targets.harness import lease as leases
 from targets.harness.measurement import Session
@@ -92,6 +94,21 @@ def here(tmp_path, monkeypatch, engine_mib):
     monkeypatch.setattr(leases, "lease_folder", lambda: tmp_path / "lock")
     monkeypatch.setenv("PYTHONPATH", str(make_site(tmp_path / "site", engine_mib)))
     return load_target(load_profile("local", {"runtime": "tensorrt"}), tmp_path / ".deploy")
+
+
+def test_an_engine_is_built_here_while_nobody_else_measures(tmp_path, monkeypatch):
+    """A builder takes the whole GPU. One that is kept from before is taken at once."""
+    target = here(tmp_path, monkeypatch, 0)
+    models = [write_relu(tmp_path / f"{name}.onnx", name) for name in ("one", "two")]
+    monkeypatch.setattr(local_target, "lease", functools.partial(leases.lease, wait_s=0.0))
+    with leases.lease("local", 60), pytest.raises(UndecidedError, match="the device 'local' is in use by "):
+        target.build(models[0], tmp_path / "one.plan")
+    assert not list((tmp_path / ".deploy").glob("engines/*")) and not list((tmp_path / ".deploy").glob("build-*"))
+    built = target.build(models[0], tmp_path / "one.plan").read_bytes()
+    with leases.lease("local", 60):
+        assert target.build(models[0], tmp_path / "again.plan").read_bytes() == built
+        with pytest.raises(UndecidedError):
+            target.build(models[1], tmp_path / "two.plan")
 
 
 def test_rows_that_do_not_fit_at_once_are_measured_in_groups_each_beside_the_reference(tmp_path, monkeypatch):

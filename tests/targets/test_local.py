@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from profiles.errors import DeployError, UndecidedError, UsageError
 from profiles.schema import load_profile
+from targets import local as local_target
 from targets.base import load_target
 from targets.harness import bench
 from targets.harness import lease as leases
@@ -384,6 +386,48 @@ def test_the_doctor_says_who_holds_the_device(target):
     with leases.lease("local", 60):
         found = {c.name: c for c in target.doctor()}["lease"]
     assert not found.ok and found.value.startswith(f"held by {leases.owner()} (process {os.getpid()}, expected until ")
+
+
+@pytest.mark.parametrize("verb", ["infer", "build"])
+def test_who_opens_and_runs_a_network_waits_for_whoever_measures(target, conv, tmp_path, monkeypatch, caplog, verb):
+    """It is told for whom, and nothing is opened before."""
+    net, opened, done = conv("net", size=8), [], []
+    monkeypatch.setattr(leases, "PATIENT_S", 0.1)
+    plain = target.runtime.open
+    monkeypatch.setattr(target.runtime, "open", lambda *given: opened.append(given) or plain(*given))
+    verbs = {
+        "infer": lambda: target.infer(net, [np.zeros((1, 3, 8, 8), np.float32)]),
+        "build": lambda: target.build(net, tmp_path / "o.onnx"),
+    }
+    thread = threading.Thread(target=lambda: done.append(verbs[verb]()))
+    with leases.lease("local", 60):
+        thread.start()
+        end = time.monotonic() + 30
+        while not caplog.records and not opened and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not opened and not done
+        (told,) = caplog.records
+        assert told.getMessage().startswith(f"waiting for the device 'local', in use by {leases.owner()} (process ")
+    thread.join(60)
+    assert len(opened) == len(done) == 1
+    assert leases.holder("local") is None
+
+
+def test_who_holds_the_device_does_not_wait_for_itself(target, conv, quick, monkeypatch):
+    monkeypatch.setattr(local_target, "lease", functools.partial(leases.lease, wait_s=1.0))
+    net, outputs = conv("net", size=8), []
+    given = [np.zeros((1, 3, 8, 8), np.float32)]
+    target.measure({"net": net}, quick, "rank", lambda done: outputs.append(target.infer(net, given)[0].shape))
+    assert outputs and set(outputs) == {(1, 16)}
+    assert leases.holder("local") is None
+
+
+def test_a_simulated_device_waits_for_nobody(conv, tmp_path, monkeypatch):
+    monkeypatch.setattr(local_target, "lease", functools.partial(leases.lease, wait_s=0.0))
+    target = load_target(load_profile("simulated"), tmp_path / ".deploy")
+    with leases.lease("local", 60):
+        net = target.build(conv("net", size=8), tmp_path / "o.onnx")
+        assert target.infer(net, [np.zeros((1, 3, 8, 8), np.float32)])[0].shape == (1, 16)
 
 
 def test_a_place_that_cannot_be_written_is_named(local, conv, quick, tmp_path):

@@ -24,7 +24,7 @@ from targets.harness import lease, pack, transport
 from targets.harness.agent.board import lease as board_lease
 from targets.harness.agent.board.base import AgentError
 from targets.harness.agent.board.lease import Lease, holder_of
-from targets.harness.agent.board.peer import MARK, Peer
+from targets.harness.agent.board.peer import MARK, Lost, Peer
 from targets.harness.measurement import Session
 from targets.harness.transport import Board, Place
 from targets.ssh import Ssh
@@ -285,6 +285,106 @@ def test_a_name_that_nobody_knows_is_told_apart(tmp_path):
     with pytest.raises(DeployError) as error:
         load_target(profile, tmp_path).fingerprint()
     assert error.value.message.startswith("no board named 'robot-7.invalid' is known: ")
+
+
+UNRESOLVED = "ssh: Could not resolve hostname robot-7: Temporary failure in name resolution"
+DENIED = "ada@robot-7: Permission denied (publickey)."
+JUMPED = "kex_exchange_identification: Connection closed by remote host\nConnection closed by UNKNOWN port 65535"
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """A board whose link is lost in the middle of something, and what ssh says at each call from then on."""
+
+    class Spoken:
+        """A link that is made unless ssh says something."""
+
+        def __init__(self, place: Place, fresh: bool) -> None:
+            said = words.pop(0) if words else ""
+            calls.append(said)
+            if said:
+                raise transport.explain(place, 255, said, "was closed")
+
+        def ended(self) -> bool:
+            return False
+
+        def lost(self, error: Lost) -> Exception:
+            return transport.LinkLost(str(error))
+
+        def close(self) -> None:
+            pass
+
+    def cut(link: object) -> str:
+        if len(calls) == 1:
+            raise Lost("was silent")
+        return "went on"
+
+    words: list[str] = [""]
+    calls: list[str] = []
+    monkeypatch.setattr(transport, "Link", Spoken)
+    monkeypatch.setattr(transport, "time", Passing())
+    return Board(Place("robot-7", load_profile("ssh").ssh)), words, calls, cut
+
+
+class Passing:
+    """A clock on which only sleeping takes time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("said", [UNRESOLVED, DENIED, f"{UNRESOLVED}\n{JUMPED}"])
+def test_a_board_that_was_met_is_called_again_when_its_name_or_its_keys_fail_for_a_while(called, said):
+    board, words, calls, cut = called
+    words += [said] * 7
+    assert board._persist(cut) == "went on"
+    assert calls == ["", *[said] * 7, ""]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (UNRESOLVED, "no board named 'robot-7' is known: "),
+        (DENIED, "'robot-7' lets nobody in with your keys: "),
+        (f"{DENIED}\n{JUMPED}", "'robot-7' lets nobody in with your keys: ada@robot-7: Permission denied (publickey)."),
+    ],
+)
+def test_a_board_that_fails_by_its_name_or_its_keys_is_given_up_when_patience_ends(called, said, told):
+    board, words, calls, cut = called
+    words += [said] * 1000
+    with pytest.raises(DeployError) as error:
+        board._persist(cut)
+    assert error.value.message.startswith(told) and error.value.hint
+    assert transport.PATIENCE_S < transport.time.now < transport.PATIENCE_S + 2 * transport.CALLS_S[-1]
+    calls.clear()
+    unmet = Board(board.place)
+    with pytest.raises(DeployError) as error:
+        unmet._persist(cut)
+    assert error.value.message.startswith(told) and calls == [said], "a board that was never met is not called again"
+
+
+def test_a_host_key_that_changes_while_a_board_is_called_again_is_refused_at_once(called):
+    board, words, calls, cut = called
+    words += [UNRESOLVED, "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", ""]
+    with pytest.raises(DeployError, match="the host key of 'robot-7' is not the known one"):
+        board._persist(cut)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("own", ["/home/ada/.bashrc: line 9: /opt/log: Permission denied", DENIED, UNRESOLVED])
+def test_what_a_login_shell_complains_of_says_nothing_about_the_link(own):
+    place = Place("robot-7", load_profile("ssh").ssh)
+    said = f"{own}\nTimeout, server robot-7 not responding."
+    lost = transport.explain(place, 255, said, "was closed")
+    assert isinstance(lost, transport.LinkLost) and lost.unmet is None
+    lost = transport.explain(place, 255, "/home/ada/.bashrc: line 9: /opt/log: Permission denied", "was closed")
+    assert isinstance(lost, transport.LinkLost) and lost.unmet is None
 
 
 def test_a_board_without_the_python_that_was_named_says_where_to_look(make):

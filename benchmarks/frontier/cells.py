@@ -22,11 +22,11 @@ METHODS, ROUND_TO = ("magnitude", "taylor", "group-norm", "bn-scale"), (1, 8, 16
 SCRATCH = ("scratch-depth", "scratch-width")
 FASTNAS = ("fastnas-8", "fastnas-16")
 CORE: Mapping[str, tuple[str, ...]] = {
-    "resnet20_gtsrb": tuple(f"torch-pruning-{method}-1" for method in METHODS[:3]),
+    "resnet20_gtsrb": tuple(f"torch-pruning-{method}-{to}" for to in (1, 8) for method in METHODS[:3]),
     "mobilenetv2_gtsrb": tuple(f"torch-pruning-{method}-8" for method in METHODS[:3]),
 }
-"""Networks of the core, and Torch-Pruning with the rounding that can keep a budget there: with widths off the grid
-MobileNets are slower than dense, and with eighths the narrow layers of ResNet-20 are left whole."""
+"""Networks of the core, and Torch-Pruning with the roundings that can keep a budget there: with widths off the grid
+MobileNets are slower than dense."""
 CORE_BUDGETS = ("0.5x", "0.35x")
 
 

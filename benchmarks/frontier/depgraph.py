@@ -1,13 +1,17 @@
 """Torch-Pruning 1.6.1 (Fang et al., DepGraph, CVPR 2023) as its README and its `reproduce` scripts run it.
 
-Global pruning of all convolutions in one step, the classifier ignored, scores of whole groups: magnitude (L2), Taylor
-(gradients of the calibration samples), BN scale and group norm. The last two after sparse training with the library's
-regularizers: its learning rate (0.01, a tenth at 60 % and at 80 %), no weight decay, coefficients of its scripts (1e-5
-for BN scale, 5e-4 for group norm with scores over their maximum), and four epochs where the scripts, made for a day on
-GPUs, take a hundred: steps that they have on top of the recovery that all get. It is done once a network, and its
-seconds are counted at every budget.
+Global pruning of all convolutions, the classifier ignored, scores of whole groups: magnitude (L2), Taylor (gradients
+of calibration samples, taken anew at each step as its scripts do), BN scale and group norm. One pruner goes towards
+nothing in 400 small steps (`iterative_steps=400, pruning_ratio=1.0`, its CIFAR script), and the networks on its way are
+those that are searched. Small steps matter: the library refuses a step that would leave a group without a channel, and
+rounds down what is kept, so that in one large step a group of 16 rounded to eighths is either whole or refused.
 
-The pruning ratio is searched so that the network, exported and optimised as all others, keeps the budget as measured.
+BN scale and group norm come after sparse training with the library's regularizers: its learning rate (0.01, a tenth at
+60 % and at 80 %), no weight decay, coefficients of its scripts (1e-5 for BN scale, 5e-4 for group norm with scores over
+their maximum), and four epochs where the scripts, made for a day on GPUs, take a hundred: steps that they have on top
+of the recovery that all get. It is done once a network, and its seconds are counted at every budget.
+
+How far to go is searched so that the network, exported and optimised as all others, keeps the budget as measured.
 
 The library cannot couple channels over the zero-padded shortcut of the CIFAR ResNets: as soon as a ratio touches the
 residual streams, the forward pass fails ("mat1 and mat2 shapes cannot be multiplied"). As its documentation has it for
@@ -20,7 +24,6 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.frontier.arena import Arena, Entry
-from benchmarks.frontier.trials import Trials
+from benchmarks.frontier.trials import Trials, shapes
 
 SPARSE_RATE, MILESTONES = 0.01, (0.6, 0.8)
 REGULARIZED = {"bn-scale": 1e-5, "group-norm": 5e-4}
 """Methods that train sparsely first, and the strength of their regularizer."""
-TAYLOR_BATCHES = 8
+STEPS = 400
+"""Of a pruner from the dense network to nothing."""
+TAYLOR_BATCHES = 2
+"""Calibration batches of 256 that each step takes its gradients from (the library's script: 640 images)."""
 
 
 def enter(arena: Arena, budget: float, contestant: str, folder: Path) -> Entry:
@@ -43,46 +49,60 @@ def enter(arena: Arena, budget: float, contestant: str, folder: Path) -> Entry:
     method, _, rounded = contestant.removeprefix("torch-pruning-").rpartition("-")
     model, seconds = prepared(arena, method)
     spent, begun = {"preparation": seconds}, time.monotonic()
-    trials = Trials(arena, folder, lambda share: cut(arena, model, method, int(rounded), share))
+    trials = Trials(arena, folder, Way(arena, model, method, int(rounded)))
     share = trials.least(budget, spent, begun)
     return trials.entry(share, spent, begun, {"pruning ratio": share})
 
 
 def prepared(arena: Arena, method: str) -> tuple[nn.Module, float]:
-    """The network that is pruned: dense, trained sparsely, or with gradients; and the seconds that it took."""
-    if method in REGULARIZED:
-        return _sparse(arena, method)
-    begun = time.monotonic()
-    model = copy.deepcopy(arena.model)
-    if method == "taylor":
-        model.zero_grad()
-        batches = zip(arena.samples.inputs, _targets(arena), strict=False)
-        for (inputs,), targets in itertools.islice(batches, TAYLOR_BATCHES):
-            arena.project.loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
-    return model, time.monotonic() - begun
-
-
-def _targets(arena: Arena) -> Sequence[torch.Tensor]:
-    assert arena.samples.targets is not None
-    return torch.split(arena.samples.targets, [len(batch[0]) for batch in arena.samples.inputs])
+    """The network that is pruned, dense or trained sparsely, and the seconds that it took."""
+    return _sparse(arena, method) if method in REGULARIZED else (copy.deepcopy(arena.model), 0.0)
 
 
 # --- pruning -------------------------------------------------------------------------------------------------------
 
 
-def cut(arena: Arena, model: nn.Module, method: str, round_to: int, share: float) -> nn.Module | None:
-    """A pruned copy; None where the library leaves a network that does not run."""
-    copied = copy.deepcopy(model)
-    for old, new in zip(model.parameters(), copied.parameters(), strict=True):
-        new.grad = None if old.grad is None else old.grad.clone()
-    pruner(arena, copied, method, pruning_ratio=share, round_to=round_to).step()
-    copied.zero_grad()
-    try:
-        with torch.no_grad():
-            copied(*arena.project.example())
-    except RuntimeError:
-        return None
-    return copied
+class Way:
+    """Share of pruning -> the network there, on one pruner's way to nothing; None from where none runs any more."""
+
+    def __init__(self, arena: Arena, model: nn.Module, method: str, round_to: int) -> None:
+        self.arena, self.method = arena, method
+        self.model = copy.deepcopy(model)
+        self.pruner = pruner(
+            arena, self.model, method, pruning_ratio=1.0, iterative_steps=STEPS, round_to=round_to
+        )  # fmt: skip
+        self.passed: list[nn.Module | None] = [copy.deepcopy(model)]
+
+    def __call__(self, share: float) -> nn.Module | None:
+        """Goes on as far as it has to; what was passed is kept."""
+        step = round(share * STEPS)
+        while len(self.passed) <= step:
+            self.passed.append(self._next(self.passed[-1]))
+        return self.passed[step]
+
+    def _next(self, last: nn.Module | None) -> nn.Module | None:
+        if last is None:
+            return None
+        if self.method == "taylor":
+            gradients(self.arena, self.model)
+        self.pruner.step()
+        if shapes(self.model) == shapes(last):
+            return last
+        try:
+            with torch.no_grad():
+                self.model(*self.arena.project.example())
+        except RuntimeError:
+            return None
+        return copy.deepcopy(self.model)  # without gradients
+
+
+def gradients(arena: Arena, model: nn.Module) -> None:
+    """Those of the loss on calibration samples."""
+    model.zero_grad()
+    assert arena.samples.targets is not None
+    targets = torch.split(arena.samples.targets, [len(batch[0]) for batch in arena.samples.inputs])
+    for (inputs,), wanted in itertools.islice(zip(arena.samples.inputs, targets, strict=False), TAYLOR_BATCHES):
+        arena.project.loss(model(inputs), wanted).backward()  # type: ignore[no-untyped-call]
 
 
 def pruner(arena: Arena, model: nn.Module, method: str, **options: Any) -> Any:

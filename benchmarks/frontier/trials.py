@@ -39,20 +39,20 @@ class Trials:
 
     def measured(self, shares: Sequence[float], fresh: bool = False) -> list[float]:
         """Ratios of the networks at these shares, those of equal shapes measured once; infinite for what fails."""
-        shapes: dict[float, Shapes] = {}
+        known: dict[float, Shapes] = {}
         files: dict[float, Path] = {}
         for share in shares:
             model = self.cut(share)
             if model is None:
                 continue
-            key = shapes[share] = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
-            if fresh or (key not in self._known and key not in (shapes[s] for s in files)):
+            key = known[share] = shapes(model)
+            if fresh or (key not in self._known and key not in (known[s] for s in files)):
                 files[share] = self.arena.written(self.arena.captured(model), self.folder / f"share-{share:.4f}.onnx")
         if files:
             self.sittings += 1
             sitting = self.arena.sit({str(share): file for share, file in files.items()})
-            self._known.update({shapes[share]: sitting.times[str(share)].ratio for share in files})
-        return [self._known[shapes[share]] if share in shapes else math.inf for share in shares]
+            self._known.update({known[share]: sitting.times[str(share)].ratio for share in files})
+        return [self._known[known[share]] if share in known else math.inf for share in shares]
 
     def entry(self, share: float, spent: Mapping[str, float], begun: float, facts: Mapping[str, Any]) -> Entry:
         """The network at a share, with what it keeps as it is and with its batch norms recalibrated."""
@@ -78,6 +78,11 @@ def recalibrated(arena: Arena, model: nn.Module) -> nn.Module:
     fresh = copy.deepcopy(model)
     update_bn([batch[0] for batch in arena.samples.inputs], fresh)
     return fresh.eval()
+
+
+def shapes(model: nn.Module) -> Shapes:
+    """What tells whether two pruned networks take the same time."""
+    return tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
 
 
 def widths(model: nn.Module) -> dict[str, int]:

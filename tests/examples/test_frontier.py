@@ -80,6 +80,7 @@ def test_the_core_comes_first_and_dense_networks_before_their_contestants():
     assert every[: len(core)] == core and len(set(every)) == len(every)
     assert core[:2] == ["resnet20_gtsrb/dense", "resnet20_gtsrb/0.5x/ours"]
     assert len([name for name in core if name.startswith("mobilenetv2_gtsrb/0.35x/")]) == 6
+    assert "resnet20_gtsrb/0.5x/torch-pruning-taylor-8" in core
     for net in cells.NETS:
         assert next(name for name in every if name.startswith(net)) == f"{net}/dense"
     assert len(every) == len(cells.NETS) * (1 + len(cells.BUDGETS) * len(cells.contestants()))
@@ -400,21 +401,45 @@ def test_a_training_without_a_teacher_asks_none():
     assert Unasked()(torch.randn(3, 2)).shape == (1,)
 
 
+def made_up(model, example):
+    """An arena of random samples."""
+    targets = torch.arange(8) % 4
+    samples = SimpleNamespace(inputs=[(torch.randn(8, 3, 32, 32),)], targets=targets)
+    project = SimpleNamespace(example=lambda: example, loss=nn.functional.cross_entropy)
+    return SimpleNamespace(project=project, classes=10, model=model, samples=samples, net="resnet20_gtsrb")
+
+
+def unequal(model):
+    """As networks are at first, all scales are equal."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    return model.eval()
+
+
+def convolved(model):
+    return [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
 @pytest.mark.parametrize("method", ["magnitude", "taylor", "group-norm", "bn-scale"])
 def test_torch_pruning_cuts_inner_channels_to_multiples(method):
     pytest.importorskip("torch_pruning", reason="pip install --no-deps torch-pruning==1.6.1")
     torch.manual_seed(0)
     example = (torch.randn(1, 3, 32, 32),)
-    model = nets.resnet20(10).eval()
-    for module in model.modules():  # as they are at first, all scales are equal
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight)
-    if method == "taylor":
-        nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
-    arena = SimpleNamespace(project=SimpleNamespace(example=lambda: example), classes=10)
-    pruned = depgraph.cut(arena, model, method, 8, 0.4)
+    model = unequal(nets.resnet20(10))
+    way = depgraph.Way(made_up(model, example), model, method, 8)
+    pruned, dense = way(0.4), convolved(model)
     assert pruned is not None and pruned(*example).shape == (1, 10)
-    widths = [m.out_channels for m in pruned.modules() if isinstance(m, nn.Conv2d)]
-    dense = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    widths = convolved(pruned)
     assert sum(widths) < sum(dense) and all(width % 8 == 0 for width in widths)
     assert model.layer1[0].conv1.out_channels == 16
+    assert way(0.4) is pruned and convolved(way(0.2)) != widths  # what was passed is still there
+
+
+def test_torch_pruning_rounded_to_eighths_goes_down_to_eight_channels():
+    pytest.importorskip("torch_pruning", reason="pip install --no-deps torch-pruning==1.6.1")
+    torch.manual_seed(0)
+    example = (torch.randn(1, 3, 32, 32),)
+    model = unequal(nets.resnet20(10))
+    found = depgraph.Way(made_up(model, example), model, "magnitude", 8)(0.98)
+    assert {block.conv1.out_channels for m in (found.layer1, found.layer2, found.layer3) for block in m} == {8}

@@ -148,5 +148,5 @@ class Store:
     def _take(self, row: Row) -> None:
         if "cell" in row:
             self.cells[row["cell"]] = row
-        else:
+        elif not row.get("contaminated"):
             self.finals[row["final"]] = row

@@ -83,6 +83,7 @@ def finished(arena: Arena, entry: Entry, recovery: str, onnx: Path) -> Row:
     """Recover, export, judge."""
     distilled, seconds = recovery == "distilled", dict(entry.seconds)
     row: dict[str, Any] = {"before": entry.before, "searched": entry.ratio, "sittings": entry.sittings}
+    row["contaminated"] = entry.contaminated
     if distilled and entry.finished is not None:
         path, accuracy = entry.finished
         shutil.copyfile(path, onnx)
@@ -92,7 +93,7 @@ def finished(arena: Arena, entry: Entry, recovery: str, onnx: Path) -> Row:
         done = arena.recovered(
             entry.start(), distilled=distilled, epochs=entry.epochs, learning_rate=entry.learning_rate
         )
-        for step in ("recover", "export", "evaluate pruned", "accept"):
+        for step in ours.AFTER:
             seconds.pop(step, None)
         seconds["recover"] = time.monotonic() - begun
         arena.written(done.module, onnx)

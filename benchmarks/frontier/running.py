@@ -142,6 +142,8 @@ def _finals(group: str, store: Store, quick: bool, base: Path) -> None:
     row = measure(group, store, (QUICK if quick else FULL).overrides, base)
     if row is not None:
         store.add(row)
+    if store.unmeasured(group):
+        print("   not all could be measured undisturbed; the next run tries again", flush=True)
 
 
 def _show(contest: Contest, store: Store, results: Path) -> None:

@@ -10,9 +10,9 @@ from torch import nn
 
 from benchmarks import nets
 from benchmarks.frontier import __main__ as frontier
-from benchmarks.frontier import cells, contest, depgraph, ours, running, scratch, table
+from benchmarks.frontier import cells, contest, depgraph, finals, ours, running, scratch, table
 from benchmarks.frontier.arena import FULL, QUICK, NeverMet, Unasked
-from benchmarks.frontier.bisection import Steps, search, settled
+from benchmarks.frontier.bisection import RETRIES, STEP_BACK, Steps, accepted, search, settled
 from benchmarks.frontier.cells import Store, Unit
 from benchmarks.frontier.drawing import draw, family
 from benchmarks.frontier.sessions import Sitting, Timed
@@ -69,6 +69,20 @@ def test_a_lucky_measurement_is_not_taken_for_a_budget_kept():
     assert settled(tried, truth.__getitem__, 0.5, lambda share: share) == 0.7
     assert tried[0.6] == pytest.approx(math.sqrt(0.49 * 0.53))
     assert settled({0.6: 0.49}, lambda _: 0.6, 0.5, lambda share: share) is None
+
+
+def test_a_limit_is_tightened_while_the_accepting_session_does_not_find_the_budget_kept():
+    asked, bounds = [], {0.5: 0.503, 0.49: 0.501, 0.48: 0.495}
+
+    def choose(limit):
+        asked.append(limit)
+        return max(key for key in bounds if key <= limit)
+
+    assert accepted(choose, bounds.__getitem__, 0.5, 0.5) == 0.48
+    assert asked == [0.5 * STEP_BACK**attempt for attempt in range(3)]
+    assert accepted(choose, lambda _: 0.6, 0.55, 0.5) == 0.5 and len(asked) == 3 + 1 + RETRIES  # the last one stands
+    assert accepted(lambda _: None, bounds.__getitem__, 0.5, 0.5) is None
+    assert accepted(choose, lambda _: math.nan, 0.5, 0.5) == 0.5  # a disturbed session says nothing
 
 
 # --- cells and their store -----------------------------------------------------------------------------------------
@@ -320,6 +334,8 @@ def test_without_results_there_is_a_table_and_no_picture(tmp_path):
 class MadeUpArena:
     """Measures a network by its parameters; keeps what it was asked to measure."""
 
+    noise = 0.0
+
     def __init__(self):
         self.sat, self.models = [], {}
 
@@ -333,6 +349,10 @@ class MadeUpArena:
     def sit(self, files):
         self.sat.append(sorted(files))
         return Sitting({n: Timed(self.models[path] / 100, 0.0, 1.0) for n, path in files.items()}, False, "")
+
+    def accept(self, file, budget):
+        ratio = self.models[file] / 100
+        return Timed(ratio, ratio - self.noise, ratio + self.noise), False, 1
 
     def limit(self, budget):
         return budget
@@ -356,6 +376,58 @@ def test_a_search_that_never_meets_its_budget_says_how_near_it_came(tmp_path):
     arena.pace = SimpleNamespace(steps=Steps(scan=(0.3, 0.6, 0.95), points=2, sessions=1))
     with pytest.raises(NeverMet, match=r"0.05x is never kept: the fastest is 0.\d00x at .* gave no network that runs"):
         Trials(arena, tmp_path, layer_without).least(0.05, {}, 0.0)
+
+
+def test_a_search_goes_on_below_where_the_accepting_session_does_not_find_its_network_good(tmp_path):
+    arena = MadeUpArena()
+    arena.pace = SimpleNamespace(steps=Steps(scan=(0.3, 0.6, 0.9), points=2, sessions=1))
+    assert Trials(arena, tmp_path, layer_without).least(0.7, {}, 0.0) == 0.3
+    arena.noise = 0.05
+    trials = Trials(arena, tmp_path, layer_without)
+    searched = len(arena.sat)
+    assert trials.least(0.7, {}, 0.0) > 0.3
+    assert trials.accepted[0][0] == 0.7 and trials.accepted[-1][2] <= 0.7 and len(trials.accepted) == 2
+    assert trials.sittings == len(arena.sat) - searched + 2 and trials.contaminated == 0
+
+
+def test_disturbed_sessions_of_a_search_are_counted(tmp_path):
+    arena = MadeUpArena()
+    trials = Trials(arena, tmp_path, layer_without)
+    arena.sit = lambda files: Sitting(MadeUpArena.sit(arena, files).times, True, "")
+    trials.measured([0.2, 0.5])
+    assert (trials.sittings, trials.contaminated) == (1, 1)
+
+
+def test_sessions_of_a_build_are_those_of_its_journal(tmp_path, monkeypatch):
+    names = ["session round 1", "loss", "session round 2", "session accept"]
+    lines = [json.dumps({"name": name, "key": "k", "value": name}) for name in names]
+    (tmp_path / "journal").write_text("\n".join(lines) + "\n")
+    made = SimpleNamespace(from_json=lambda text: SimpleNamespace(contaminated=text.endswith("2")))
+    monkeypatch.setattr(ours, "Session", made)
+    assert ours.measured(tmp_path / "journal") == [False, True, False]
+    assert "accept" not in ours.AFTER
+
+
+def test_a_disturbed_common_session_is_refused(tmp_path, monkeypatch):
+    store = filled(tmp_path / "r.jsonl", 0.97, {"scratch-width": 0.96}, {"ours": (0.49, 0.485, 0.495)})
+    (tmp_path / "model.onnx").write_text("")
+    device = SimpleNamespace(fingerprint=lambda: SimpleNamespace(to_table=dict))
+    monkeypatch.setattr(finals.builds, "ROOT", tmp_path)
+    monkeypatch.setattr(finals, "load_target", lambda *_: device)
+    monkeypatch.setattr(finals, "MOST_ARMS", 1)
+    monkeypatch.setattr(
+        finals, "sit", lambda target, dense, files, *_: Sitting(
+            dict.fromkeys(files, Timed(0.4, 0.3, 0.5)), "scratch-width" in files, ""
+        )
+    )  # fmt: skip
+    row = finals.measure(f"{NET}/0.5x", store, {}, tmp_path)
+    assert (row["sessions"], row["refused"], set(row["ratios"])) == (1, 1, {"ours"})
+    store.add(row)
+    assert store.unmeasured(f"{NET}/0.5x")
+    monkeypatch.setattr(finals, "MOST_ARMS", 9)
+    assert finals.measure(f"{NET}/0.5x", store, {}, tmp_path) is None
+    store.add({**row, "contaminated": True, "ratios": {}})  # as it was written down once
+    assert store.measured(f"{NET}/0.5x") == {"ours": [0.4, 0.3, 0.5]}
 
 
 def test_shallower_networks_lose_blocks_of_the_longest_stage_down_to_one_each():

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks.builds import TARGET, accepting
 from benchmarks.frontier.bisection import Steps
+from benchmarks.frontier.noise import mistakes
 from benchmarks.frontier.sessions import PRUNED, Sitting, Timed, accept, sit
+from benchmarks.lines import Row
 from pipeline.graph.export import export
 from pipeline.graph.optimize import optimize
 from pipeline.project import load_project, predict_torch
@@ -150,6 +152,18 @@ class Arena:
         self.project.evaluate(count)
         return sum(seen)
 
+    @cached_property
+    def held_out(self) -> int:
+        """How many images the validation accuracy is taken on."""
+        seen = []
+
+        def count(inputs: Any) -> Any:
+            seen.append(len(inputs))
+            return np.zeros((len(inputs), self.classes), np.float32)
+
+        self.project.validate(count)
+        return sum(seen)
+
     # --- judging -------------------------------------------------------------------------------------------------
 
     def validated(self, model: nn.Module) -> float:
@@ -163,6 +177,21 @@ class Arena:
             return self.target.infer(onnx, [np.asarray(inputs)])[0]
 
         return float(self.project.validate(predict) or 0.0), float(self.project.evaluate(predict) or 0.0)
+
+    def mistakes(self, onnx: Path) -> Row:
+        """Which test images a finished file gets wrong, and how far its errors go together."""
+        parts: list[Any] = []
+
+        def predict(inputs: Any) -> Any:
+            outputs = self.target.infer(onnx, [np.asarray(inputs)])[0]
+            parts.append(outputs.argmax(1))
+            return outputs
+
+        self.project.evaluate(predict)
+        test = np.concatenate(parts)
+        parts.clear()
+        self.project.validate(predict)
+        return mistakes(self.net, test, np.concatenate(parts)) if parts else {}
 
     # --- the way to the device -----------------------------------------------------------------------------------
 

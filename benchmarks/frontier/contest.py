@@ -100,5 +100,6 @@ def finished(arena: Arena, entry: Entry, recovery: str, onnx: Path) -> Row:
         row |= arena.size(done.module)
         row |= {"epochs": [[e.epoch, e.steps, e.loss, e.validate] for e in done.history], "stopped": done.stopped}
         row["validate"], row["accuracy"] = arena.judged(onnx)
+    row |= arena.mistakes(onnx)
     row |= {"images": arena.images, "onnx": str(onnx.relative_to(builds.ROOT)), "sha256": file_hash(onnx)}
     return row | {"seconds": {name: round(took, 1) for name, took in seconds.items()}, "facts": entry.facts}

@@ -36,7 +36,7 @@ def sit(
 ) -> Sitting:
     """Measure the files beside the dense network, which stands in the session twice: both are the reference.
 
-    A contaminated session is taken again, up to three times in all; the last one stands.
+    A contaminated session is taken again, up to three times in all; the last one stands and says so.
     """
     artifacts = {DENSE: dense, AGAIN: dense, **files}
     built = {name: path.with_suffix(".artifact") for name, path in artifacts.items()}

@@ -61,6 +61,14 @@ def gtsrb(split: str) -> tuple[Bytes, Labels]:
     return _sheets("train", len(classes))[chosen], classes[chosen]
 
 
+def tracks() -> Labels:
+    """The sign of each image of `gtsrb("validate")`: class and track in one number."""
+    labels = np.load(EDGE_DATA / "gtsrb32" / "labels.npz")
+    classes, track = labels["y_train"].astype(np.int64), labels["track_train"].astype(np.int64)
+    found: Labels = (classes * 1000 + track)[_some(np.flatnonzero(held_out(classes, track)))]
+    return found
+
+
 def _some(indices: Labels) -> Labels:
     """LIMIT of the indices, in their order; all of them without a limit."""
     if not LIMIT or len(indices) <= LIMIT:

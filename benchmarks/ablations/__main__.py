@@ -14,7 +14,7 @@ from benchmarks.frontier import running
 CONTEST = running.Contest(
     "benchmarks.ablations", str(ablations.__doc__).split("\n", 1)[0],
     ROOT / "benchmarks" / "results" / "ablations.jsonl", ROOT / "runs" / "ablations",
-    arms.cells, arms.enter, arms.seeded, table, record,
+    arms.cells, arms.enter, arms.seeded, lambda store, _: table(store), lambda store, _: record(store),
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The frontier: accuracy at the same measured latency, this pipeline against what its users would do without it.
 
     python -m benchmarks.frontier                       all cells that have no result yet, the core first (hours, days)
-    python -m benchmarks.frontier --core                the core alone (about three hours)
+    python -m benchmarks.frontier --core                the core alone (many hours)
     python -m benchmarks.frontier --minutes 60          for about that long
     python -m benchmarks.frontier --only 'resnet20_gtsrb/0.5x/scratch-*'      net/budget/contestant, shell patterns
     python -m benchmarks.frontier --list                the cells, and which are done
@@ -18,14 +18,19 @@ Each cell is a line of benchmarks/results/frontier.jsonl; what they leave behind
 are not in the data are trained first (runs/trained). Contestants, as their users would run them:
 
     ours                        `deploy build` as it is (ours-solver-NAME, ours-criterion-NAME: with another method)
-    torch-pruning-METHOD-N      Torch-Pruning 1.6.1, widths rounded to N, its ratio searched for the budget: depgraph.py
+    torch-pruning-METHOD-N      Torch-Pruning 1.6.1, widths rounded to N, its ratio searched for the budget: depgraph.py;
+                                with -freed behind it where shortcuts are padded: they are convolutions then
     fastnas-N                   ModelOpt 0.47 FastNAS, widths multiples of N, its FLOPs searched likewise: fastnas.py
     scratch-width, -depth       the same network narrower or shallower, trained from nothing for as many steps in all as
                                 the pruned ones had, 10 epochs at most: scratch.py
 
-What is searched is searched by measuring on the device, and the seconds of it are part of the result. Peers are in the
-extra `bench`: torch-pruning and nvidia-modelopt with what they ask for, torchprofile (which FastNAS counts FLOPs with;
-0.1.0 no longer has the `profile.handlers` it uses) with --no-deps. Left out, tried on Python 3.11 with torch 2.13.0:
+What is searched is searched by measuring on the device, sessions of accepting length included, and the seconds of it
+are part of the result. Whether ours leads as it has to is said only where all peers of the core (with --core) or all
+there are have a measured result, and where the difference is larger than the noise of the test images (noise.py).
+
+Peers are in the extra `bench`: torch-pruning and nvidia-modelopt with what they ask for, torchprofile (which FastNAS
+counts FLOPs with; 0.1.0 no longer has the `profile.handlers` it uses) with --no-deps. Left out, tried on Python 3.11
+with torch 2.13.0:
 
     NNI 3.0          installs, imports (with tensorboard for its speed-up) and masks; `ModelSpeedup` then ends in its
                      tracer: AttributeError: 'NoneType' object has no attribute 'startswith'

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks.builds import TARGET, accepting
 from benchmarks.frontier.bisection import Steps
-from benchmarks.frontier.sessions import Sitting, sit
+from benchmarks.frontier.noise import mistakes
+from benchmarks.frontier.sessions import PRUNED, Sitting, Timed, accept, sit
+from benchmarks.lines import Row
 from pipeline.graph.export import export
 from pipeline.graph.optimize import optimize
 from pipeline.project import load_project, predict_torch
@@ -73,8 +75,9 @@ class Entry:
     """A contestant's network before the recovery.
 
     start: gives it. before: validation accuracies by name of the repair. seconds: by what they went on. sittings:
-    sessions that its search measured. facts: what else is worth keeping. finished: the distilled network where the
-    contestant recovers by itself (ours), with its test accuracy. epochs, learning_rate: of a training from nothing.
+    sessions that its search measured, accepting ones too; `contaminated` of them stayed disturbed. facts: what else is
+    worth keeping. finished: the distilled network where the contestant recovers by itself (ours), with its test
+    accuracy. epochs, learning_rate: of a training from nothing.
     """
 
     start: Callable[[], nn.Module]
@@ -86,6 +89,7 @@ class Entry:
     finished: tuple[Path, float] | None = None
     epochs: int | None = None
     learning_rate: float | None = None
+    contaminated: int = 0
 
 
 class NeverMet(Exception):
@@ -148,6 +152,18 @@ class Arena:
         self.project.evaluate(count)
         return sum(seen)
 
+    @cached_property
+    def held_out(self) -> int:
+        """How many images the validation accuracy is taken on."""
+        seen = []
+
+        def count(inputs: Any) -> Any:
+            seen.append(len(inputs))
+            return np.zeros((len(inputs), self.classes), np.float32)
+
+        self.project.validate(count)
+        return sum(seen)
+
     # --- judging -------------------------------------------------------------------------------------------------
 
     def validated(self, model: nn.Module) -> float:
@@ -161,6 +177,21 @@ class Arena:
             return self.target.infer(onnx, [np.asarray(inputs)])[0]
 
         return float(self.project.validate(predict) or 0.0), float(self.project.evaluate(predict) or 0.0)
+
+    def mistakes(self, onnx: Path) -> Row:
+        """Which test images a finished file gets wrong, and how far its errors go together."""
+        parts: list[Any] = []
+
+        def predict(inputs: Any) -> Any:
+            outputs = self.target.infer(onnx, [np.asarray(inputs)])[0]
+            parts.append(outputs.argmax(1))
+            return outputs
+
+        self.project.evaluate(predict)
+        test = np.concatenate(parts)
+        parts.clear()
+        self.project.validate(predict)
+        return mistakes(self.net, test, np.concatenate(parts)) if parts else {}
 
     # --- the way to the device -----------------------------------------------------------------------------------
 
@@ -185,6 +216,11 @@ class Arena:
     def sit(self, files: Mapping[str, Path]) -> Sitting:
         """One session of ranking length beside the dense network."""
         return sit(self.target, self.onnx, files, self.profile.measure, "rank")
+
+    def accept(self, file: Path, budget: float) -> tuple[Timed, bool, int]:
+        """A network's latency in a session of accepting length, whether that was contaminated, sessions taken."""
+        sitting, count = accept(self.target, self.onnx, file, self.profile.measure, budget)
+        return sitting.times[PRUNED], sitting.contaminated, count
 
     def limit(self, budget: float) -> float:
         """The measured ratio up to which a network is taken to keep a budget, the one of our own search."""

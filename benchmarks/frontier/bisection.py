@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 SMALLEST_STEP = 1e-3
+RETRIES, STEP_BACK = 3, 0.985
+"""How often a limit is tightened, and by what, where the accepting session does not find the budget kept."""
 Key = TypeVar("Key")
 
 
@@ -61,6 +63,25 @@ def _bracket(tried: dict[float, float], limit: float, slack: float) -> tuple[flo
         low, high = shares[max(at - 1, 0)], shares[min(at + 1, len(shares) - 1)]
         done = math.isinf(tried[shares[at]])
     return None if done or high - low < SMALLEST_STEP else (low, high)
+
+
+def accepted(
+    choose: Callable[[float], Key | None], bound: Callable[[Key], float], limit: float, budget: float
+) -> Key | None:
+    """What is chosen for a limit and keeps the budget in a session of accepting length; tighter ones where it does not.
+
+    choose: limit -> what keeps it in short sessions. bound: of the accepting session, NaN where that says nothing. Our
+    own build gets as much from its accepting session. After RETRIES the last one chosen stands, and does not keep it.
+    """
+    last = None
+    for attempt in range(1 + RETRIES):
+        chosen = choose(limit * STEP_BACK**attempt)
+        if chosen is None:
+            break
+        last = chosen
+        if not bound(chosen) > budget:
+            break
+    return last
 
 
 def settled(

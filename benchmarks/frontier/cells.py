@@ -19,14 +19,19 @@ RECOVERIES = ("distilled", "plain")
 DENSE = "dense"
 """The contestant that is the dense network itself: at no budget, first of all."""
 METHODS, ROUND_TO = ("magnitude", "taylor", "group-norm", "bn-scale"), (1, 8, 16)
+PADDED = ("resnet20_gtsrb", "resnet56_cifar10_jpeg")
+"""Networks whose shortcuts are padded: Torch-Pruning prunes them as they are and, as further contestants, freed."""
 SCRATCH = ("scratch-depth", "scratch-width")
 FASTNAS = ("fastnas-8", "fastnas-16")
 CORE: Mapping[str, tuple[str, ...]] = {
-    "resnet20_gtsrb": tuple(f"torch-pruning-{method}-1" for method in METHODS[:3]),
-    "mobilenetv2_gtsrb": tuple(f"torch-pruning-{method}-8" for method in METHODS[:3]),
+    "resnet20_gtsrb": (
+        *(f"torch-pruning-{m}-{to}{kind}" for kind in ("", "-freed") for to in (1, 8) for m in METHODS),
+        "fastnas-8",
+    ),
+    "mobilenetv2_gtsrb": (*(f"torch-pruning-{method}-8" for method in METHODS), "fastnas-8"),
 }
-"""Networks of the core, and Torch-Pruning with the rounding that can keep a budget there: with widths off the grid
-MobileNets are slower than dense, and with eighths the narrow layers of ResNet-20 are left whole."""
+"""Networks of the core, and Torch-Pruning with the roundings that can keep a budget there: with widths off the grid
+MobileNets are slower than dense."""
 CORE_BUDGETS = ("0.5x", "0.35x")
 
 
@@ -70,13 +75,24 @@ class Unit:
         return not patterns or any(fnmatch(self.name, p) or fnmatch(self.name, f"{p}/*") for p in patterns)
 
 
-def contestants() -> tuple[str, ...]:
+def peers(net: str) -> tuple[str, ...]:
+    """Everyone whom our default is compared with on a network."""
+    found = tuple(f"torch-pruning-{method}-{to}" for to in ROUND_TO for method in METHODS)
+    return (*SCRATCH, *found, *(f"{name}-freed" for name in found if net in PADDED), *FASTNAS)
+
+
+def asked(net: str, budget: str, core: bool) -> tuple[str, ...]:
+    """The peers that a verdict needs: those of the core, where the network and budget are in it, or all."""
+    inside = core and net in CORE and budget in CORE_BUDGETS
+    return (*SCRATCH, *CORE[net]) if inside else peers(net)
+
+
+def contestants(net: str) -> tuple[str, ...]:
     """Everyone, ours first."""
     default = {PruneSpec().solver, PruneSpec().criterion}
     solvers = (f"ours-solver-{name}" for name in plugins.names(SOLVERS) if name not in default)
     criteria = (f"ours-criterion-{name}" for name in plugins.names(CRITERIA) if name not in default)
-    peers = (f"torch-pruning-{method}-{to}" for to in ROUND_TO for method in METHODS)
-    return ("ours", *SCRATCH, *peers, *FASTNAS, *solvers, *criteria)
+    return ("ours", *peers(net), *solvers, *criteria)
 
 
 def units(core_only: bool = False) -> Iterator[Unit]:
@@ -89,14 +105,13 @@ def units(core_only: bool = False) -> Iterator[Unit]:
                 seen.add(unit.name)
                 yield unit
 
-    for net, peers in CORE.items():
+    for net, core in CORE.items():
         for budget in CORE_BUDGETS:
-            yield from once(net, budget, ("ours", *SCRATCH, *peers))
+            yield from once(net, budget, ("ours", *SCRATCH, *core))
     if not core_only:
-        everyone = contestants()
-        own = [name for name in everyone if name.startswith("ours-")]
-        for names in ([name for name in everyone if name not in own], own):
+        for own in (False, True):
             for net in NETS:
+                names = [name for name in contestants(net) if name.startswith("ours-") == own]
                 for budget in BUDGETS:
                     yield from once(net, budget, names)
 
@@ -148,5 +163,5 @@ class Store:
     def _take(self, row: Row) -> None:
         if "cell" in row:
             self.cells[row["cell"]] = row
-        else:
+        elif not row.get("contaminated"):
             self.finals[row["final"]] = row

@@ -83,6 +83,7 @@ def finished(arena: Arena, entry: Entry, recovery: str, onnx: Path) -> Row:
     """Recover, export, judge."""
     distilled, seconds = recovery == "distilled", dict(entry.seconds)
     row: dict[str, Any] = {"before": entry.before, "searched": entry.ratio, "sittings": entry.sittings}
+    row["contaminated"] = entry.contaminated
     if distilled and entry.finished is not None:
         path, accuracy = entry.finished
         shutil.copyfile(path, onnx)
@@ -92,12 +93,13 @@ def finished(arena: Arena, entry: Entry, recovery: str, onnx: Path) -> Row:
         done = arena.recovered(
             entry.start(), distilled=distilled, epochs=entry.epochs, learning_rate=entry.learning_rate
         )
-        for step in ("recover", "export", "evaluate pruned", "accept"):
+        for step in ours.AFTER:
             seconds.pop(step, None)
         seconds["recover"] = time.monotonic() - begun
         arena.written(done.module, onnx)
         row |= arena.size(done.module)
         row |= {"epochs": [[e.epoch, e.steps, e.loss, e.validate] for e in done.history], "stopped": done.stopped}
         row["validate"], row["accuracy"] = arena.judged(onnx)
+    row |= arena.mistakes(onnx)
     row |= {"images": arena.images, "onnx": str(onnx.relative_to(builds.ROOT)), "sha256": file_hash(onnx)}
     return row | {"seconds": {name: round(took, 1) for name, took in seconds.items()}, "facts": entry.facts}

@@ -47,5 +47,5 @@ def judge(arena: Arena) -> Row:
     validate, accuracy = arena.judged(arena.onnx)
     return {
         "validate": validate, "accuracy": accuracy, "images": arena.images, "onnx": str(arena.onnx.relative_to(ROOT)),
-        **arena.size(arena.model),
+        "held out": arena.held_out, **arena.size(arena.model), **arena.mistakes(arena.onnx),
     }  # fmt: skip

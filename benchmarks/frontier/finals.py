@@ -21,6 +21,7 @@ MOST_ARMS = 14
 def measure(group: str, store: Store, overrides: Overrides, folder: Path) -> Row | None:
     """Measure the finalists whose files are still there; None where there is none, or no dense network.
 
+    A contaminated session is refused: its finalists stay as they were, mostly unmeasured, and the next run tries again.
     Those whose files are gone keep the ratio that they had: the dense network is the common reference.
     """
     net = group.partition("/")[0]
@@ -31,16 +32,21 @@ def measure(group: str, store: Store, overrides: Overrides, folder: Path) -> Row
     profile = load_profile(builds.TARGET, {"measure": dict(overrides.get("measure", {}))})
     target = load_target(profile, folder / ".deploy")
     names, row = sorted(found), dict[str, object]()
-    ratios = {name: time for name, time in store.measured(group).items() if name not in found}
-    contaminated, sessions = False, 0
+    ratios: dict[str, list[float]] = dict(store.measured(group))
+    refused, sessions = 0, 0
     for start in range(0, len(names), MOST_ARMS):
         files = {name: builds.ROOT / found[name]["onnx"] for name in names[start : start + MOST_ARMS]}
         sitting = sit(target, dense, files, profile.measure, "accept")
+        if sitting.contaminated:
+            refused += 1
+            continue
         ratios |= {name: list(time) for name, time in sitting.times.items()}
-        contaminated, sessions = contaminated or sitting.contaminated, sessions + 1
+        sessions += 1
         row["ended"] = sitting.ended
+    if not sessions:
+        return None
     return {
         "final": group, "ratios": ratios, "sha256": {name: store.finalists(group)[name]["sha256"] for name in ratios},
-        "sessions": sessions, "contaminated": contaminated, "load": os.getloadavg()[0], **row,
+        "sessions": sessions, "refused": refused, "load": os.getloadavg()[0], **row,
         "machine": target.fingerprint().to_table(), "versions": tool_versions("onnxruntime"),
     }  # fmt: skip

@@ -6,6 +6,7 @@ labels alone, so that both differ in nothing but the recovery.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from pipeline.prune.capture import capture
 from pipeline.prune.groups import find_groups
 from pipeline.prune.repair import affordable, repair
 from pipeline.prune.surgery import prune
+from targets.harness.measurement import Session
 
-AFTER = ("recover", "export", "evaluate pruned", "accept")
-"""Steps of a build that are not part of finding and repairing the network."""
+AFTER = ("recover", "export", "evaluate pruned")
+"""Steps of a build that are not part of finding and repairing the network; accepting is, for it steers attempts."""
 
 
 def enter(arena: Arena, budget: str, contestant: str, folder: Path) -> Entry:
@@ -49,21 +51,33 @@ def built(arena: Arena, budget: str, flags: Sequence[str], work: Path, command: 
     if summary.get("latency_ratio") is None or not bundle:
         reason = summary.get("error") or summary.get("verdict")
         raise NeverMet(f"deploy build ended with {row['exit_code']}: {reason}", seconds, 0)
-    path = work / bundle
+    path, sessions = work / bundle, measured(work / summary["run"] / "journal")
     facts: dict[str, Any] = {key: row[key] for key in ("removed", "widths", "rounds")}
     facts |= {
         "verdict": summary["verdict"], "accepted": [summary["latency_ratio"], *summary["latency_ratio_interval"]],
-        "flags": list(flags), "parameters": summary["parameters"], "macs": summary["macs"],
+        "flags": list(flags), "search rounds": summary["rounds"],
+        "parameters": summary["parameters"], "macs": summary["macs"],
     }  # fmt: skip
     return Entry(
         start=lambda: repaired(arena, planned(path)),
         ratio=summary["latency_ratio"],
         before={name: told["validate"] for name, told in row["repairs"].items()},
         seconds=seconds,
-        sittings=summary["rounds"],
+        sittings=len(sessions),
+        contaminated=sum(sessions),
         facts=facts,
         finished=(path / "model.onnx", summary["accuracy"]),
     )
+
+
+def measured(journal: Path) -> list[bool]:
+    """Whether each session of a build was contaminated: those of the search and those that accept."""
+    found = []
+    for line in journal.read_text().splitlines():
+        entry = json.loads(line)
+        if str(entry["name"]).startswith("session "):
+            found.append(Session.from_json(entry["value"]).contaminated)
+    return found
 
 
 def planned(bundle: Path) -> PruningPlan:

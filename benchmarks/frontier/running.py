@@ -29,7 +29,7 @@ class Contest:
     """What is run. module: for `python -m`. results: the file of its rows; work: the folder of what they leave behind.
 
     units: those of the core, or all, in order. enter: a unit's network before its recovery. pace: how much is spent on
-    a unit. table: what there is so far, as text; record: as plain data; draw: as a picture, or None.
+    a unit. table: what there is so far (of the core), as text; record: as plain data; draw: as a picture, or None.
     """
 
     module: str
@@ -39,8 +39,8 @@ class Contest:
     units: Callable[[bool], Iterable[Unit]]
     enter: Callable[[Arena, Unit, Path, Path], Entry]
     pace: Callable[[Pace, Unit], Pace]
-    table: Callable[[Store], str]
-    record: Callable[[Store], dict[str, Any]]
+    table: Callable[[Store, bool], str]
+    record: Callable[[Store, bool], dict[str, Any]]
     draw: Callable[[Store, Path], None] | None = None
 
 
@@ -66,7 +66,7 @@ def main(contest: Contest, given: Sequence[str] | None = None) -> int:
         return 0
     if not asked.table:
         run(contest, chosen, results, asked, base)
-    _show(contest, Store.load(results), results)
+    _show(contest, Store.load(results), results, asked.core)
     return 0
 
 
@@ -142,11 +142,13 @@ def _finals(group: str, store: Store, quick: bool, base: Path) -> None:
     row = measure(group, store, (QUICK if quick else FULL).overrides, base)
     if row is not None:
         store.add(row)
+    if store.unmeasured(group):
+        print("   not all could be measured undisturbed; the next run tries again", flush=True)
 
 
-def _show(contest: Contest, store: Store, results: Path) -> None:
-    print(contest.table(store))
+def _show(contest: Contest, store: Store, results: Path, core: bool) -> None:
+    print(contest.table(store, core))
     if store.cells:
-        results.with_suffix(".json").write_text(json.dumps(contest.record(store), indent=1) + "\n")
+        results.with_suffix(".json").write_text(json.dumps(contest.record(store, core), indent=1) + "\n")
         if contest.draw is not None:
             contest.draw(store, results.with_suffix(".png"))

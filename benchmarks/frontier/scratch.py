@@ -4,12 +4,13 @@
 stage first, and narrows those that come next to the budget from above. Of these the slowest that keeps the budget as
 measured is trained: for the epochs that the dense weights had plus the one of the recovery, ten at most, with the
 recovery's optimizer, schedule and learning rate, from labels (`plain`) or with the dense network as a teacher
-(`distilled`).
+(`distilled`). A training that the ten cut short is called truncated and is no peer of the criterion.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.frontier.arena import Arena, Entry, NeverMet
-from benchmarks.frontier.bisection import settled
+from benchmarks.frontier.bisection import accepted, settled
 from benchmarks.frontier.dense import EPOCHS, LEARNING_RATE
 from benchmarks.frontier.trials import widths
 
@@ -68,26 +69,36 @@ def enter(arena: Arena, budget: float, contestant: str, folder: Path) -> Entry:
     if contestant == "scratch-depth":
         tried |= family.measured(narrowed(tried, limit))
     told = {f"{shape.width:g} {shape.blocks}": ratio for shape, ratio in tried.items()}
-    chosen = settled(tried, family.again, limit, lambda shape: -tried[shape])
+
+    def bound(shape: Shape) -> float:
+        tried[shape], high = family.accepted(shape, budget)
+        return high
+
+    chosen = accepted(
+        lambda limit: settled(tried, family.again, limit, lambda shape: -tried[shape]), bound, limit, budget
+    )
     seconds = {"search": time.monotonic() - begun}
     if chosen is None:
         raise NeverMet(
             f"{budget:g}x is never kept: the fastest is {min(tried.values()):.3f}x", seconds, family.sittings
         )
     model = family.made(chosen)
-    facts = {"width": chosen.width, "blocks": chosen.blocks, "tried": told, "widths": widths(model)}
-    epochs = min(EPOCHS[arena.net] + 1, arena.pace.most_epochs)
+    facts: dict[str, object] = {"width": chosen.width, "blocks": chosen.blocks, "tried": told, "widths": widths(model)}
+    wanted = EPOCHS[arena.net] + 1
+    epochs = min(wanted, arena.pace.most_epochs)
+    if epochs < wanted:
+        facts["truncated"] = [epochs, wanted]
     return Entry(
         lambda: arena.captured(model), tried[chosen], {}, seconds, family.sittings, facts,
-        epochs=epochs, learning_rate=LEARNING_RATE,
+        epochs=epochs, learning_rate=LEARNING_RATE, contaminated=family.contaminated,
     )  # fmt: skip
 
 
 class Family:
-    """Networks of a factory at other widths and depths. sittings: sessions that they were measured in."""
+    """Networks of a factory at other widths and depths. sittings: their sessions, `contaminated` of them disturbed."""
 
     def __init__(self, arena: Arena, folder: Path) -> None:
-        self.arena, self.folder, self.sittings = arena, folder, 0
+        self.arena, self.folder, self.sittings, self.contaminated = arena, folder, 0, 0
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def made(self, shape: Shape) -> nn.Module:
@@ -108,6 +119,14 @@ class Family:
         """One network's latency once more."""
         return self._sit([shape])[shape]
 
+    def accepted(self, shape: Shape, budget: float) -> tuple[float, float]:
+        """One network's ratio and upper bound in a session of accepting length; no bound where it was contaminated."""
+        file = self.arena.written(self.arena.captured(self.made(shape)), self.folder / "accepted.onnx")
+        time, contaminated, count = self.arena.accept(file, budget)
+        self.sittings += count
+        self.contaminated += contaminated
+        return time.ratio, math.nan if contaminated else time.high
+
     def _is_new(self, shape: Shape) -> bool:
         sizes = tuple(p.shape for p in self.made(shape).parameters())
         new = sizes not in self._seen
@@ -121,5 +140,6 @@ class Family:
             name: self.arena.written(self.arena.captured(self.made(shape)), self.folder / f"shape-{name}.onnx")
             for name, shape in named.items()
         }
-        times = self.arena.sit(files).times
-        return {shape: times[name].ratio for name, shape in named.items()}
+        sitting = self.arena.sit(files)
+        self.contaminated += sitting.contaminated
+        return {shape: sitting.times[name].ratio for name, shape in named.items()}

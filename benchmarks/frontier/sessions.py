@@ -11,7 +11,7 @@ from profiles.schema import MeasureSpec
 from targets.base import Target
 from targets.harness.measurement import Session
 
-DENSE, AGAIN = "dense", "dense-again"
+DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
 TRIES = 3
 
 
@@ -36,7 +36,7 @@ def sit(
 ) -> Sitting:
     """Measure the files beside the dense network, which stands in the session twice: both are the reference.
 
-    A contaminated session is taken again, up to three times in all; the last one stands.
+    A contaminated session is taken again, up to three times in all; the last one stands and says so.
     """
     artifacts = {DENSE: dense, AGAIN: dense, **files}
     built = {name: path.with_suffix(".artifact") for name, path in artifacts.items()}
@@ -46,6 +46,19 @@ def sit(
         if not session.contaminated:
             break
     return Sitting({name: timed(session, name) for name in files}, session.contaminated, session.ended)
+
+
+def accept(target: Target, dense: Path, file: Path, spec: MeasureSpec, budget: float) -> tuple[Sitting, int]:
+    """One network in a session that decides, and how many it took: a second one where the bounds enclose the budget."""
+    built = {name: path.with_suffix(".artifact") for name, path in ((DENSE, dense), (AGAIN, dense), (PRUNED, file))}
+    target.build_each({dense: built[DENSE], file: built[PRUNED]})
+    session, count = target.measure(built, spec, "accept"), 1
+    found = timed(session, PRUNED)
+    if session.contaminated or found.low <= budget < found.high:
+        more, count = target.measure(built, spec, "accept"), 2
+        if not more.contaminated:
+            session = more if session.contaminated else session.joined(more)
+    return Sitting({PRUNED: timed(session, PRUNED)}, session.contaminated, session.ended), count
 
 
 def timed(session: Session, name: str) -> Timed:

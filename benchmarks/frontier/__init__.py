@@ -18,7 +18,7 @@ Each cell is a line of benchmarks/results/frontier.jsonl; what they leave behind
 are not in the data are trained first (runs/trained). Contestants, as their users would run them:
 
     ours                        `deploy build` as it is (ours-solver-NAME, ours-criterion-NAME: with another method)
-    torch-pruning-METHOD-N      Torch-Pruning 1.6.1, widths rounded to N, its ratio searched for the budget: depgraph.py;
+    torch-pruning-METHOD-N      Torch-Pruning 1.6.1, widths rounded to N, its ratio searched likewise: depgraph.py;
                                 with -freed behind it where shortcuts are padded: they are convolutions then
     fastnas-N                   ModelOpt 0.47 FastNAS, widths multiples of N, its FLOPs searched likewise: fastnas.py
     scratch-width, -depth       the same network narrower or shallower, trained from nothing for as many steps in all as

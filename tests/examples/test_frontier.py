@@ -556,12 +556,18 @@ def unequal(model):
     return model.eval()
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """A tenth of what is taken in earnest."""
+    monkeypatch.setattr(depgraph, "STEPS", 40)
+
+
 def convolved(model):
     return [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor", "group-norm", "bn-scale"])
-def test_torch_pruning_cuts_inner_channels_to_multiples(method):
+def test_torch_pruning_cuts_inner_channels_to_multiples(method, few_steps):
     pytest.importorskip("torch_pruning", reason="pip install --no-deps torch-pruning==1.6.1")
     torch.manual_seed(0)
     example = (torch.randn(1, 3, 32, 32),)
@@ -575,7 +581,7 @@ def test_torch_pruning_cuts_inner_channels_to_multiples(method):
     assert way(0.4) is pruned and convolved(way(0.2)) != widths  # what was passed is still there
 
 
-def test_torch_pruning_rounded_to_eighths_goes_down_to_eight_channels():
+def test_torch_pruning_rounded_to_eighths_goes_down_to_eight_channels(few_steps):
     pytest.importorskip("torch_pruning", reason="pip install --no-deps torch-pruning==1.6.1")
     torch.manual_seed(0)
     example = (torch.randn(1, 3, 32, 32),)
@@ -597,7 +603,7 @@ def test_a_shortcut_written_as_a_convolution_computes_the_same_and_is_not_traine
 
 
 @pytest.mark.parametrize("method", ["magnitude", "taylor", "group-norm"])
-def test_torch_pruning_cuts_residual_streams_where_the_shortcut_is_a_convolution(method):
+def test_torch_pruning_cuts_residual_streams_where_the_shortcut_is_a_convolution(method, few_steps):
     pytest.importorskip("torch_pruning", reason="pip install --no-deps torch-pruning==1.6.1")
     torch.manual_seed(0)
     example = (torch.randn(1, 3, 32, 32),)

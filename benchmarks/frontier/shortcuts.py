@@ -37,7 +37,7 @@ def freed(model: nn.Module) -> nn.Module:
     found = copy.deepcopy(model)
     for stage in list(found.modules()):
         for name, block in list(stage.named_children()):
-            if isinstance(block, nn.Module) and getattr(block, "pad", 0) and hasattr(block, "conv2"):
+            if isinstance(block, nn.Module) and getattr(block, "pad", False) and hasattr(block, "conv2"):
                 setattr(stage, name, Selecting(block).train(block.training))  # type: ignore[arg-type]
     return fixed(found)
 

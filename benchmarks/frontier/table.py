@@ -172,7 +172,7 @@ def _judged(store: Store, own: Line, here: Sequence[Line], core: bool, before: s
         shares = [(weight, rivals.get(name, own).before) for weight, name in weights]
         at = [(weighed[0][0], dense["validate"]), *((weight, told[1]) for weight, told in shares if told)]
         variance = sum(weight**2 * share * (1 - share) for weight, share in at)
-        half = noise.scatter(variance, dense.get("held out", dense["images"]), noise.design(dense))
+        half = noise.scatter(variance, int(dense.get("held out") or dense["images"]), noise.design(dense))
     else:
         half = noise.half(weighed)
     return Judged(

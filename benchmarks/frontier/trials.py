@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 
 from benchmarks.frontier.arena import Arena, Entry, NeverMet
 from benchmarks.frontier.bisection import accepted, search, settled
+from benchmarks.frontier.sessions import Timed
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -24,7 +25,7 @@ class Trials:
     def __init__(self, arena: Arena, folder: Path, cut: Callable[[float], nn.Module | None]) -> None:
         self.arena, self.folder, self.cut = arena, folder, cut
         self.sittings, self.contaminated = 0, 0
-        self.accepted: list[tuple[float, float, float]] = []
+        self.accepted: list[Timed] = []
         self.tried: dict[float, float] = {}
         self._known: dict[Shapes, float] = {}
 
@@ -50,7 +51,7 @@ class Trials:
         time, contaminated, count = self.arena.accept(file, budget)
         self.sittings += count
         self.contaminated += contaminated
-        self.accepted.append(tuple(time))
+        self.accepted.append(time)
         self._known[shapes(model)] = self.tried[share] = time.ratio
         return math.nan if contaminated else time.high
 

@@ -112,6 +112,16 @@ def test_an_engine_is_kept_for_one_gpu_one_driver_and_one_library(change, tmp_pa
     assert before != after and len(list((tmp_path / "engines").iterdir())) == 2
 
 
+def test_an_engine_is_kept_for_one_power_mode_and_one_state_of_the_clocks(tmp_path, monkeypatch):
+    """The builder takes what was fastest as it was tried: what it took at 15 W is not for the board at its best."""
+    path, found = write_conv(tmp_path / "a.onnx"), []
+    for mode, locked in ((("15W", 0), False), (("15W", 0), True), (("MAXN_SUPER", 2), False), (("", None), None)):
+        monkeypatch.setattr(providers.jetson, "power_mode", lambda mode=mode: mode)
+        monkeypatch.setattr(providers.jetson, "gpu_locked", lambda locked=locked: locked)
+        found += [settings(path, str(tmp_path / "engines"))["trt_engine_cache_path"] for _ in range(2)]
+    assert found[::2] == found[1::2] and len(set(found)) == 4
+
+
 def test_what_is_no_network_is_refused_before_the_runtime_sees_it(tmp_path):
     (tmp_path / "no.onnx").write_bytes(b"no")
     with pytest.raises(AgentError, match="is no ONNX file"):

@@ -3,9 +3,10 @@
 The TensorRT provider builds an engine in every process unless it may keep it, and names a kept one by the graph's name
 and structure: networks with other weights, even with other shapes, then share one and give each other's answers
 (github.com/microsoft/onnxruntime, issues 6455 and 32254). So each network has a folder of its own, under a key that
-holds its bytes and those of the weights beside it, and what runs it: GPU, driver, CUDA, cuDNN, TensorRT. Only options
-are given that every version knows which takes any by name, since an unknown one is an error (onnxruntime.ai, "CUDA
-Execution Provider", "TensorRT Execution Provider"). Values are text.
+holds its bytes and those of the weights beside it, and what runs it: GPU, driver, CUDA, cuDNN, TensorRT; and, since the
+builder chooses by its own timings, the power mode and whether the clocks are locked. Only options are given that every
+version knows which takes any by name, since an unknown one is an error (onnxruntime.ai, "CUDA Execution Provider",
+"TensorRT Execution Provider"). Values are text.
 
 get_available_providers() names what was compiled in. Where CUDA, cuDNN or TensorRT do not load, a session is opened on
 the processor instead, with a warning in the log and nothing else: so each session is asked where it runs.
@@ -244,6 +245,6 @@ def key(path: str, settings: Dict[str, str], where: Table) -> str:
         "model": onnxfile.digests(path),
         "options": settings,
         "runtime": machine.runtime_build("onnxruntime"),
-        "device": [machine.machine(), jetson.release(), where],
+        "device": [machine.machine(), jetson.release(), where, jetson.power_mode(), jetson.gpu_locked()],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -34,11 +34,23 @@ def computes(item: pytest.Item) -> bool:
     return item.path.relative_to(ROOT).as_posix().startswith(COMPUTES)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Groups for the workers: a file each of what computes, and all the rest."""
+    """Groups for the workers: a file each of what computes, and all the rest.
+
+    First of all hooks: xdist's own reads the marks, and one that is set after it groups nothing.
+    """
     if config.pluginmanager.has_plugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(item.path.name if computes(item) else "measures"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Raises UsageError where the groups are not heard: two workers would measure at once, and nothing would say so."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError(
+            f"pytest {pytest.__version__} does not hear the groups of pytest-xdist; install what pyproject.toml names"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -62,7 +62,7 @@ def test_an_engine_of_a_changed_machine_is_not_built(here, tmp_path, monkeypatch
     monkeypatch.setattr(building, "facts", lambda name: {"library": library, "gpu": {}, "capabilities": []})
     built: list[list[str]] = []
 
-    def work(arguments, name, progress):
+    def work(arguments, name, progress, limit_s):
         built.append(arguments)
         raise InterruptedError
 

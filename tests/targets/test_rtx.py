@@ -17,6 +17,7 @@ from profiles.schema import MeasureSpec, load_profile
 from targets.base import load_target
 from targets.harness import building
 from targets.harness import lease as leases
+from targets.harness.agent.board import machine
 from targets.harness.agent.board.tensorrt import job, library
 from targets.local import Local
 from targets.rtx import MEND, Elsewhere
@@ -39,7 +40,7 @@ def rtx(tmp_path, capability=8.6, **keys):
 def elsewhere(tmp_path, monkeypatch):
     """An RTX 30 card, and no GPU in this machine whatever there is."""
     monkeypatch.setattr(building, "facts", lambda name: {**known[name], "gpu": {"none": "hidden"}})
-    known = {"tensorrt-rtx": building._work(["facts", "tensorrt-rtx"], "tensorrt-rtx", None)}
+    known = {"tensorrt-rtx": building._work(["facts", "tensorrt-rtx"], "tensorrt-rtx", None, machine.FACTS_S)}
     return rtx(tmp_path)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from targets.harness import device, pack
 from targets.harness import lease as leases
 from targets.harness.agent.board import machine, providers, rows
 from targets.harness.agent.board.base import AgentError
+from targets.harness.agent.board.files import contents, whole
 from targets.harness.agent.board.model import Model, open_session
 from targets.harness.agent.board.tensorrt import cuda, library
 from targets.harness.agent.board.tensorrt.errors import BoardError
@@ -61,6 +63,83 @@ def here(tmp_path, monkeypatch):
 
 def cpu_only(path, **options):
     return open_session(str(path), {"providers": [CPU], "threads": 1, "spin": False, **options})
+
+
+class Keeping(onnxruntime.InferenceSession):
+    """A session on the processor that keeps an engine as the TensorRT provider does: one that is there is trusted."""
+
+    built = 0
+    dies = False
+
+    def __init__(self, source, settings=None, providers=()):
+        self.asked = {each[0]: each[1] for each in providers}
+        engine = os.path.join(self.asked[TENSORRT]["trt_engine_cache_path"], "engine.engine")
+        if not os.path.exists(engine):
+            Keeping.built += 1
+            with open(engine, "wb") as file:
+                file.write(b"half")
+                if Keeping.dies:
+                    raise SystemExit("killed")
+                file.write(b" and half")
+        with open(engine, "rb") as file:
+            self.trusted = file.read()
+        super().__init__(source, settings, providers=[CPU])
+
+    def get_providers(self):
+        return [*self.asked, CPU]
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    """An ONNX Runtime whose TensorRT provider keeps engines."""
+    monkeypatch.setattr(providers, "prepare", lambda names, spin: None)
+    monkeypatch.setattr(providers, "hardware", lambda *names: {"gpu": "Orin"})
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Keeping)
+    monkeypatch.setattr(Keeping, "built", 0)
+    monkeypatch.setattr(Keeping, "dies", False)
+
+
+def test_an_engine_that_was_half_written_or_damaged_is_built_again_and_a_whole_one_is_not(keeping, tmp_path):
+    path, options = str(write_conv(tmp_path / "a.onnx")), {"providers": [TENSORRT], "engine_cache": str(tmp_path / "e")}
+
+    def opened():
+        return providers.opened(path, onnxruntime.SessionOptions(), options).trusted, Keeping.built
+
+    Keeping.dies = True
+    with pytest.raises(SystemExit):
+        opened()
+    Keeping.dies = False
+    assert opened() == (b"half and half", 2), "what was there had no seal"
+    assert opened() == (b"half and half", 2), "a whole one is used"
+    [engine] = (tmp_path / "e").glob("*/engine.engine")
+    engine.write_bytes(b"half")
+    assert opened() == (b"half and half", 3)
+    (engine.parent / ".seal").write_text("[")
+    assert opened() == (b"half and half", 4)
+
+
+def test_two_processes_that_open_one_network_build_one_engine(tmp_path):
+    held = (
+        "import sys, time; from targets.harness.agent.board.files import whole\n"
+        "with whole(sys.argv[1]):\n print('in', flush=True); sys.stdin.read(); open(sys.argv[1] + '/x', 'w').write('1')"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path / "e")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None and first.stdin is not None and first.stdout.readline() == "in\n"
+    seen = []
+
+    def second():
+        with whole(str(tmp_path / "e")):
+            seen.extend(contents(str(tmp_path / "e")))
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive() and seen == [], "it does not wait"
+    first.communicate(timeout=60)
+    waiting.join(60)
+    assert seen == ["x"]
 
 
 # --- on a machine without one --------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ The TensorRT provider builds an engine in every process unless it may keep it, a
 and structure: networks with other weights, even with other shapes, then share one and give each other's answers
 (github.com/microsoft/onnxruntime, issues 6455 and 32254). So each network has a folder of its own, under a key that
 holds its bytes and those of the weights beside it, and what runs it: GPU, driver, CUDA, cuDNN, TensorRT; and, since the
-builder chooses by its own timings, the power mode and whether the clocks are locked. Only options are given that every
-version knows which takes any by name, since an unknown one is an error (onnxruntime.ai, "CUDA Execution Provider",
-"TensorRT Execution Provider"). Values are text.
+builder chooses by its own timings, the power mode and whether the clocks are locked. It writes an engine in place and
+trusts what it finds, so a folder is sealed once a session is open, and emptied where the seal does not fit. Only
+options are given that every version knows which takes any by name, since an unknown one is an error (onnxruntime.ai,
+"CUDA Execution Provider", "TensorRT Execution Provider"). Values are text.
 
 get_available_providers() names what was compiled in. Where CUDA, cuDNN or TensorRT do not load, a session is opened on
 the processor instead, with a warning in the log and nothing else: so each session is asked where it runs.
@@ -23,6 +24,7 @@ from typing import Any, Dict, List, Sequence
 
 from . import jetson, machine
 from .base import Table
+from .files import whole
 
 CUDA: Dict[str, str] = {
     "device_id": "0",
@@ -62,7 +64,12 @@ def opened(path: str, settings: Any, options: Table) -> Any:
     where a provider is not there or does not start.
     """
     prepare(options["providers"], bool(options.get("spin")))
-    return session(path, settings, asked(path, options))
+    wanted = asked(path, options)
+    folders = [each[1].get("trt_engine_cache_path") for each in wanted if not isinstance(each, str)]
+    with contextlib.ExitStack() as held:
+        for folder in filter(None, folders):
+            held.enter_context(whole(folder))
+        return session(path, settings, wanted)
 
 
 def prepare(names: Sequence[str], spin: bool) -> None:

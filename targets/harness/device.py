@@ -30,7 +30,7 @@ Look = Callable[[Mapping[str, Any], Mapping[str, Any]], object]
 """Called with the facts of a device once it is leased, and with its state before a `drive`; what it raises ends the
 job."""
 
-LATER = frozenset({"board", "power_mode", "gpu", "libraries"})
+LATER = frozenset({"serial", "board", "power_mode", "gpu", "libraries"})
 """Fields of a fingerprint that are part of it only where a device has them."""
 
 
@@ -39,7 +39,8 @@ class Fingerprint:
     """What a latency depends on and what stays the same between runs on one machine.
 
     cpu_flags and runtime_build are SHA-256 hashes; cpu_quota: cores that a control group allows, or None; power: the
-    frequency governor, "" where the system shows none; clocks: "locked", "floating" or "hidden". board and power_mode:
+    frequency governor, "" where the system shows none; clocks: "locked", "floating" or "hidden". serial: of a board
+    with a device tree, since two of one model differ in speed; elsewhere only root may read it. board and power_mode:
     of a Jetson, its module with the release of its system, and the mode by name. gpu: what engines run on, with the
     versions of CUDA and of the driver. libraries: TensorRT and cuDNN with version and hash, where ONNX Runtime runs on
     a GPU by them.
@@ -62,6 +63,7 @@ class Fingerprint:
     threads: int
     spin: bool
     simulated: bool = False
+    serial: str = ""
     board: str = ""
     power_mode: str = ""
     gpu: str = ""

@@ -95,6 +95,23 @@ def test_rows_of_another_power_mode_are_not_kept_as_those_of_the_first(orin: Sho
         target.board.close()
 
 
+def test_another_board_of_the_same_model_is_another_device(orin: Shown, conv, tmp_path):  # noqa: F811
+    """A module that is swapped on its carrier keeps the address, and everything else that is told of it."""
+    serial = orin.place / "firmware/devicetree/base/serial-number"
+    file = orin.board.file("orin", 'runtime = "ort"', "jetson = { telemetry_ms = 0 }", extends="jetson-orin-nano")
+    target = load_target(load_profile(str(file)), tmp_path / ".deploy")
+    try:
+        serial.write_bytes(b"1423423019999\0")
+        first = target.fingerprint()
+        assert first.serial == "1423423019999" and first.to_table()["serial"] == first.serial
+        serial.write_bytes(b"1423423020000\0")
+        with pytest.raises(UndecidedError, match="device has changed: serial was 1423423019999, is 1423423020000"):
+            target.rows([conv()], conv(), 2)
+    finally:
+        serial.unlink(missing_ok=True)
+        target.board.close()
+
+
 def test_engines_of_another_power_mode_are_not_kept_as_those_of_the_first(orin: Shown, tmp_path):  # noqa: F811
     with installed(orin.board, make_site(tmp_path / "site")):
         file = orin.board.file("trt", 'runtime = "tensorrt"', "jetson = { telemetry_ms = 0 }",

@@ -168,6 +168,7 @@ def facts(runtime: str, names: Sequence[str] = ()) -> Table:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found: Table = {
         "machine": machine(),
+        "serial": jetson.tree("serial-number"),
         "cpu": name,
         "cpu_flags": flags,
         "cores": usable_cores(),

@@ -12,13 +12,11 @@ import hashlib
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,6 +29,7 @@ from targets.harness.agent.board import driver, machine
 from targets.harness.agent.board.files import sha256
 from targets.harness.device import Fingerprint, Preflight
 from targets.harness.measurement import Measurement, Session, block_from_table, pace_of
+from targets.harness.spool import working_folder
 
 PROCESS_SAMPLES = 720
 """Inferences in each accepting process: with fewer than 662 its 99th percentile has no upper bound."""
@@ -237,7 +236,7 @@ def run_agent(
 
     folder: where its temporary files go. started: called with the process id. Raises DeployError for what went wrong.
     """
-    with _spool(folder) as spool:
+    with working_folder(folder, "measure-") as spool:
         job_file, out = spool / "job.json", spool / "out.json"
         _write(job_file, json.dumps(job))
         with (spool / "stderr").open("w+b") as errors:
@@ -257,28 +256,6 @@ def run_agent(
                 errors.seek(0)
                 raise died(process.returncode, errors.read().decode("utf-8", "replace"))
         return _read_result(out, last["sha256"])
-
-
-@contextlib.contextmanager
-def _spool(folder: Path) -> Iterator[Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        spool = tempfile.TemporaryDirectory(dir=folder, prefix=f"measure-{os.getpid()}-")
-    except OSError as error:
-        raise DeployError(
-            f"cannot make a folder in '{folder}': {error.strerror}.", "free space or choose another folder."
-        ) from None
-    with spool as name:
-        yield Path(name)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left behind."""
-    for left in folder.glob("measure-*-*"):
-        pid = left.name.split("-")[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,6 @@ The builder runs in a process of its own (`agent/board/tensorrt/job.py`), which 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -17,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from targets.harness import pack
 from targets.harness.agent.board import machine
 from targets.harness.agent.board.tensorrt import dla
 from targets.harness.engines import Engines, engine_key, model_digest, timing_name
+from targets.harness.spool import working_folder
 
 INSTALL = {
     "tensorrt": "JetPack brings it; elsewhere: pip install tensorrt, from where NVIDIA's index is reached.",
@@ -36,10 +36,7 @@ INSTALL = {
 BUILD_HINT = 'export the network again, or run it elsewhere: runtime = "ort".'
 BUILD_LIMIT_S = 3600.0
 """For the engine of one network, which takes minutes."""
-LOCK = "lock"
-"""The file of a working folder that is locked while somebody builds there."""
-LEFT_S = 86400.0
-"""A folder without that file is of a version that had none, or is being made: after so long it is nobody's."""
+PREFIX = "build-"
 KILL_S = 5.0
 HUNG_HINT = "the GPU's driver may hang: look at it (dmesg | tail, nvidia-smi), and start the machine anew."
 KILLED_HINT = "lower tensorrt.workspace_mib, close what else holds memory, or add swap while building."
@@ -156,7 +153,7 @@ def build_each(
     keys = {onnx: engine_key(onnx, options, here["library"], _where(here, options, device)) for onnx in models}
     missing = {key: onnx for onnx, key in keys.items() if engines.find(key) is None}
     if missing:
-        with _building(state) as folder:
+        with working_folder(state, PREFIX) as folder:
             records = site.build(list(missing.values()), order, folder, progress)
             for number, (key, record) in enumerate(zip(missing, records, strict=True)):
                 own = {"model": model_digest(missing[key]), "options": options}
@@ -186,71 +183,6 @@ def _copy(plan: Path, out: Path) -> None:
     except OSError as error:
         hint = "free space or choose another folder."
         raise DeployError(f"cannot write '{out}': {error.strerror}.", hint) from None
-
-
-@contextmanager
-def _building(state: Path) -> Iterator[Path]:
-    """A folder to build in, gone afterwards. Raises DeployError where none can be made."""
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        _sweep(state)
-        folder, held = _held_folder(state)
-    except OSError as error:
-        message = f"cannot make a folder in '{state}': {error.strerror}."
-        raise DeployError(message, "free space or choose another folder.") from None
-    try:
-        with folder as name:
-            yield Path(name)
-    finally:
-        os.close(held)
-
-
-def _held_folder(state: Path) -> tuple[tempfile.TemporaryDirectory[str], int]:
-    """A new folder, and its locked file: another process may sweep it before it is locked, which needs another one."""
-    while True:
-        folder = tempfile.TemporaryDirectory(dir=state, prefix="build-")
-        held = None
-        try:
-            held = _locked(Path(folder.name) / LOCK, os.O_CREAT)
-        finally:
-            if held is None:
-                folder.cleanup()
-        if held is not None:
-            return folder, held
-
-
-def _locked(path: Path, flags: int = 0) -> int | None:
-    """Descriptor of a file that nobody else has locked, or None; a file that was removed meanwhile is not it."""
-    file = os.open(path, os.O_RDWR | flags, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.stat(path), os.fstat(file)):
-            return file
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(file)
-        raise
-    os.close(file)
-    return None
-
-
-def _sweep(state: Path) -> None:
-    """Remove what killed builds left behind.
-
-    A build in another container has no process here, so whether one is at work is asked of its lock.
-    """
-    for left in state.glob("build-*"):
-        with contextlib.suppress(OSError):
-            try:
-                held = _locked(left / LOCK)
-            except FileNotFoundError:
-                if time.time() - left.stat().st_mtime > LEFT_S:
-                    shutil.rmtree(left, ignore_errors=True)
-                continue
-            if held is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(held)
 
 
 def _work(arguments: list[str], name: str, progress: Progress | None, limit_s: float) -> Table:

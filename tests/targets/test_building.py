@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -101,54 +100,6 @@ def test_a_crash_of_the_builder_leaves_no_folder_and_says_so(tmp_path, monkeypat
     with pytest.raises(DeployError, match=r"the building process crashed by signal 11 \(SIGSEGV\)\."):
         building.build(path, tmp_path / "a.plan", "tensorrt", OPTIONS, tmp_path / ".deploy")
     assert list((tmp_path / ".deploy").iterdir()) == []
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from targets.harness import building
-with building._building(Path(sys.argv[1])):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_build_that_has_no_process_here_keeps_its_folder_and_a_killed_ones_is_swept(tmp_path, monkeypatch):
-    """In another container the number of its process is nobody's here, or somebody else's."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    assert subprocess.run(command, cwd=BOARD.parents[4], check=False).returncode == -9
-    (left,) = tmp_path.iterdir()
-    monkeypatch.setattr(building.os, "getpid", lambda: 2**22 + 1)
-    with building._building(tmp_path) as folder:
-        assert folder.is_dir() and not left.exists()
-        with building._building(tmp_path) as other:
-            assert folder.is_dir() and other != folder
-        (folder / "engine-0.plan").write_bytes(b"plan")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    plain, made = fcntl.flock, []
-
-    def late(file: int, kind: int) -> None:
-        """Another process sweeps between the making of the lock file and its locking."""
-        if not made:
-            made.extend(tmp_path.iterdir())
-            building._sweep(tmp_path)
-        plain(file, kind)
-
-    monkeypatch.setattr(building.fcntl, "flock", late)
-    with building._building(tmp_path) as folder:
-        assert len(made) == 1 and folder != made[0] and not made[0].exists()
-        assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_folder_without_a_lock_is_swept_after_a_day(tmp_path):
-    old, new = tmp_path / "build-1-old", tmp_path / "build-new"
-    for folder in (old, new):
-        folder.mkdir()
-    os.utime(old, (0, 0))
-    with building._building(tmp_path):
-        assert new.is_dir() and not old.exists()
 
 
 @pytest.mark.parametrize("closes", ["", "exec 1>&-; "])

@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/deploy build --target local --project examples/digits --budget 0.5x
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -70,11 +70,14 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory, device: Target) -> Contents:
-    """A real network, measured for real, if briefly."""
+    """A real network, measured for real, if briefly; again where this machine was disturbed meanwhile."""
     folder = tmp_path_factory.mktemp("nets")
     for name, width in (("dense", 64), ("pruned", 16)):
         onnx.save(network(width), folder / f"{name}.onnx")
-    session = device.measure({"pruned": folder / "pruned.onnx", "dense": folder / "dense.onnx"}, SHORT, "accept")
+    for _ in range(10):
+        session = device.measure({"pruned": folder / "pruned.onnx", "dense": folder / "dense.onnx"}, SHORT, "accept")
+        if not session.contamination:
+            break
     given = np.random.default_rng(0).normal(size=(1, 3, 16, 16)).astype(np.float32)
     weights = {t.name: numpy_helper.to_array(t) for t in network(16).graph.initializer}
     return Contents(

@@ -40,6 +40,8 @@ BOARDS = tuple(
 )  # fmt: skip
 """Files of tests on boards, and on builders."""
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line has it, here for two workers
+
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGTERM):
     signal.signal(number, signal.SIG_DFL)

@@ -19,6 +19,8 @@ FIXED = {
     "mvit_v2_s": 224,
     "ssd300_vgg16": 300,
 } | {f"vgg{n}": 224 for n in (11, 13, 16, 19)}  # networks that ask for a size, or for at least one
+ONE_TOKEN = {"efficientvit_m0": 224, "levit_128s": 224, "levit_conv_128s": 224, "shvit_s1": 224}
+"""Networks whose last attention sees a single token of a smaller image: a softmax over one is 1 whatever it is of."""
 TIMM = """
 convnext_atto convnext_tiny convnextv2_atto edgenext_xx_small edgenext_small mobilenetv4_conv_small
 mobilenetv4_hybrid_medium mobilenetv3_small_100 efficientnet_lite0 tf_efficientnetv2_b0 efficientnetv2_rw_t regnetx_004
@@ -132,6 +134,7 @@ class Detector(nn.Module):
 
 def _timm(name: str, size: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
     timm: Any = importlib.import_module("timm")
+    size = max(size, ONE_TOKEN.get(name, size))
     for options in ({"img_size": size}, {}):
         try:
             model: nn.Module = timm.create_model(name, pretrained=False, **options).eval()

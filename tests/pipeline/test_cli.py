@@ -73,6 +73,16 @@ def test_help_starts_in_less_than_four_tenths_of_a_second():
     assert min(seconds() for _ in range(5)) < 0.4  # the best of five: other work on the machine is not ours
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "1000"), ("300000", "300000")])
+def test_threads_of_torch_that_wait_leave_the_core_to_others_unless_the_user_says_how(given: str | None, expected: str):
+    told = "import os, sys; sys.exit(print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules))"
+    begin = f"import click; from pipeline.cli import app, main; app.main = lambda *_, **__: exec({told!r}); main([])"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {} if given is None else {"GOMP_SPINCOUNT": given}
+    done = subprocess.run([sys.executable, "-c", begin], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [expected, "False"], "it is set before torch reads it"
+
+
 def test_the_version_is_the_tools_and_every_runtimes(capsys: pytest.CaptureFixture[str]):
     code, out, _ = deploy(capsys, "--version")
     names = [line.split()[0] for line in out.splitlines()]

@@ -173,6 +173,7 @@ NO_OUTPUTS = {
 
 
 @only_without
+@pytest.mark.usefixtures("leave_no_project_behind")
 def test_where_only_trtexec_is_there_a_build_is_refused_at_its_start(stand_in, tmp_path, monkeypatch):  # noqa: F811
     """Its outputs could not be judged. What only times is not refused."""
     monkeypatch.setenv("PATH", str(Path(stand_in().path).parent), prepend=":")

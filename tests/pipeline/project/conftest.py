@@ -13,6 +13,8 @@ from pipeline.project import usercode
 
 @pytest.fixture(autouse=True)
 def one_thread_and_a_clean_path():
+    if usercode._active is not None:  # of a test of another folder
+        usercode._active.leave()
     threads, path = torch.get_num_threads(), list(sys.path)
     torch.set_num_threads(1)
     yield

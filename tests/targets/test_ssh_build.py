@@ -31,7 +31,7 @@ def deploy(*words: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> dict[str, object]:
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, f"{out}{err}"
     told: dict[str, object] = json.loads(out)
     return told
@@ -96,6 +96,7 @@ def wait(process: subprocess.Popen[str], reached, what: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not (DATA / "gtsrb32").is_dir(), reason=f"no gtsrb32 in {DATA}; set EDGE_DATA to its folder")
 def test_a_trained_network_is_built_on_a_board_though_the_link_fails_and_the_client_is_killed(
     board: TestBoard, tmp_path: Path

@@ -1,21 +1,24 @@
 """Groups are proved, not believed: the dense net with units masked at every reader must equal the net physically cut.
 
 The proof runs in float64 on a copy with random weights, norms, biases and layer scales (on trained or zero-initialised
-weights it can be vacuous), half of the units of every group removed. All groups are proved together; where that fails
-they are bisected, and what fails alone is refuted with its reason. The outputs must react to every group, seen from the
-gradient of its gates, and the cut net must survive a training step. Groups that stay silent because random weights of
-unit gain saturate a gate or a softmax behind them are proved again on smaller weights.
+weights it can be vacuous), half of the units of every group removed. The weights are levelled, so that however deep the
+net is, its outputs react to every layer. All groups are proved together; where that fails they are bisected, and what
+fails alone is refuted with its reason. The outputs must react to every group by more than two nets are told apart by,
+seen from the gradient of its gates, and the cut net must survive a training step.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pipeline.nouns import Block, ChannelGroup, DropBlock, KeepUnits, PruningPlan, Topology
@@ -28,7 +31,15 @@ from profiles.errors import DeployError
 
 TOLERANCE = 1e-8
 LARGEST = 1e-5
-QUIET_GAIN = 0.2
+HEARD = 100 * TOLERANCE
+"""Least reaction of the outputs to a group that is proved, relative to 1 + the largest output."""
+SILENT = "the outputs do not react to it"
+DRAWS = 3
+"""Random networks that are drawn until all groups are heard: a unit can be dead in one of them."""
+MIXING = dict.fromkeys((F.linear, torch.matmul, torch.bmm, operator.matmul, torch.einsum), -1) | dict.fromkeys(
+    (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1
+)
+"""Functions whose outputs grow with a weight that they are given -> axis of the channels."""
 FAILS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, DeployError)
 """What a forward of the user's raises when its module was cut in a way that it does not bear."""
 Item = ChannelGroup | Block
@@ -53,6 +64,71 @@ def randomised(graph: fx.GraphModule, seed: int, gain: float = 1.0) -> fx.GraphM
     return copied
 
 
+@torch.no_grad()
+def levelled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph, its weights scaled and its biases and means moved, so that every layer varies by about one.
+
+    Each channel varies over the samples and positions of these inputs, about its random bias (data-dependent
+    initialisation, Krähenbühl et al. 2016; Mishkin and Matas 2016). Without it the values of a deep random network grow
+    beyond what float64 tells apart, gates and softmaxes saturate, and tokens become alike, which attention does not
+    react to (Dong et al. 2021, rank collapse). A weight that several layers share is scaled at the first of them.
+    """
+    _Levelling(graph).run(*inputs)
+    return graph
+
+
+class _Levelling(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.waiting = {id(value) for value in graph.parameters() if value.dim() > 1}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module, call = self.fetch_attr(target), super().call_module
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            _standardise(module, args[0])
+        axis = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        return self._levelled(lambda: call(target, args, kwargs), weight, bias, axis)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        call, axis = super().call_function, MIXING.get(target)
+        if axis is None:
+            return call(target, args, kwargs)
+        weight = next((x for x in args if id(x) in self.waiting), None)
+        bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
+        return self._levelled(lambda: call(target, args, kwargs), weight, bias, axis)
+
+    def _levelled(self, call: Callable[[], Any], weight: Any, bias: Any, axis: int) -> Any:
+        out = call()
+        if id(weight) not in self.waiting or not isinstance(out, Tensor):
+            return out
+        self.waiting.discard(id(weight))
+        _, spread = _moments(out, axis)
+        if not 0 < spread < math.inf:
+            return out
+        weight /= spread
+        if isinstance(bias, nn.Parameter) and bias.dim() == 1:
+            mean, _ = _moments(call(), axis)
+            bias.sub_(mean - bias)
+        return call()
+
+
+def _moments(x: Tensor, axis: int) -> tuple[Tensor, float]:
+    """Mean of every channel, and how far all are from theirs."""
+    channels = x.movedim(axis, 0).flatten(1)
+    mean = channels.mean(1)
+    return mean, float((channels - mean[:, None]).square().mean().sqrt())
+
+
+def _standardise(norm: nn.modules.batchnorm._BatchNorm, x: Tensor) -> None:
+    """Statistics about those of the input, where they were about 0 and 1."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    mean, spread = _moments(x, 1)
+    if 0 < spread < math.inf:
+        norm.running_mean.mul_(spread).add_(mean)
+        norm.running_var.mul_(spread**2)
+
+
 def _half(group: ChannelGroup, seed: int) -> KeepUnits:
     digest = int(hashlib.sha256(f"{seed}:{group.id}".encode()).hexdigest()[:8], 16)
     kept = np.random.default_rng(digest).permutation(group.size)[: max(1, group.size // 2)]
@@ -60,13 +136,13 @@ def _half(group: ChannelGroup, seed: int) -> KeepUnits:
 
 
 class _Proof:
-    def __init__(self, network: Network, seed: int, gain: float = 1.0) -> None:
+    def __init__(self, network: Network, seed: int) -> None:
         self.topology = network.topology
         self.readers = network.readers
         self.seed = seed
-        self.graph = randomised(network.graph, seed, gain)
         source = torch.Generator().manual_seed(seed)
         self.inputs = tuple(_random_like(x, source) for x in network.example)
+        self.graph = levelled(randomised(network.graph, seed), self.inputs)
         self.reasons: dict[str, str] = {}
 
     def difference(self, items: Sequence[Item], *, train: bool) -> str | None:
@@ -166,48 +242,56 @@ class _Gated(TouchedRun):
 
 
 def _reactions(proof: _Proof, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
-    """Absolute gradient of a random read-out of the outputs to the gate of every unit, and of every block."""
+    """Absolute gradient of a random read-out of the outputs to the gate of every unit, and of every block.
+
+    Relative to 1 + the largest output, as two networks are told apart.
+    """
     gates = torch.ones(proof.topology.count + 1, dtype=torch.float64, requires_grad=True)
     each = torch.ones(len(blocks), dtype=torch.float64, requires_grad=True)
     outputs = _flat(_Gated(proof.graph, proof.readers, gates, blocks, each).run(*proof.inputs))
     weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = torch.autograd.grad((outputs * weights).sum(), (gates, each), allow_unused=True)
-    unit, block = (torch.zeros_like(x) if g is None else g.abs() for g, x in zip(found, (gates, each), strict=True))
+    size = 1 + outputs.detach().abs().max()
+    unit, block = (
+        torch.zeros_like(x) if g is None else g.abs() / size for g, x in zip(found, (gates, each), strict=True)
+    )
     return unit, block
 
 
-def _quiet(network: Network, proof: _Proof, groups: Sequence[ChannelGroup], seed: int) -> list[Item]:
-    """Those of the groups that pass on smaller weights, where gates and softmaxes are less often saturated."""
-    calm = _Proof(network, seed + 1, QUIET_GAIN)
-    reactions, _ = _reactions(calm, ())
-    heard: list[Item] = [g for g in groups if float(reactions[list(g.units)].max()) > 0]
-    passed = calm.accept(heard, train=True)
-    found = {item.id for item in heard}
-    proof.reasons |= calm.reasons | {g.id: "the outputs do not react to it" for g in groups if g.id not in found}
-    return passed
+def _heard(proof: _Proof, groups: Sequence[ChannelGroup], reactions: Tensor) -> tuple[list[Item], list[ChannelGroup]]:
+    """Those that the outputs react to and that pass, and those that they do not react to."""
+    loud, silent = list[Item](), list[ChannelGroup]()
+    for group in groups:
+        heard = float(reactions[list(group.units)].max()) >= HEARD
+        (loud if heard else silent).append(group)
+    return proof.accept(loud, train=True), silent
 
 
 def refute(network: Network, *, seed: int = 0) -> dict[str, str]:
     """Why each group or block that is not frozen yet cannot be offered; those that pass are not in the result."""
-    proof = _Proof(network, seed)
     topology: Topology = network.topology
     blocks = list(topology.removable)
     try:
+        proof = _Proof(network, seed)
         reactions, moves = _reactions(proof, blocks)
     except FAILS as error:
         every: list[Item] = [*topology.offered, *blocks]
         return {item.id: _failure("masking", error) for item in every}
-    groups: list[Item] = [g for g in topology.offered if float(reactions[list(g.units)].max()) > 0]
-    quiet = [g for g in topology.offered if float(reactions[list(g.units)].max()) == 0]
-    groups = proof.accept(groups, train=True)
-    if quiet:
-        groups += _quiet(network, proof, quiet, seed)
+    groups, silent = _heard(proof, topology.offered, reactions)
+    for draw in range(1, DRAWS):
+        if not silent:
+            break
+        other = _Proof(network, seed + draw)
+        more, silent = _heard(other, silent, _reactions(other, ())[0])
+        groups += more
+        proof.reasons |= other.reasons
+    proof.reasons |= {group.id: SILENT for group in silent}
     moving: list[Item] = []
     for block, move in zip(blocks, moves.tolist(), strict=True):
-        if move > 0:
+        if move >= HEARD:
             moving.append(block)
         else:
-            proof.reasons[block.id] = "the outputs do not react to it"
+            proof.reasons[block.id] = SILENT
     stays = proof.accept(moving, train=True)
     inner = {block.id for block in stays}
     proof.accept([*stays, *(g for g in groups if not (isinstance(g, ChannelGroup) and g.block in inner))], train=False)

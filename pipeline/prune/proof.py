@@ -210,7 +210,11 @@ def _apart(a: Tensor, b: Tensor) -> float:
 
 
 def _train_step(pruned: nn.Module, inputs: tuple[Tensor, ...]) -> str | None:
-    named = [(name, value) for name, value in pruned.named_parameters() if value.requires_grad]
+    named = [(name, value) for name, value in pruned.named_parameters() if value.is_floating_point()]
+    if not named:
+        return None
+    for _, value in named:
+        value.requires_grad_(True)  # those of the user's that are frozen too
     loss = _flat(pruned.train()(*inputs)).square().mean()
     gradients = torch.autograd.grad(loss, [value for _, value in named], allow_unused=True)
     for (name, _), gradient in zip(named, gradients, strict=True):

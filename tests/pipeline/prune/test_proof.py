@@ -121,3 +121,11 @@ def test_a_group_that_the_outputs_cannot_react_to_is_refuted_as_such():
     network = coupled((Alone(), torch.randn(1, 1, 8)))
     (keys,) = (group for group in network.topology.offered if "attention.key.weight[0]" in group.members)
     assert proof.refute(network) == {keys.id: proof.SILENT}
+
+
+def test_a_network_whose_parameters_take_no_gradients_has_the_same_groups():
+    model, example = deep(2)
+    free = find_groups(capture(model.eval(), (example,)))
+    frozen = find_groups(capture(model.requires_grad_(False).eval(), (example,)))
+    assert free.topology.offered and frozen.topology.offered == free.topology.offered
+    assert not any(parameter.requires_grad for parameter in frozen.graph.parameters())

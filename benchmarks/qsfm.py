@@ -160,7 +160,7 @@ class Both:
     Everett (1963): the answer at a multiplier is the best of all plans that need no more of either figure.
     """
 
-    TRIES = False
+    TRIES, VALUES = False, True
     TURNS = 5
 
     @classmethod

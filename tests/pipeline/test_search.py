@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -391,7 +391,7 @@ def test_values_never_rise_with_width_and_are_never_below_zero():
 class Trying:
     """A solver that measures the exact solver's answer and two narrower networks, twice, and keeps the best."""
 
-    TRIES = True
+    TRIES, VALUES = True, True
 
     def __init__(self) -> None:
         self.answers: list[list[float]] = []
@@ -425,3 +425,30 @@ def test_a_solver_that_tries_is_asked_once_a_round_and_nothing_is_measured_or_tr
     ratios = [ms / TABLE.dense_ms for ms in solver.answers[0]]
     assert ratios == pytest.approx([device.true_ratio(PruningPlan.from_json(text)) for text in trials])
     assert found.chosen is not None and found.chosen.measured is not None
+
+
+@pytest.mark.parametrize("name", ["uniform", "threshold", "cumulative"])
+@pytest.mark.parametrize("bias", [0.95, 1.08])
+def test_what_a_solver_chose_without_values_is_what_ships_and_not_the_best_of_what_lies_around(name, bias):
+    module = cast(Solver, plugins.load("pipeline.latency.solvers", name))
+    answers: list[Solution] = []
+
+    class Watched:
+        TRIES, VALUES = module.TRIES, module.VALUES
+
+        @staticmethod
+        def solve(*asked: Any) -> Solution:
+            answers.append(module.solve(*asked))
+            return answers[-1]
+
+    found = Device(bias).search(0.5, solver=cast(Solver, Watched))
+    assert found.chosen is not None and found.chosen.ratio <= 0.5
+    own = [(dict(answer.widths), answer.dropped) for answer in answers]
+    assert {(tuple(c.widths.items()), c.dropped) for c in found.tried} == {(tuple(w.items()), d) for w, d in own}
+
+
+def test_only_the_controls_choose_without_values():
+    solvers = {
+        name: plugins.load("pipeline.latency.solvers", name) for name in plugins.names("pipeline.latency.solvers")
+    }
+    assert {name for name, module in solvers.items() if not module.VALUES} == {"uniform", "threshold", "cumulative"}

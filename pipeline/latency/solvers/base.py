@@ -3,7 +3,8 @@
 A solver is a file with one function `solve`. It returns a `Solution` whose widths are all on the table's grid and whose
 predicted latency is at most `budget_ms`; when there is none it raises the `MissedError` of `infeasible`. A solver that
 searches by trying sets TRIES and asks its `trial`; the loop then calls it once a round, and not again for every turn of
-measured values. In a dry run there is no trial, and it has to do without.
+measured values. In a dry run there is no trial, and it has to do without. Nor is one asked again whose choice does not
+depend on values (VALUES = False, the controls): what ships is its own answer, not the best of what lies around it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ FIT = 1.0 + 1e-6
 
 
 class Solver(Protocol):
-    """A module of this folder. TRIES: whether it asks a trial."""
+    """A module of this folder. TRIES: whether it asks a trial. VALUES: whether its choice depends on values."""
 
     TRIES: bool
+    VALUES: bool
 
     def solve(
         self,

@@ -34,6 +34,7 @@ from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topolog
 from profiles.schema import PruneSpec
 
 TRIES = True
+VALUES = True
 LEVELS = 4
 FURTHER = 2
 BEAM = 3

@@ -24,6 +24,7 @@ TIE = 1e-4
 
 
 TRIES = False
+VALUES = True
 
 
 def solve(

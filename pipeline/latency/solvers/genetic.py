@@ -36,6 +36,7 @@ from profiles.errors import MissedError
 from profiles.schema import PruneSpec
 
 TRIES = True
+VALUES = True
 POPULATION = 96
 GENERATIONS = 150
 PATIENCE = 40

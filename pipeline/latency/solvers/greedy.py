@@ -134,6 +134,7 @@ class Descent:
 
 
 TRIES = False
+VALUES = True
 
 
 def solve(

@@ -34,6 +34,7 @@ from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topolog
 from profiles.schema import PruneSpec
 
 TRIES = False
+VALUES = True
 STEPS = 12
 AGAIN = 3
 """How often the last budget is solved for once more, at the prices of its own answer."""

@@ -30,6 +30,7 @@ from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topolog
 from profiles.schema import PruneSpec
 
 TRIES = True
+VALUES = True
 ROUNDS = 24
 DECAY = 0.96
 JUDGED = 5

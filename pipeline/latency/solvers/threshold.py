@@ -32,6 +32,7 @@ from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topolog
 from profiles.schema import PruneSpec
 
 TRIES = False
+VALUES = False
 LEAST_COST = 1e-6
 """Smallest cost of a unit, relative to the largest."""
 

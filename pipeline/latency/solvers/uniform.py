@@ -16,6 +16,7 @@ from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topolog
 from profiles.schema import PruneSpec
 
 TRIES = False
+VALUES = False
 
 
 def solve(

@@ -21,8 +21,7 @@ import onnx
 from safetensors.torch import load_file, save
 from torch import fx
 
-from pipeline import losses, ondevice, outcome, precision, prepare, unmeasured
-from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
+from pipeline import demands, losses, ondevice, outcome, precision, prepare, unmeasured
 from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow
 from pipeline.graph.optimize import PassLog, optimize
@@ -35,12 +34,11 @@ from pipeline.latency.tabulate import tabulate
 from pipeline.latency.timing import Tally
 from pipeline.nouns import KeepUnits, LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.prepare import hashes, state
-from pipeline.project import Project, load_project, predict_torch
-from pipeline.prune.criteria.base import PACKAGE as CRITERIA
-from pipeline.prune.evidence import Evidence, Samples
+from pipeline.project import load_project, predict_torch
+from pipeline.prune.evidence import Evidence
 from pipeline.prune.hashing import adaptive
 from pipeline.prune.plan import make_plan, resolve
-from pipeline.prune.ranking import rank, require_labels
+from pipeline.prune.ranking import rank
 from pipeline.prune.repair import NEED_INPUTS, repair
 from pipeline.prune.repair import affordable as repair_limit
 from pipeline.prune.surgery import prune, restore
@@ -51,15 +49,13 @@ from pipeline.search import Found, Loop, Search
 from pipeline.stage import Outcome, Stage
 from pipeline.work import DENSE, PRUNED, PRUNED_AGAIN, TOOLS, BuildResult, Work, captured, merged
 from profiles import plugins
-from profiles.errors import DeployError, UsageError
-from profiles.schema import Budget, Profile, PruneSpec, RecoverSpec, load_profile
+from profiles.errors import DeployError
+from profiles.schema import Budget, RecoverSpec, load_profile
 from targets.base import Target, load_target
 from targets.runtimes.base import load_runtime
 
 RANK_SAMPLES = 512
 REPORTED = ("none", "bn", "least-squares")
-DATA_FREE = {"criterion": "red", "repair": "merge"}
-"""What ranks and repairs where there are no calibration samples and nothing else was asked for."""
 OWN_GAP = 1e-3
 MOST_OFFERS = 6
 """Rewritten networks that are measured in one session, beside the network without."""
@@ -74,7 +70,7 @@ def build(request: BuildRequest) -> BuildResult:
     Raises DeployError for what the user can mend; a missed budget or accuracy is a result, not an error.
     """
     project = load_project(request.project)
-    profile, notes = _asked(project, load_profile(request.target, merged(project.overrides, request.overrides)))
+    profile, notes = demands.kept(project, load_profile(request.target, merged(project.overrides, request.overrides)))
     budget = Budget.parse(request.budget) if request.budget else profile.budget
     target = load_target(profile, request.root / ".deploy")
     timed = target.latency().ok
@@ -88,7 +84,7 @@ def build(request: BuildRequest) -> BuildResult:
         target.fingerprint()  # what builds the engine is there, or that is said before any work
         notes = unmeasured.notes(target)
     model = project.model()
-    samples = _samples(project, profile.prune)
+    samples = demands.samples(project, profile.prune)
     run = Run.resume(request.root, request.out, console=request.console) if request.resume else None
     run = run or Run.create(request.root, profile, out=request.out, request=request)
     with run, target.resumable(run.id):
@@ -103,6 +99,7 @@ def build(request: BuildRequest) -> BuildResult:
             _say(run, f"note: {note}")
         if request.dry_run and profile.prepare.epochs:
             _say(run, "note: a dry run trains nothing: this is the plan for the network as it was given.")
+        demands.rehearse(project, profile, network, samples)
         samples = samples.first(repair_limit(network))
         notes = (*notes, *(found.notes if timed else ()))
         work = Work(run, profile, budget or Budget(), target, project, network, samples, notes)
@@ -116,55 +113,6 @@ def _require_outputs(target: Target) -> None:
     seen = target.outputs()
     if not seen.ok:
         raise DeployError(f"nothing can be built for '{target.profile.name}': its {seen.name} {seen.value}.", seen.mend)
-
-
-def _asked(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
-    """The profile as it can be kept with this project, and a sentence for everything that its missing data changes.
-
-    Without calibration samples DATA_FREE takes the place of what was not asked for; raises UsageError where what was
-    asked for needs them, or does not exist.
-    """
-    for name in profile.graph.candidates:
-        plugins.load(CANDIDATES, name)
-    prepare.refuse(profile.prepare, project)
-    lacking = project.lacks("calibration")
-    if lacking:
-        spec = profile.prune
-        spec = spec.model_copy(update={k: v for k, v in DATA_FREE.items() if k not in spec.model_fields_set})
-        _refuse_needs(spec, lacking)
-        profile = profile.model_copy(update={"prune": spec})
-    ways = f"ranked by '{profile.prune.criterion}' and repaired by '{profile.prune.repair}', which need none"
-    told = {
-        "calibration": f"channels are {ways}; losses are measured on noise",
-        "train": "nothing is trained after the repair",
-        "evaluate": "the accuracy is not judged",
-    }
-    notes: dict[str, list[str]] = {}
-    for key, what in told.items():
-        notes.setdefault(project.lacks(key), []).append(what)
-    return profile, tuple(f"{why}: {'; '.join(what)}." for why, what in notes.items() if why)
-
-
-def _refuse_needs(spec: PruneSpec, lacking: str) -> None:
-    """Raise UsageError for a criterion or a repair that cannot do without calibration samples."""
-    found = {
-        "criterion": plugins.load(CRITERIA, spec.criterion).NEEDS and spec.criterion,
-        "repair": spec.repair in NEED_INPUTS and spec.repair,
-    }
-    needy = {kind: name for kind, name in found.items() if name}
-    if needy:
-        told = " and ".join(f"the {kind} '{name}'" for kind, name in needy.items())
-        instead = " ".join(f"--{kind} {DATA_FREE[kind]}" for kind in needy)
-        message = f"{told} need{'s' if len(needy) == 1 else ''} calibration inputs, and {lacking}."
-        raise UsageError(message, f"add data.calibration to deploy.toml, or {instead}.")
-
-
-def _samples(project: Project, spec: PruneSpec) -> Samples:
-    """Calibration samples. Raises UsageError for a criterion that needs labels which they have not."""
-    batches = project.calibration(spec.calibration)
-    samples = Samples(batches.inputs, batches.targets)
-    require_labels(spec.criterion, samples)
-    return samples
 
 
 def _say(run: Run, text: str) -> None:

@@ -40,12 +40,11 @@ from pipeline.project import Project, predict_torch
 from pipeline.prune.capture import Network
 from pipeline.prune.growth import joins, ordered, regrow
 from pipeline.prune.surgery import prune, restore
-from pipeline.recover.train import HOOKS, RecoverData, recover
+from pipeline.recover.train import RecoverData, recover
 from pipeline.report import numbers
 from pipeline.stage import Outcome, Stage
 from pipeline.work import Prepared, Work, captured
-from profiles import plugins
-from profiles.errors import DeployError, UsageError
+from profiles.errors import DeployError
 from profiles.schema import PrepareSpec
 
 TOOLS = ("torch", "numpy", "scipy")
@@ -76,18 +75,6 @@ class Grown:
     growth: tuple[Growth, ...] = ()
     slower: float = 1.0
     told: str = ""
-
-
-def refuse(spec: PrepareSpec, project: Project) -> None:
-    """Raise UsageError for a preparation that this project, or these settings, cannot have; before any work."""
-    for name in spec.hooks:
-        plugins.load(HOOKS, name)
-    if spec.epochs == 0 and (spec.grow or spec.hooks):
-        asked = "prepare.grow" if spec.grow else f"prepare.hooks ({', '.join(spec.hooks)})"
-        raise UsageError(f"{asked} needs training, and prepare.epochs is 0.", "--set prepare.epochs=5")
-    if spec.epochs and (lacking := project.lacks("train")):
-        message = f"prepare.epochs is {spec.epochs}, which needs training data, and {lacking}."
-        raise UsageError(message, "add data.train to deploy.toml, or --set prepare.epochs=0.")
 
 
 def lessons(project: Project) -> RecoverData:

@@ -130,6 +130,19 @@ def recover(
         return run.result()
 
 
+def rehearse_hook(name: str, module: nn.Module, dense: nn.Module, inputs: tuple[Tensor, ...], targets: Any) -> None:
+    """Run a hook once on one batch, through its gradient: what it cannot work with, it raises."""
+    hook: TrainHook = plugins.load(HOOKS, name).Hook()
+    with _own_randomness():
+        try:
+            hook.start(module.train(), dense)
+            loss = hook.extra_loss(module, inputs, module(*inputs), targets)
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            hook.stop()
+
+
 class _Recovery:
     """The networks, the optimizer and the story of one recovery."""
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_project import problems, replace, request, write_project
 
-from pipeline.flow import DATA_FREE, BuildResult, build
+from pipeline.demands import DATA_FREE
+from pipeline.flow import BuildResult, build
 from pipeline.nouns import PruningPlan
 from pipeline.outcome import agreement
 from pipeline.project import load_project

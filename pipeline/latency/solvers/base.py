@@ -5,6 +5,7 @@ predicted latency is at most `budget_ms`; when there is none it raises the `Miss
 searches by trying sets TRIES and asks its `trial`; the loop then calls it once a round, and not again for every turn of
 measured values. In a dry run there is no trial, and it has to do without. Nor is one asked again whose choice does not
 depend on values (VALUES = False, the controls): what ships is its own answer, not the best of what lies around it.
+RECOVERS = True (False where it says nothing) tells that its trials are trained.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from profiles.schema import PruneSpec
 
 TRIES = True
 VALUES = True
+RECOVERS = True
 ROUNDS = 24
 DECAY = 0.96
 JUDGED = 5

@@ -1,9 +1,10 @@
 """Contract of a criterion: `rank(evidence) -> list[Ranking]`, one for each offered group, and `NEEDS`.
 
-NEEDS names what the project must give: "inputs" for calibration inputs, "targets" for their labels too, or nothing at
-all for a criterion that looks at weights alone. A criterion decides the order in which units of one group go; how many
-go is decided by measured values (sensitivity.py) and the solver. Scores are non-negative and finite, and do not depend
-on the order of channels: permuted units give permuted rankings. The same evidence and seed give the same ranking.
+NEEDS names what the project must give: "inputs" for calibration inputs, "targets" for their labels too, "gradients" for
+a loss that can be derived on them, or nothing at all for a criterion that looks at weights alone. A criterion decides
+the order in which units of one group go; how many go is decided by measured values (sensitivity.py) and the solver.
+Scores are non-negative and finite, and do not depend on the order of channels: permuted units give permuted rankings.
+The same evidence and seed give the same ranking.
 A criterion of redundancy may promise DUPLICATES_FIRST = True (False where it says nothing): of units with the same
 weights and maps all but one go first, at no loss, and where it names twins, each to one of the same kind.
 """

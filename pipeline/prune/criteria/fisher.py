@@ -11,7 +11,7 @@ from pipeline.nouns import Ranking
 from pipeline.prune.criteria.base import by_score
 from pipeline.prune.evidence import Evidence
 
-NEEDS: tuple[str, ...] = ("inputs",)
+NEEDS: tuple[str, ...] = ("inputs", "gradients")
 
 
 def rank(evidence: Evidence) -> list[Ranking]:

@@ -15,7 +15,7 @@ from pipeline.nouns import Ranking
 from pipeline.prune.criteria._knockoffs import rank_against
 from pipeline.prune.evidence import Evidence
 
-NEEDS: tuple[str, ...] = ("inputs",)
+NEEDS: tuple[str, ...] = ("inputs", "gradients")
 AXES = 64
 
 

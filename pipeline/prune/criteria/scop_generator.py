@@ -22,7 +22,7 @@ from pipeline.prune.criteria._knockoffs import Code, rank_against
 from pipeline.prune.criteria.scop import PrincipalAxes
 from pipeline.prune.evidence import Evidence
 
-NEEDS: tuple[str, ...] = ("inputs",)
+NEEDS: tuple[str, ...] = ("inputs", "gradients")
 SIZE, CODE, WIDTH = 32, 48, 16
 STEPS, BATCH, RATE, PRIOR = 300, 32, 3e-3, 3e-4
 

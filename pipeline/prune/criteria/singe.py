@@ -20,7 +20,7 @@ from pipeline.prune.criteria._damage import Shelf, damage, macs
 from pipeline.prune.criteria.base import by_score
 from pipeline.prune.evidence import Evidence
 
-NEEDS: tuple[str, ...] = ("inputs",)
+NEEDS: tuple[str, ...] = ("inputs", "gradients")
 SHRINK, STEPS = 0.6, 5
 WORK = 4e11
 """Multiplications of all forward passes together, as far as LEAST samples a point allow."""

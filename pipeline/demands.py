@@ -1,0 +1,151 @@
+"""What is asked for is held against what the project gives, before any work is done.
+
+Names of plug-ins, missing data and missing labels are told from the project file alone. What a hook or a criterion
+needs of the network and its loss shows only when it runs: each is run once, a hook on the first training batch, a
+gradient on a few samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
+from pipeline.project import Project
+from pipeline.prune.capture import Network
+from pipeline.prune.criteria.base import PACKAGE as CRITERIA
+from pipeline.prune.evidence import Evidence, Samples
+from pipeline.prune.ranking import require_labels
+from pipeline.prune.repair import NEED_INPUTS
+from pipeline.recover.train import HOOKS, rehearse_hook
+from profiles import plugins
+from profiles.errors import DeployError, UsageError
+from profiles.schema import PrepareSpec, Profile, PruneSpec, RecoverSpec
+
+SOLVERS = "pipeline.latency.solvers"
+DATA_FREE = {"criterion": "red", "repair": "merge"}
+"""What ranks and repairs where there are no calibration samples and nothing else was asked for."""
+TRIED = 2
+"""Samples that a gradient is tried on."""
+
+
+def kept(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
+    """The profile as it can be kept with this project, and a sentence for everything that its missing data changes.
+
+    Without calibration samples DATA_FREE takes the place of what was not asked for; raises UsageError where what was
+    asked for needs them, or does not exist.
+    """
+    for name in profile.graph.candidates:
+        plugins.load(CANDIDATES, name)
+    plugins.load(CRITERIA, profile.prune.criterion)
+    solver = plugins.load(SOLVERS, profile.prune.solver)
+    _refuse_training(profile.prepare, profile.recover, project)
+    lacking = project.lacks("calibration")
+    if lacking:
+        spec = profile.prune
+        spec = spec.model_copy(update={k: v for k, v in DATA_FREE.items() if k not in spec.model_fields_set})
+        _refuse_needs(spec, lacking)
+        profile = profile.model_copy(update={"prune": spec})
+    ways = f"ranked by '{profile.prune.criterion}' and repaired by '{profile.prune.repair}', which need none"
+    untrained = "nothing is trained after the repair"
+    if getattr(solver, "RECOVERS", False):
+        untrained += f", nor in the solver '{profile.prune.solver}', which then judges what is repaired alone"
+    told = {
+        "calibration": f"channels are {ways}; losses are measured on noise",
+        "train": untrained,
+        "evaluate": "the accuracy is not judged",
+    }
+    notes: dict[str, list[str]] = {}
+    for key, what in told.items():
+        notes.setdefault(project.lacks(key), []).append(what)
+    return profile, tuple(f"{why}: {'; '.join(what)}." for why, what in notes.items() if why)
+
+
+def samples(project: Project, spec: PruneSpec) -> Samples:
+    """Calibration samples. Raises UsageError for a criterion that needs labels which they have not."""
+    batches = project.calibration(spec.calibration)
+    found = Samples(batches.inputs, batches.targets)
+    require_labels(spec.criterion, found)
+    return found
+
+
+def rehearse(project: Project, profile: Profile, network: Network, samples: Samples) -> None:
+    """Run once what the criterion and the hooks run later. Raises UsageError for what they cannot do here."""
+    criterion = profile.prune.criterion
+    if samples.count and "gradients" in plugins.load(CRITERIA, criterion).NEEDS:
+        _rehearse_gradients(Evidence(network, samples.first(TRIED), project.loss, profile.prune.seed), criterion)
+    if project.train is not None:
+        specs: dict[str, PrepareSpec | RecoverSpec] = {"prepare": profile.prepare, "recover": profile.recover}
+        for table, spec in specs.items():
+            for name in spec.hooks if spec.epochs else ():
+                _rehearse_hook(project, network, table, name)
+
+
+def _rehearse_gradients(evidence: Evidence, criterion: str) -> None:
+    try:
+        finite = bool(evidence.gate_gradients.isfinite().all())
+    except DeployError:
+        raise
+    except Exception as error:  # the user's loss, or its shapes: whatever it raises is what is wrong with it
+        message = f"the criterion '{criterion}' needs the gradient of the loss, which fails: {_first_line(error)}"
+        raise UsageError(message, "let data.calibration yield targets that data.loss takes.") from error
+    if not finite:
+        message = f"the criterion '{criterion}' needs the gradient of the loss, which is not finite."
+        raise UsageError(message, "mend data.loss, or --criterion obs, which needs none.")
+
+
+def _rehearse_hook(project: Project, network: Network, table: str, name: str) -> None:
+    assert project.train is not None
+    batch = next(iter(project.train(0, 0)), None)
+    if batch is None:
+        return  # a training without batches is told by the training
+    try:
+        rehearse_hook(name, copy.deepcopy(network.graph), network.graph, *batch)
+    except DeployError as error:
+        raise UsageError(f"{table}.hooks: {error.message}", error.hint) from error
+    except Exception as error:  # the hook's: whatever it raises is why it cannot be used here
+        message = f"{table}.hooks: '{name}' fails on the first training batch: {_first_line(error)}"
+        raise UsageError(message, f"--set '{table}.hooks=[]'") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _refuse_training(prepare: PrepareSpec, recover: RecoverSpec, project: Project) -> None:
+    """Raise UsageError for a training that this project, or these settings, cannot have."""
+    for name in (*prepare.hooks, *recover.hooks):
+        plugins.load(HOOKS, name)
+    pushed, recovered = _named("prepare", prepare.hooks), _named("recover", recover.hooks)
+    if not prepare.epochs and (asked := "prepare.grow" if prepare.grow else pushed):
+        raise UsageError(f"{asked} needs training, and prepare.epochs is 0.", "--set prepare.epochs=5")
+    if not recover.epochs and recovered:
+        raise UsageError(f"{recovered} needs training, and recover.epochs is 0.", "--set recover.epochs=5")
+    lacking = project.lacks("train")
+    if lacking and prepare.epochs:
+        message = f"prepare.epochs is {prepare.epochs}, which needs training data, and {lacking}."
+        raise UsageError(message, "add data.train to deploy.toml, or --set prepare.epochs=0.")
+    if lacking and recovered:
+        message = f"{recovered} needs training data, and {lacking}."
+        raise UsageError(message, "add data.train to deploy.toml, or --set 'recover.hooks=[]'.")
+
+
+def _named(table: str, hooks: Iterable[str]) -> str:
+    """Hooks that were asked for, as they are told; "" for none."""
+    listed = ", ".join(hooks)
+    return f"{table}.hooks ({listed})" if listed else ""
+
+
+def _refuse_needs(spec: PruneSpec, lacking: str) -> None:
+    """Raise UsageError for a criterion or a repair that cannot do without calibration samples."""
+    found = {
+        "criterion": plugins.load(CRITERIA, spec.criterion).NEEDS and spec.criterion,
+        "repair": spec.repair in NEED_INPUTS and spec.repair,
+    }
+    needy = {kind: name for kind, name in found.items() if name}
+    if needy:
+        told = " and ".join(f"the {kind} '{name}'" for kind, name in needy.items())
+        instead = " ".join(f"--{kind} {DATA_FREE[kind]}" for kind in needy)
+        message = f"{told} need{'s' if len(needy) == 1 else ''} calibration inputs, and {lacking}."
+        raise UsageError(message, f"add data.calibration to deploy.toml, or {instead}.")

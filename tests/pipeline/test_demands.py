@@ -1,0 +1,108 @@
+"""What is asked for and cannot be done is told before any work, not after the search that it would have followed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_project import replace, request, write_project
+
+from pipeline import demands
+from pipeline.flow import build
+from pipeline.project import load_project
+from pipeline.work import captured
+from profiles.errors import UsageError
+from profiles.schema import load_profile
+
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
+UNTRAINED = 'train = "tinydata:train"\n'
+
+
+def refused(project: Path, root: Path, **tables: dict[str, Any]) -> UsageError:
+    """The error of a build that measured and ranked nothing."""
+    with pytest.raises(UsageError) as caught:
+        build(request(project, root, overrides=tables))
+    assert not (root / ".deploy" / "keys").exists(), "no step was worked"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "name", "near"),
+    [
+        ("prune", "criterion", "fischer", "fisher"),
+        ("prune", "solver", "exakt", "exact"),
+        ("recover", "hooks", "psh", "push"),
+    ],
+)
+def test_a_misspelt_name_in_the_project_file_is_told_first(tmp_path: Path, table: str, key: str, name: str, near: str):
+    project = write_project(tmp_path / "tiny")
+    value = f'["{name}"]' if key == "hooks" else f'"{name}"'
+    text = (project / "deploy.toml").read_text()
+    added = f"[{table}]\n{key} = {value}\n"
+    (project / "deploy.toml").write_text(
+        text.replace("[recover]\n", added) if table == "recover" else f"{text}\n{added}"
+    )
+    replace(project / "tinynet.py", "def net():\n", "def net():\n    1 / 0\n")
+    error = refused(project, tmp_path / "root")
+    assert f"'{name}'" in error.message and near in error.message and not (tmp_path / "root" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "train", "said"),
+    [
+        (0, True, "recover.hooks (push) needs training, and recover.epochs is 0."),
+        (1, False, "recover.hooks (push) needs training data, and the project has no data.train."),
+    ],
+)
+def test_a_hook_that_would_never_run_is_refused(tmp_path: Path, epochs: int, train: bool, said: str):
+    project = write_project(tmp_path / "tiny")
+    if not train:
+        replace(project / "deploy.toml", UNTRAINED, "")
+    error = refused(project, tmp_path / "root", recover={"hooks": ["push"], "epochs": epochs})
+    assert error.message == said and not (tmp_path / "root" / "runs").exists()
+
+
+@pytest.mark.parametrize("table", ["prepare", "recover"])
+def test_a_hook_that_the_network_does_not_bear_is_refused(tmp_path: Path, table: str):
+    project = write_project(tmp_path / "tiny")
+    replace(project / "tinynet.py", "ReLU", "SiLU")
+    replace(project / "tinynet.py", "torch.relu", "nn.functional.silu")
+    error = refused(project, tmp_path / "root", **{table: {"hooks": ["ccm"], "epochs": 1}})
+    assert error.message.startswith(f"{table}.hooks: ") and "ReLU" in error.message
+
+
+def test_a_hook_that_the_targets_do_not_fit_is_refused(tmp_path: Path):
+    project = write_project(tmp_path / "tiny")
+    replace(project / "tinydata.py", "labels[i : i + 32]) for", "images[i : i + 32, 0, :, 0]) for")
+    error = refused(project, tmp_path / "root", recover={"hooks": ["push"], "epochs": 1})
+    assert error.message.startswith("recover.hooks: ")
+
+
+def test_a_loss_that_the_calibration_labels_do_not_fit_is_told_to_a_criterion_of_gradients(tmp_path: Path):
+    project = write_project(tmp_path / "tiny")
+    replace(project / "tinydata.py", "yield images[start : start + 32], labels[start : start + 32]",
+            "yield images[start : start + 32], labels[start : start + 32].astype(np.float32)")  # fmt: skip
+    error = refused(project, tmp_path / "root", prune={"criterion": "taylor"})
+    assert error.message.startswith("the criterion 'taylor' needs the gradient of the loss, which fails: ")
+
+
+def test_a_rehearsal_changes_neither_the_network_nor_what_is_drawn_at_random(tmp_path: Path):
+    import torch
+
+    project = load_project(write_project(tmp_path / "tiny"))
+    profile = load_profile("local", {"recover": {"hooks": ["push", "ccm"]}, "prune": {"criterion": "fisher"}})
+    network = captured(project, project.model(), profile.prune).network
+    before = {name: value.clone() for name, value in network.graph.state_dict().items()}
+    state = torch.get_rng_state()
+    demands.rehearse(project, profile, network, demands.samples(project, profile.prune))
+    assert torch.equal(state, torch.get_rng_state()) and not network.graph.training
+    assert all(torch.equal(before[name], value) for name, value in network.graph.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.graph.parameters())
+
+
+def test_a_solver_that_trains_says_what_it_does_without_training_data(tmp_path: Path):
+    project = write_project(tmp_path / "tiny")
+    replace(project / "deploy.toml", UNTRAINED, "")
+    _, notes = demands.kept(load_project(project), load_profile("local", {"prune": {"solver": "netadapt"}}))
+    assert "nor in the solver 'netadapt', which then judges what is repaired alone" in notes[0]

@@ -297,6 +297,14 @@ def test_every_cut_of_a_chain_carries_the_same_utility():
     assert [found["b.0 1"][i] for i in range(12)] == pytest.approx(worth.tolist(), rel=1e-3)
 
 
+def test_all_samples_run_once_for_features_and_classes():
+    network, samples = network_of(NETS["residual identity"]()), some_samples(12)
+    run: list[int] = []
+    network.graph.get_submodule("head.fc").register_forward_hook(lambda m, args, y: run.append(len(y)))
+    rank(Evidence(network, samples), "lda-deconv")
+    assert sum(run) == 2 * 12, "once for the features, once to carry the signal down"
+
+
 def test_utilities_do_not_change_when_a_channel_is_scaled_up_and_its_reader_down():
     torch.manual_seed(0)
     model = lived_in(Chain())

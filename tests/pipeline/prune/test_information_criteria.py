@@ -216,6 +216,21 @@ def test_the_quadratic_form_is_the_error_that_masked_units_leave_in_a_layer():
     assert float(table[gone][:, gone].sum()) == pytest.approx(wanted, rel=1e-3)
 
 
+def test_a_layer_that_is_called_twice_counts_once():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return self.head((self.b(y) + self.b(y.tanh())).mean((2, 3)))
+
+    evidence = evidence_of(Twice().eval())
+    (reading,) = readings(evidence, group_of(evidence.network, "a"))
+    assert float(quadratic([reading]).sum()) == pytest.approx(1.0)
+
+
 def direct_error(reading, gone: list[int]) -> float:
     """Relative error of a layer after ridge least squares of what stays."""
     ridged = reading.covariance + torch.eye(len(reading.covariance)) * (

@@ -40,7 +40,8 @@ class Network:
 
     example: one input batch. shapes: node name -> output shape (of the example's batch). leaves: what could not be
     captured, with the reason. rules: the user's own, by the kind of operator that they speak for. topology and readers
-    (units where channels are mixed): empty until `find_groups` fills them.
+    (units where channels are mixed): empty until `find_groups` fills them. samples: node name -> the axis along which
+    the samples lie, where that is not the first (tokens first, as in nn.TransformerEncoderLayer).
     """
 
     graph: fx.GraphModule
@@ -50,6 +51,7 @@ class Network:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     topology: Topology = EMPTY
     readers: tuple[Reader, ...] = ()
+    samples: Mapping[str, int] = field(default_factory=dict)
 
 
 def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rule] | None = None) -> Network:
@@ -80,7 +82,7 @@ def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rul
         for inputs, outputs, share in expected:
             _check_equal(outputs, graph(*inputs), share)
     shapes = _shapes(graph, example)
-    return Network(graph, example, shapes, leaves, rules)
+    return Network(graph, example, shapes, leaves, rules, samples=_samples(shapes, _shapes(graph, wider)))
 
 
 def _check_names(model: nn.Module) -> None:
@@ -145,6 +147,15 @@ def _shapes(graph: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, tup
     run = _Shapes(graph)
     run.run(*example)
     return run.shapes
+
+
+def _samples(shapes: Mapping[str, tuple[int, ...]], wider: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Node name -> the first axis that a sample more makes longer, where that is not axis 0."""
+    found = {}
+    for name, shape in shapes.items():
+        grown = (axis for axis, sizes in enumerate(zip(shape, wider[name], strict=True)) if sizes[0] != sizes[1])
+        found[name] = next(grown, 0)
+    return {name: axis for name, axis in found.items() if axis}
 
 
 def _slice_channels(

@@ -18,8 +18,9 @@ Touch = Callable[[Reader, Tensor], Tensor]
 class TouchedRun(fx.Interpreter):
     """Runs a graph; the input of every reader passes through `touch` first.
 
-    What `touch` is given has the samples first: where they are folded into the leading axis (windows of attention),
-    they are unfolded for it. skip: additions that give one operand only.
+    What `touch` is given has the samples first: where they lie along another axis (tokens first), it is moved for it,
+    and where they are folded into the leading axis (windows of attention), they are unfolded. skip: additions that give
+    one operand only.
     """
 
     def __init__(
@@ -49,6 +50,10 @@ class TouchedRun(fx.Interpreter):
             return getattr(self, n.op)(n.target, (self._touched(reader, args[0]), *args[1:]), kwargs)
 
     def _touched(self, reader: Reader, x: Tensor) -> Tensor:
+        if reader.samples:
+            axis = reader.axis + 1 if reader.axis < reader.samples else reader.axis
+            moved = dataclasses.replace(reader, axis=axis, samples=0)
+            return self._touched(moved, x.movedim(reader.samples, 0)).movedim(0, reader.samples)
         folded = self.samples and reader.axis and len(x) > self.samples and len(x) % self.samples == 0
         if not folded:
             return self.touch(reader, x)

@@ -132,7 +132,12 @@ def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topo
     made = produced | {slot for slot in weights if slot.endswith("[0]")}
     found = _groups(params, produced, made, frozen, blocks)
     groups = tuple(g for g in found if not g.frozen or set(g.members) - direct)
-    readers = tuple(dataclasses.replace(r, ids=units(r.ids)) for r in space.readers)  # type: ignore[arg-type]
+    read = {node.name: node.all_input_nodes[:1] for node in network.graph.graph.nodes}
+    along = {name: network.samples.get(sources[0].name, 0) for name, sources in read.items() if sources}
+    readers = tuple(
+        dataclasses.replace(r, ids=units(r.ids), samples=along[r.op])  # type: ignore[arg-type]
+        for r in space.readers
+    )
     leaves = tuple(network.leaves.items())
     count = int(component.max(initial=-1)) + 1
     return Topology(groups, blocks, dict(params), constants, leaves, layers(network), count), readers

@@ -84,7 +84,7 @@ class Reader:
 
     how: what stands for a channel that is gone. "zero" almost everywhere; "statistics" where mean and variance are
     taken over the rest, "softmax" and "amax" where it is minus infinity, "amin" infinity, "mean" where the mean is
-    over the rest. over: the axes of a statistic or a reduction.
+    over the rest. over: the axes of a statistic or a reduction. samples: the axis of the samples in what it reads.
     """
 
     op: str
@@ -93,6 +93,7 @@ class Reader:
     ids: Ids
     how: str = "zero"
     over: tuple[int, ...] = ()
+    samples: int = 0
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class SequentialFit(fx.Interpreter):
         if wanted not in self.taps:
             return
         layer = self.pruned.get_submodule(str(node.target))
-        seen = patches(layer, self.taps.part(x), self.taps.limit)
+        seen = patches(layer, self.taps.part(node.all_input_nodes[0].name, x), self.taps.limit)
         target = self.taps.value(wanted)
         kept = self.cut.params.get(f"{node.target}.weight", {}).get(0)
         if kept is not None:
@@ -157,7 +157,7 @@ class SequentialFit(fx.Interpreter):
             return
         if tap.other is not None:
             other = self.env[next(m for m in self.env if m.name == tap.other)]
-            target = target - self.taps.rows(other, isinstance(layer, nn.Linear))
+            target = target - self.taps.rows(tap.other, other, isinstance(layer, nn.Linear))
         _solve(layer, self._norm(tap), seen, target, self.turns if tap.relu else 1)
 
     def _norm(self, tap: Tap) -> nn.BatchNorm2d | None:

@@ -188,7 +188,7 @@ class DenseTaps:
     def __init__(
         self, network: Network, inputs: tuple[Tensor, ...], limit: int = ROWS, fitted: int | None = None
     ) -> None:
-        self.inputs, self.limit = inputs, limit
+        self.inputs, self.limit, self.samples = inputs, limit, network.samples
         self.count = len(inputs[0])
         self.fitted = self.count if fitted is None else fitted
         run = _Sampling(network.graph, _wanted(network.graph), self.rows)
@@ -203,13 +203,14 @@ class DenseTaps:
     def __contains__(self, node: str) -> bool:
         return node in self._values
 
-    def part(self, x: Tensor) -> Tensor:
-        """What belongs to the fitted samples, of a tensor whose first axis is the samples, or samples and windows."""
-        return x[: len(x) * self.fitted // self.count]
+    def part(self, node: str, x: Tensor) -> Tensor:
+        """What belongs to the fitted samples, of a node's value, with the samples (or samples and windows) first."""
+        first = x.movedim(self.samples.get(node, 0), 0)
+        return first[: len(first) * self.fitted // self.count]
 
-    def rows(self, x: Tensor, last: bool = False) -> Tensor:
-        """Values of the fitted samples at the kept positions, (rows, C)."""
-        return rows(self.part(x), self.limit, last=last)
+    def rows(self, node: str, x: Tensor, last: bool = False) -> Tensor:
+        """Values of the fitted samples at the kept positions of a node's value, (rows, C)."""
+        return rows(self.part(node, x), self.limit, last=last)
 
 
 def _wanted(graph: fx.GraphModule) -> dict[str, bool]:
@@ -233,7 +234,9 @@ def _norm_node(graph: fx.GraphModule, target: str) -> str:
 
 
 class _Sampling(fx.Interpreter):
-    def __init__(self, graph: fx.GraphModule, wanted: dict[str, bool], rows: Callable[[Tensor, bool], Tensor]) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, wanted: dict[str, bool], rows: Callable[[str, Tensor, bool], Tensor]
+    ) -> None:
         super().__init__(graph)
         self.wanted, self.rows = wanted, rows
         self.taken: dict[str, Tensor] = {}
@@ -241,5 +244,5 @@ class _Sampling(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n.name in self.wanted and isinstance(value, Tensor) and value.dim() >= 2:
-            self.taken[n.name] = self.rows(value, self.wanted[n.name])
+            self.taken[n.name] = self.rows(n.name, value, self.wanted[n.name])
         return value

@@ -25,6 +25,8 @@ from pipeline.prune.capture import Network
 from pipeline.prune.merge import CONVOLUTIONS, TRANSPOSED
 
 Floats = NDArray[np.float64]
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+"""Norms whose weight is a scale a channel."""
 
 
 @dataclass(frozen=True)

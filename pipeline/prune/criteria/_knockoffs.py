@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pipeline.nouns import Ranking
 from pipeline.prune.criteria._damage import Shelf, damage, macs
+from pipeline.prune.criteria._filters import NORMS
 from pipeline.prune.criteria.base import by_score
 from pipeline.prune.evidence import Evidence
 from pipeline.prune.execute import TouchedRun
@@ -52,7 +53,12 @@ class Code(Protocol):
 
 
 def redrawn(codes: Tensor, source: torch.Generator) -> Tensor:
-    """Second-order Gaussian knockoffs of codes, both (N, k): draws from the normal distribution of their moments."""
+    """Second-order Gaussian knockoffs of codes, both (N, k): draws from the normal distribution of their moments.
+
+    Codes that have no covariance (one sample, or constant inputs and so no axes) stay as they are.
+    """
+    if len(codes) < 2 or not codes.shape[1]:
+        return codes
     mean = codes.mean(0)
     scales, axes = torch.linalg.eigh(torch.cov(codes.T.double()).reshape(codes.shape[1], -1))
     drawn = torch.randn(codes.shape, generator=source, dtype=torch.float64) * scales.clamp_min(0).sqrt()
@@ -160,7 +166,7 @@ def _scale(evidence: Evidence, spread: Tensor) -> Tensor:
     total, count = torch.zeros(evidence.units), torch.zeros(evidence.units)
     for name, axes in evidence.topology.params.items():
         path, _, leaf = name.rpartition(".")
-        if leaf != "weight" or not _is_norm(evidence.network.graph.get_submodule(path)):
+        if leaf != "weight" or not isinstance(evidence.network.graph.get_submodule(path), NORMS):
             continue
         scale = evidence.network.graph.get_parameter(name).detach().abs()
         here = np.flatnonzero(axes[0] >= 0)
@@ -168,7 +174,3 @@ def _scale(evidence: Evidence, spread: Tensor) -> Tensor:
         total.index_add_(0, ids, scale[torch.from_numpy(here)])
         count.index_add_(0, ids, torch.ones(len(ids)))
     return torch.where(count > 0, total / count.clamp_min(1), spread)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm)

@@ -47,12 +47,15 @@ class Reading:
 
 def readings(evidence: Evidence, group: ChannelGroup) -> list[Reading]:
     """The readings of a group, one for each layer (and group of a grouped convolution) that reads it."""
-    network, found = evidence.network, []
+    network = evidence.network
     targets = {node.name: str(node.target) for node in network.graph.graph.nodes}
-    for reader in network.readers:
-        gram = evidence.grams.get(targets[reader.op])
-        if gram is not None and np.isin(group.units, reader.ids).all():
-            found += _of_layer(network.graph.get_parameter(f"{targets[reader.op]}.weight"), gram, group)
+    layers = dict.fromkeys(targets[r.op] for r in network.readers if np.isin(group.units, r.ids).all())
+    found = [
+        reading
+        for name in layers
+        if name in evidence.grams
+        for reading in _of_layer(network.graph.get_parameter(f"{name}.weight"), evidence.grams[name], group)
+    ]
     return found or [_of_maps(seen) for seen in evidence.maps[group.id]] or [_of_maps(torch.zeros(1, group.size, 1, 1))]
 
 

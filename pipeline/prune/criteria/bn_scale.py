@@ -14,18 +14,15 @@ The two are of one kind but not of one scale, so compare such groups across a ne
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.nouns import Ranking, Units
+from pipeline.prune.criteria._filters import NORMS, Floats
 from pipeline.prune.criteria.base import by_score
 from pipeline.prune.evidence import Evidence
 
 NEEDS: tuple[str, ...] = ()
 
-Floats = NDArray[np.float64]
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -42,7 +39,7 @@ def rank(evidence: Evidence) -> list[Ranking]:
         made = 1 if isinstance(module, _TRANSPOSED) else 0
         for axis, units in axes.items():
             squares = named[name].detach().double().square().movedim(axis, 0).reshape(len(units), -1)
-            if isinstance(module, _NORMS):
+            if isinstance(module, NORMS):
                 _add(scales, norms, squares.mean(1), units)
             elif axis == made:
                 _add(filters, layers, squares.sum(1), units)

@@ -21,6 +21,7 @@ to zero, since a mask would leave ties in every group below it: v itself weighs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -29,9 +30,9 @@ from torch.nn import functional as F
 
 from pipeline.nouns import Ranking
 from pipeline.prune.capture import Network, ancestors
-from pipeline.prune.criteria._damage import Shelf, macs
+from pipeline.prune.criteria._damage import macs
 from pipeline.prune.criteria.base import by_score
-from pipeline.prune.evidence import Evidence
+from pipeline.prune.evidence import Evidence, Samples, first
 from pipeline.prune.execute import TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.maps import affordable
@@ -57,18 +58,18 @@ _PASSES = ("layer_norm", "group_norm", "rms_norm", "normalize", "softmax")
 
 def rank(evidence: Evidence) -> list[Ranking]:
     """Rank units by their share in telling the classes apart. Raises UsageError for outputs that are no logits."""
-    targets = _classes(evidence)
     top = _last_layer(evidence.network)
-    features = _features(evidence, top)
-    seen = _channels(features.clamp_min(0), top.axis).sum(2).mean(0)
-    utility = discriminability(_channels(features, top.axis).mean(2), targets)
+    features, given = _features(evidence, top)
+    targets = _classes(evidence.samples, given)
+    seen = features.clamp_min(0).sum(2).mean(0)
+    utility = discriminability(features.mean(2), targets)
     start = torch.where(seen > 0, utility / seen.clamp_min(torch.finfo(seen.dtype).tiny), 0)
     down = _Deconvolution(evidence.network, top, start, evidence.units)
-    shelf = Shelf(evidence)
-    count = min(max(LEAST, min(MOST, int(WORK / max(1, macs(evidence.topology))))), len(shelf))
-    chosen = torch.randperm(len(shelf), generator=torch.Generator().manual_seed(evidence.seed))[:count]
+    inputs, every = evidence.samples.joined(), evidence.samples.count
+    count = min(max(LEAST, min(MOST, int(WORK / max(1, macs(evidence.topology))))), every)
+    chosen = torch.randperm(every, generator=torch.Generator().manual_seed(evidence.seed))[:count]
     for part in torch.split(chosen, min(CHUNK, affordable(evidence.network))):
-        down.descend(shelf.take(part)[0])
+        down.descend(tuple(x[part] for x in inputs))
     return by_score(evidence.topology, down.utility / count)
 
 
@@ -82,13 +83,13 @@ def discriminability(features: Tensor, targets: Tensor) -> Tensor:
     return between / (within + FLOOR * (within + between).mean() + torch.finfo(features.dtype).tiny)
 
 
-def _classes(evidence: Evidence) -> Tensor:
-    """The class of every sample. Raises UsageError where outputs or targets are no classification."""
-    outputs, targets = evidence.outputs[0], evidence.samples.targets
+def _classes(samples: Samples, given: Sequence[int]) -> Tensor:
+    """The class of every sample. given: the outputs' shape. Raises UsageError where it is no classification."""
+    targets = samples.targets
     assert targets is not None, "NEEDS names targets"
     hint = "--criterion fisher takes any output."
-    if outputs.dim() != 2 or outputs.shape[1] < 2:
-        shape = ", ".join(["N", *(str(size) for size in outputs.shape[1:])])
+    if len(given) != 2 or given[1] < 2:
+        shape = ", ".join(["N", *(str(size) for size in given[1:])])
         raise UsageError(f"the criterion 'lda-deconv' needs logits (N, classes), the network gives ({shape}).", hint)
     if targets.dim() != 1 or targets.is_floating_point():
         shape = ", ".join(["N", *(str(size) for size in targets.shape[1:])])
@@ -118,23 +119,18 @@ def _last_layer(network: Network) -> Reader:
 
 
 @torch.no_grad()
-def _features(evidence: Evidence, top: Reader) -> Tensor:
-    """What the last layer reads, of all samples."""
+def _features(evidence: Evidence, top: Reader) -> tuple[Tensor, Sequence[int]]:
+    """What the last layer reads, of all samples, (N, channels, everything else), and the shape of (first) outputs."""
     found: list[Tensor] = []
 
     def keep(reader: Reader, x: Tensor) -> Tensor:
         if reader.op == top.op:
-            found.append(x)
+            found.append(x.movedim(reader.axis, 1).reshape(len(x), x.shape[reader.axis], -1))
         return x
 
     for batch in evidence.samples.inputs:
-        TouchedRun(evidence.network.graph, evidence.network.readers, keep).run(*batch)
-    return torch.cat(found)
-
-
-def _channels(x: Tensor, axis: int) -> Tensor:
-    """(N, …) -> (N, channels along the axis, everything else)."""
-    return x.movedim(axis, 1).reshape(len(x), x.shape[axis], -1)
+        outputs = TouchedRun(evidence.network.graph, evidence.network.readers, keep).run(*batch)
+    return torch.cat(found), first(outputs).shape
 
 
 Signal = Tensor | list[Tensor | None]
@@ -150,6 +146,9 @@ class _Deconvolution(fx.Interpreter):
         self.utility = torch.zeros(units)
         self.kinds = {op.name: op.kind for op in describe(network)}
         self.readers = {reader.op: reader for reader in network.readers}
+        # the parts of a tuple lie as what is picked from it
+        tensors = {n: n if n.name in network.shapes else next(iter(n.users), n) for n in network.graph.graph.nodes}
+        self.along = {n: network.samples.get(own.name, 0) for n, own in tensors.items()}
         reach = ancestors(network.graph.graph)
         given = {node for node in network.graph.graph.nodes if node.op == "placeholder"}
         self.fixed = {node for node, before in reach.items() if not before & given}
@@ -190,10 +189,10 @@ class _Deconvolution(fx.Interpreter):
         carried = self._carried(signals)
         factor = torch.where(carried > 0, total / carried.clamp_min(torch.finfo(carried.dtype).tiny), 1)
         for other, signal in signals.items():
-            signals[other] = _scaled(signal, factor)
+            signals[other] = _scaled(signal, factor, self.along[other])
         operand = node.all_input_nodes[0]
         if reader is not None and self.kinds[node.name] not in _PASSES and operand in pulled:
-            self._credit(reader, _scaled(pulled[operand], factor), self.values[operand])
+            self._credit(reader, _scaled(pulled[operand], factor, self.along[operand]), self.values[operand])
 
     def _pull(self, node: fx.Node, signal: Signal) -> dict[fx.Node, Signal]:
         """Vector-Jacobian product of one operator, rectified where it is a non-linearity."""
@@ -231,7 +230,7 @@ class _Deconvolution(fx.Interpreter):
     def _carried(self, signals: dict[fx.Node, Signal]) -> Tensor:
         """Σ (R ⊙ A)⁺ over all tensors that carry a signal, (N,)."""
         parts = [
-            _by_sample((part * value).clamp_min(0), self.count)
+            _by_sample((part * value).clamp_min(0).movedim(self.along[node], 0), self.count)
             for node, signal in signals.items()
             for part, value in zip(_parts(signal), _parts(self.values[node]), strict=True)
             if part is not None
@@ -268,11 +267,12 @@ def _by_sample(x: Tensor, count: int) -> Tensor:
     return x.reshape(count, -1).sum(1)
 
 
-def _scaled(signal: Signal, factor: Tensor) -> Signal:
-    """A signal times the factor of each sample, (count,)."""
+def _scaled(signal: Signal, factor: Tensor, along: int) -> Signal:
+    """A signal times the factor of each sample, (count,). along: the axis of the samples."""
     if not isinstance(signal, Tensor):
-        return [None if part is None else cast(Tensor, _scaled(part, factor)) for part in signal]
-    if len(signal) % len(factor):
+        return [None if part is None else cast(Tensor, _scaled(part, factor, along)) for part in signal]
+    if signal.shape[along] % len(factor):
         return signal * factor.mean()
-    each = factor.repeat_interleave(len(signal) // len(factor))
-    return signal * each.reshape(-1, *[1] * (signal.dim() - 1))
+    view = [1] * signal.dim()
+    view[along] = -1
+    return signal * factor.repeat_interleave(signal.shape[along] // len(factor)).reshape(view)

@@ -246,3 +246,17 @@ def lived_in(model: nn.Module) -> nn.Module:
             module.momentum = None
     model.train()(torch.randn(64, 3, 8, 8, generator=source))
     return model.eval()
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Norms, biases and layer scales all different, so that no two channels tie."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(0.1, 0.6)
+        for name, parameter in model.named_parameters():
+            if name == "gamma":
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()

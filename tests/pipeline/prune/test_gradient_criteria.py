@@ -185,6 +185,17 @@ def test_redrawn_codes_keep_mean_and_covariance_and_forget_the_codes():
     assert float(torch.corrcoef(torch.cat([codes, drawn], 1).T)[:3, 3:].abs().max()) < 0.03
 
 
+@pytest.mark.parametrize("criterion", ["scop", "scop-generator"])
+@pytest.mark.parametrize("x", [torch.randn(1, 3, 8, 8), torch.ones(6, 3, 8, 8), torch.zeros(1, 3, 8, 8)])
+def test_inputs_that_have_no_covariance_are_their_own_knockoffs(x, criterion, monkeypatch):
+    monkeypatch.setattr(_knockoffs, "STEPS", 2)
+    network = network_of(lived_in(Chain()))
+    for ranking in rank(Evidence(network, Samples([(x,)], torch.arange(len(x)) % 5)), criterion).values():
+        assert np.isfinite(ranking.marginal_loss).all() and min(ranking.marginal_loss) >= 0
+    axes = scop.PrincipalAxes(x)
+    assert torch.equal(_knockoffs.knockoffs(x, axes, torch.Generator().manual_seed(0)), x)
+
+
 def _pictures(count: int) -> Tensor:
     """Smooth blobs of random colour and place on noise, (N, 3, 16, 16)."""
     source = torch.Generator().manual_seed(5)
@@ -275,6 +286,24 @@ def test_scop_weighs_by_the_scale_of_the_norms_and_by_the_spread_where_there_is_
 # --- LDA deconvolution ---------------------------------------------------------------------------------------------
 
 
+def test_scop_weighs_by_the_scale_of_root_mean_square_norms_too():
+    class Rms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm, self.head = nn.Linear(3, 6), nn.RMSNorm(6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.up(x.mean((2, 3)))))
+
+    network = network_of(Rms())
+    with torch.no_grad():
+        network.graph.get_parameter("norm.weight").copy_(torch.linspace(-2, 1, 6))
+    (group,) = network.topology.offered
+    evidence = Evidence(network, some_samples())
+    scale = _knockoffs._scale(evidence, torch.full((evidence.units,), 9.0))
+    assert torch.allclose(scale[list(group.units)], torch.linspace(-2, 1, 6).abs())
+
+
 def test_discriminability_is_between_over_within_variance():
     targets = torch.tensor([0, 0, 1, 1])
     features = torch.tensor([[0.0, 1.0, 5.0], [2.0, 1.2, 5.0], [10.0, 0.9, 5.0], [12.0, 1.1, 5.0]])
@@ -295,6 +324,14 @@ def test_every_cut_of_a_chain_carries_the_same_utility():
     assert totals["b.0 1"] == pytest.approx(float(worth.sum()), rel=1e-4)
     assert totals["a.0 0"] == pytest.approx(totals["b.0 1"], rel=1e-4)
     assert [found["b.0 1"][i] for i in range(12)] == pytest.approx(worth.tolist(), rel=1e-3)
+
+
+def test_all_samples_run_once_for_features_and_classes():
+    network, samples = network_of(NETS["residual identity"]()), some_samples(12)
+    run: list[int] = []
+    network.graph.get_submodule("head.fc").register_forward_hook(lambda m, args, y: run.append(len(y)))
+    rank(Evidence(network, samples), "lda-deconv")
+    assert sum(run) == 2 * 12, "once for the features, once to carry the signal down"
 
 
 def test_utilities_do_not_change_when_a_channel_is_scaled_up_and_its_reader_down():

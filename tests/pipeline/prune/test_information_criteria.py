@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from prune_nets import NETS, Chain, Flat, Residual, SqueezeExcite, example
+from prune_nets import NETS, Chain, Flat, Residual, SqueezeExcite, example, lively
 from torch import nn
 
 from pipeline.nouns import ChannelGroup, KeepUnits, PruningPlan
@@ -22,20 +22,6 @@ from pipeline.prune.repair import repair
 
 DATA_FREE = ("lamp", "bn-scale")
 CRITERIA = (*DATA_FREE, "activation-rank", "independence", "obs", "genetic", "entropic", "information")
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """Norms, biases and layer scales all different, so that no two channels tie."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(0.1, 0.6)
-        for name, parameter in model.named_parameters():
-            if name == "gamma":
-                parameter.uniform_(0.5, 1.5)
-    return model.eval()
 
 
 def evidence_of(model: nn.Module, count: int = 24) -> Evidence:
@@ -74,38 +60,6 @@ def test_every_offered_group_of_every_network_is_ranked(name, criterion):
         assert len(ranking.marginal_loss) == group.size
         assert np.isfinite(ranking.marginal_loss).all() and min(ranking.marginal_loss) >= 0
         assert sum(ranking.marginal_loss) > 0 and ranking.weight > 0
-
-
-def permuted(evidence: Evidence, seed: int) -> tuple[Evidence, dict[int, int]]:
-    """The same function with the units of every offered group reordered, and unit -> the one in its new place."""
-    source, goes = np.random.default_rng(seed), {}
-    for group in evidence.topology.offered:
-        goes |= dict(zip(group.units, source.permutation(group.units).tolist(), strict=True))
-    network = capture(evidence.network.graph, evidence.network.example)
-    state = network.graph.state_dict()
-    for name, axes in evidence.topology.params.items():
-        for axis, units in axes.items():
-            comes = np.arange(len(units))
-            for unit, place in goes.items():
-                comes[units == place] = np.flatnonzero(units == unit)
-            state[name].copy_(state[name].clone().index_select(axis, torch.from_numpy(comes)))
-    return Evidence(find_groups(network), evidence.samples), goes
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("name", ["flat", "residual pad", "depthwise multiplier", "grouped", "shuffle", "normed"])
-def test_permuted_channels_give_permuted_rankings(name, criterion):
-    evidence = shared(name)
-    other, goes = permuted(evidence, 5)
-    (x,) = evidence.samples.joined()
-    with torch.no_grad():
-        assert torch.allclose(evidence.network.graph(x), other.network.graph(x), atol=1e-4)
-    before, after = rank(evidence, criterion), rank(other, criterion)
-    for group in evidence.topology.offered:
-        mine, theirs = before[group.id], after[group.id]
-        assert [goes[group.units[i]] for i in mine.removal_order] == [group.units[i] for i in theirs.removal_order]
-        assert np.allclose(mine.marginal_loss, theirs.marginal_loss, rtol=2e-3, atol=1e-4)
-        assert theirs.weight == pytest.approx(mine.weight, rel=1e-3)
 
 
 @pytest.mark.parametrize("criterion", ["activation-rank", "independence", "obs", "genetic", "entropic"])
@@ -214,6 +168,21 @@ def test_the_quadratic_form_is_the_error_that_masked_units_leave_in_a_layer():
             lost, whole = (layer(part).movedim(1, 0).flatten(1) for part in (masked, seen[name]))
         wanted += float(lost.var(1, correction=0).sum() / whole.var(1, correction=0).sum())
     assert float(table[gone][:, gone].sum()) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_layer_that_is_called_twice_counts_once():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return self.head((self.b(y) + self.b(y.tanh())).mean((2, 3)))
+
+    evidence = evidence_of(Twice().eval())
+    (reading,) = readings(evidence, group_of(evidence.network, "a"))
+    assert float(quadratic([reading]).sum()) == pytest.approx(1.0)
 
 
 def direct_error(reading, gone: list[int]) -> float:

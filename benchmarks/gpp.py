@@ -6,9 +6,12 @@
     python -m benchmarks.gpp --table              what there is so far
 
 A cell is a whole `deploy build` of an arm at a budget, so its latency is the accepted one and its accuracy that of the
-bundle. Every arm is trained for as many epochs altogether: those that prepare nothing spend them in the recovery.
-The schedules are short ones (5 epochs before pruning and 2 after it), and the table says so. Cells are kept one by one
-in benchmarks/results/gpp.json. The network is benchmarks/projects/inception_gtsrb; --project takes another.
+bundle. Every arm is trained for as many epochs altogether, all of them with the learning rate and the share of
+distillation of a preparation (TRAINING). What differs: the arm that prepares nothing spends all epochs behind the cut,
+in one cycle of the learning rate instead of two, and a preparation keeps its latest weights within `max_drop`, a
+recovery its best. The schedules are short ones (5 epochs before pruning and 2 after it), and the table says so. Cells
+are kept one by one in benchmarks/results/gpp.json. The network is benchmarks/projects/inception_gtsrb; --project takes
+another.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import builds
+from profiles.schema import PrepareSpec
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpp.json"
 BUDGETS = ("0.5x", "1x")
@@ -30,6 +34,8 @@ BUDGETS = ("0.5x", "1x")
 EPOCHS, AFTER = 5, 2
 MINUTES = 240.0
 """Cap of each training: none of the epochs that are compared may be cut short."""
+TRAINING = PrepareSpec().model_dump(include={"learning_rate", "momentum", "weight_decay", "temperature", "alpha"})
+"""How every arm is trained, before and after pruning."""
 PUSH, MAGNITUDE = ("--criterion", "lda-deconv"), ("--criterion", "magnitude")
 HOOKS = '=["push"]'
 
@@ -69,8 +75,8 @@ ARMS = (
 
 
 def _training(seed: int) -> dict[str, Any]:
-    """One patience longer than any schedule, so that every arm has all of its epochs."""
-    return {"max_minutes": MINUTES, "patience": 1000, "seed": seed}
+    """What all trainings share; a patience longer than any schedule, so that every arm has all of its epochs."""
+    return {**TRAINING, "max_minutes": MINUTES, "patience": 1000, "seed": seed}
 
 
 def cells(epochs: int, seeds: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:

@@ -9,8 +9,9 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,9 @@ from profiles.errors import ScarceError
 from profiles.schema import Budget
 from targets.base import Target
 from targets.harness.measurement import Judgement, Session, judge
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def build_artifacts(work: Work, models: Mapping[str, Path], folder: Path) -> dict[str, Path]:
@@ -120,9 +124,13 @@ def timing(session: Session, name: str, before: str, again: str) -> Timing:
 
 
 def timings(work: Work, dense: Outcome, name: str, files: Mapping[str, Path]) -> dict[str, Timing]:
-    """Networks against the dense one in one session."""
-    session = measure(work, name, {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx"), **files}, "rank")
-    return {label: timing(session, label, DENSE, AGAIN) for label in files}
+    """Networks against the dense one, in one session or in parts."""
+
+    def together(name: str, some: Sequence[tuple[str, Path]]) -> list[tuple[str, Timing]]:
+        session = measure(work, name, {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx"), **dict(some)}, "rank")
+        return [(label, timing(session, label, DENSE, AGAIN)) for label, _ in some]
+
+    return dict(_in_parts(work, name, list(files.items()), together))
 
 
 def relative_budget(work: Work, dense: Outcome) -> float:
@@ -135,20 +143,25 @@ def relative_budget(work: Work, dense: Outcome) -> float:
 
 
 def measure_plans(work: Work, dense: Outcome, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:
-    """The plans narrowed from the dense ONNX and measured beside it in one session.
+    """The plans narrowed from the dense ONNX and measured beside it, in one session or in parts."""
+    return _in_parts(work, name, plans, partial(_measure_together, work, dense))
 
-    Where the device has too little memory for all of them, in two sessions of half as many, each beside the dense
-    network: what counts is a plan's latency relative to that.
+
+def _in_parts(work: Work, name: str, networks: Sequence[T], together: Callable[[str, Sequence[T]], list[R]]) -> list[R]:
+    """What one session tells of networks, each measured beside the dense one.
+
+    Where the device has too little memory for all of them, two sessions of half as many: what counts is a network's
+    latency relative to the dense one.
     """
     try:
-        return _measure_together(work, dense, name, plans)
+        return together(name, networks)
     except ScarceError:
-        if len(plans) == 1:
+        if len(networks) == 1:
             raise
-    work.run.console.print(f"  {name}: too little memory for {len(plans)} networks at once, so in two sessions")
-    half = len(plans) // 2
-    parts = {f"{name} a": plans[:half], f"{name} b": plans[half:]}
-    return [measured for each, part in parts.items() for measured in measure_plans(work, dense, each, part)]
+    work.run.console.print(f"  {name}: too little memory for {len(networks)} networks at once, so in two sessions")
+    half = len(networks) // 2
+    parts = {f"{name} a": networks[:half], f"{name} b": networks[half:]}
+    return [told for each, part in parts.items() for told in _in_parts(work, each, part, together)]
 
 
 def _measure_together(work: Work, dense: Outcome, name: str, plans: Sequence[PruningPlan]) -> list[Measured]:

@@ -6,8 +6,10 @@ Grow, push, prune (Tian, Arbel, Clark, arXiv 2009.13716) in that order: growth c
 pruning decides what of it stays. It may take `grow_to` times the user's network's latency, or times the budget where
 that is larger: where the budget leaves slack it is filled, and a little more, so that pruning has a choice.
 
-What grows, each place once: a group by half of its units, or by more where the limit is above 2.25 (all groups s times
-as wide cost s², so that s = √limit would fill it), and a concatenation by an Inception branch of its parts' mean size.
+What grows, each place once: a group by one step of the grid, a quarter or half of its units, or by more where the limit
+is above 2.25 (all groups s times as wide cost s², so that s = √limit would fill it); of these the widest that the limit
+allows it alone, the narrower ones too where few places compete; and a concatenation by an Inception branch of its
+parts' mean size.
 The worth of a unit is the measured loss of the smallest cut of its group, per unit; of a branch's, the mean over the
 groups that it is set beside. The proposals of most worth per millisecond (of the table) are built whole and measured on
 the device beside the user's network, ordered by worth per millisecond as measured, and taken in turn; what is taken
@@ -50,8 +52,8 @@ from profiles.schema import PrepareSpec
 TOOLS = ("torch", "numpy", "scipy")
 MOST = 6
 """Networks that are measured in one session, beside the user's."""
-SHARE = 0.5
-"""What a group grows by at least, of its units."""
+SHARES = (0.25, 0.5)
+"""What a group may grow by, of its units, beside one step of the grid."""
 
 Timings = Callable[[str, Mapping[str, Path]], Mapping[str, Timing]]
 """Times of models against the user's network in one named session, by label."""
@@ -65,6 +67,11 @@ class Proposal:
     name: str
     worth: float
     ms: float
+
+    @property
+    def place(self) -> str:
+        """Where it grows: a group, or a concatenation."""
+        return self.edit.group if isinstance(self.edit, Widen) else self.edit.where
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,11 @@ def grow(work: Work, table: LatencyTable, values: Sensitivity, budget: float, ti
     found = timings("growth", {label: file for label, (_, file) in built.items()}) if built else {}
     order = chosen([(proposal, found[label].ratio) for label, (proposal, _) in built.items()], limit)
     together = [order[:count] for count in range(1, len(order) + 1)]
-    files = {f"grown-{len(each)}": _built(work, each, f"grown-{len(each)}") for each in together}
+    alone = dict(built.values())
+    files = {
+        f"grown-{len(each)}": alone[each[0]] if len(each) == 1 else _built(work, each, f"grown-{len(each)}")
+        for each in together
+    }
     measured = timings("growth together", files) if files else {}
     fits = [each for each in together if measured[f"grown-{len(each)}"].high <= limit]
     if not fits:
@@ -174,39 +185,45 @@ def grow(work: Work, table: LatencyTable, values: Sensitivity, budget: float, ti
 def propose(network: Network, table: LatencyTable, values: Sensitivity, limit: float) -> list[Proposal]:
     """All that could grow, most worth per millisecond of the table first; nothing that costs or is worth nothing.
 
-    limit: latency that the whole may grow to, over that of the network.
+    limit: latency that the whole may grow to, over that of the network. Of a group's widths the widest that the table
+    allows it alone lies with the first, the next narrower one behind the first of all places, and so on.
     """
-    share = max(SHARE, math.sqrt(limit) - 1)
+    shares = (0.0, *SHARES, max(SHARES[-1], math.sqrt(limit) - 1))
     groups = {group.id: group for group in network.topology.offered}
     units = {id: known for id, group in groups.items() if (known := _unit(group, table, values.finite())) is not None}
-    found = []
+    found: list[tuple[int, Proposal]] = []
     for id, (worth, ms) in units.items():
-        group = groups[id]
-        width = _stepped(group.size * (1 + share), table.grid)
-        more = width - group.size
-        found.append(Proposal(Widen(id, width), f"{group.name} {group.size} -> {width}", worth * more, ms * more))
+        size, name = groups[id].size, groups[id].name
+        widths = sorted({_stepped(max(size + 1, size * (1 + share)), table.grid) for share in shares})
+        fits = [width for width in widths if ms * (width - size) <= (limit - 1) * table.dense_ms]
+        for turn, width in enumerate(reversed(fits or widths[:1])):
+            more = width - size
+            found.append((turn, Proposal(Widen(id, width), f"{name} {size} -> {width}", worth * more, ms * more)))
     for where, parts in joins(network).items():
         if beside := [id for id in parts if id in units]:
             channels = _stepped(fmean(groups[id].size for id in beside), table.grid)
             worth, ms = (channels * fmean(units[id][column] for id in beside) for column in (0, 1))
-            found.append(Proposal(AddBranch(where, channels), f"a branch of {channels} at {where}", worth, ms))
-    return sorted((each for each in found if each.worth > 0), key=lambda each: -each.worth / each.ms)
+            found.append((0, Proposal(AddBranch(where, channels), f"a branch of {channels} at {where}", worth, ms)))
+    order = sorted(found, key=lambda pair: (pair[0], -pair[1].worth / pair[1].ms))
+    return [proposal for _, proposal in order if proposal.worth > 0]
 
 
 def chosen(measured: Sequence[tuple[Proposal, float]], limit: float) -> tuple[Proposal, ...]:
     """Proposals to take, in order of worth per latency measured, while their costs together keep the limit.
 
-    measured: with the latency of the network that grew by it alone, over that before.
+    measured: with the latency of the network that grew by it alone, over that before. Of one place the proposal of most
+    worth that fits is taken, in the first one's turn.
     """
     least = 1e-3  # of the latency: below it a session tells no cost from none
     order = sorted(measured, key=lambda pair: -pair[0].worth / max(pair[1] - 1, least))
-    taken, total = [], 1.0
+    taken: dict[str, Proposal] = {}
+    costs: dict[str, float] = {}
     for proposal, ratio in order:
-        cost = max(ratio - 1, 0.0)
-        if total + cost <= limit:
-            taken.append(proposal)
-            total += cost
-    return tuple(taken)
+        place = proposal.place
+        tried = {**costs, place: max(ratio - 1, 0.0)}
+        if sum(tried.values(), 1.0) <= limit and (place not in taken or proposal.worth > taken[place].worth):
+            taken[place], costs = proposal, tried
+    return tuple(taken.values())
 
 
 def _unit(group: ChannelGroup, table: LatencyTable, values: Sensitivity) -> tuple[float, float] | None:

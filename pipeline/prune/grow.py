@@ -8,7 +8,8 @@ widen   The inverse of a cut. A new unit is a copy of one that is there, in ever
 branch  A branch of the basic Inception module (Szegedy et al., CVPR 2015), 1x1 → 3x3 with norms and ReLUs, read by zero
         columns: joined to a concatenation of channels, or set beside a convolution.
 
-Both give a graph that can be captured, grouped, pruned and exported again. What grows where the budget has slack is for
+Both give a graph that can be captured, grouped, pruned and exported again, and learns where the network does: what was
+frozen stays so, and a branch is where all layers that read it are. What grows where the budget has slack is for
 the caller to say (Grow-Push-Prune, Tian, Arbel, Clark, arXiv 2009.13716, grows by Inception modules).
 """
 
@@ -244,7 +245,10 @@ def branch(network: Network, where: str, channels: int, *, seed: int = 0) -> fx.
     name = f"{where.replace('.', '_')}_branch"
     while hasattr(graph, name):
         name += "_"
-    graph.add_module(name, _inception(network.shapes[source.name][1], channels, spot.stride, seed).eval())
+    layers = [graph.get_submodule(target) for target in spot.reads]
+    learns = any(weight.requires_grad for layer in layers for weight in layer.parameters() if weight.dim() > 1)
+    inception = _inception(network.shapes[source.name][1], channels, spot.stride, seed)
+    graph.add_module(name, inception.eval().requires_grad_(learns))
     if spot.joined:
         with graph.graph.inserting_before(join):
             new = graph.graph.call_module(name, (source,))
@@ -364,14 +368,20 @@ def _extend(module: nn.Module, more: int) -> None:
         module.sizes = (*module.sizes[:-1], module.sizes[-1] + more)
     elif isinstance(module, nn.PReLU):
         if module.num_parameters > 1:
-            module.weight = nn.Parameter(torch.cat([module.weight, module.weight.mean().expand(more)]))
+            module.weight = _longer(module.weight, module.weight.mean().expand(more))
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
             if name in _IDLE:
-                longer = torch.cat([value, value.new_full((more,), _IDLE[name])])
-                setattr(module, name, nn.Parameter(longer) if isinstance(value, nn.Parameter) else longer)
+                idle = value.new_full((more,), _IDLE[name])
+                parameter = isinstance(value, nn.Parameter)
+                setattr(module, name, _longer(value, idle) if parameter else torch.cat([value, idle]))
     else:
         weight: Tensor = module.weight  # type: ignore[assignment]
         axis = 0 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
         columns = weight.new_zeros([more if a == axis else size for a, size in enumerate(weight.shape)])
-        module.weight = nn.Parameter(torch.cat([weight, columns], axis))
+        module.weight = _longer(weight, columns, axis)
+
+
+def _longer(value: Tensor, more: Tensor, axis: int = 0) -> nn.Parameter:
+    """A parameter with more entries, frozen where it was."""
+    return nn.Parameter(torch.cat([value, more], axis), value.requires_grad)

@@ -6,8 +6,8 @@ merge       A removed unit r hands what the next layers read of it to its twin t
             a = 1 and b = 0. "mean": the pair becomes the mean of both, so a = 1 by construction (RED, Yvinec et al.,
             NeurIPS 2021).
 layerwise   Each layer that loses inputs alone, on the dense network's activations, from its Gram matrix C:
-            W_k' = W_k + W_r C_rk (C_kk + λ I)⁻¹. What ThiNet, OSSCAR and entropic regression D(w) Λ do for the kept
-            set; sequential least squares (repair.py) sees the errors of earlier layers as well.
+            W_k' = W_k + W_r C_rk (C_kk + λ I)⁻¹. What ThiNet and OSSCAR do for the kept set, in place of entropic
+            regression's D(w) Λ too; sequential least squares (repair.py) sees the errors of earlier layers as well.
 """
 
 from __future__ import annotations

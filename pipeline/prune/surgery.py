@@ -131,7 +131,8 @@ def restore(pruned: fx.GraphModule, state: Mapping[str, Tensor], where: str) -> 
         except AttributeError:
             continue
         if leaf == "bias" and getattr(owner, "bias", 0) is None:
-            owner.bias = nn.Parameter(torch.zeros(state[name].shape))
+            learns = any(p.requires_grad for p in owner.parameters())
+            owner.bias = nn.Parameter(torch.zeros(state[name].shape), learns)
     own = pruned.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own:

@@ -176,7 +176,7 @@ def set_bias(layer: nn.Module, norm: nn.Module | None, bias: Tensor, before: Ten
     elif running is not None:
         running.sub_(bias - before)
     else:
-        layer.bias = nn.Parameter(bias.clone())
+        layer.bias = nn.Parameter(bias.clone(), any(p.requires_grad for p in layer.parameters()))
 
 
 class DenseTaps:

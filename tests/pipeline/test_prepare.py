@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from pipeline.project import load_project
 from pipeline.release.verify import read_manifest
 from pipeline.run import read_state
 from pipeline.work import captured, rebuilt
-from profiles.errors import UsageError
+from profiles.errors import ScarceError, UsageError
 from profiles.schema import Profile, PruneSpec, load_profile
 from targets.base import load_target
 from targets.harness.measurement import Session
+from targets.simulated import Simulated
 
 pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
 INCEPTION = """
@@ -317,6 +319,25 @@ def test_where_nothing_fits_the_network_stays_and_the_build_goes_on(tmp_path: Pa
     assert "the limit is 1.001x" in note
 
 
+def test_a_device_that_cannot_hold_all_that_may_grow_measures_it_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    held, measure = [], Simulated.measure
+
+    def scarce(device: Simulated, artifacts: Mapping[str, Path], *asked: Any) -> Session:
+        if len(artifacts) > 3:
+            raise ScarceError("not enough memory to measure 'growth-2': out of memory.")
+        held.append(list(artifacts)[-1])
+        return measure(device, artifacts, *asked)
+
+    monkeypatch.setattr(Simulated, "measure", scarce)
+    over = {"prepare": {"epochs": 1, "grow": True}, "prune": {"rounds": 1}}
+    result = build(request(inception(tmp_path / "tiny"), tmp_path / "root", overrides=over, budget="1.2x"))
+    assert {"growth-1", "growth-2", "grown-1"} <= set(held)
+    assert any(note.startswith("the network grew by ") for note in result.report.notes)
+    assert not (run_of(result) / "work" / "grown-1.onnx").exists(), "it is what was built to be measured alone"
+
+
 # --- what to grow by -------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +360,25 @@ def test_proposals_come_by_what_their_cuts_lose_per_millisecond(tmp_path: Path):
     beside = (by_name["units.0.one.0"] + by_name["units.0.three.1.0"]) / 2
     assert branches["cat"].worth == pytest.approx(16 / 8 * beside)
     more = propose(network, table, Sensitivity(losses, {}), 9.0)
-    assert {each.edit.width for each in more if isinstance(each.edit, Widen)} == {48}
+    assert [each.edit.width for each in more if isinstance(each.edit, Widen)] == [48] * len(wider) + [24] * len(wider)
+
+
+def test_a_group_grows_by_as_much_as_the_limit_allows_it_alone_and_by_a_step_at_least(tmp_path: Path):
+    project = load_project(inception(tmp_path / "tiny"))
+    network = captured(project, project.model(), PruneSpec()).network
+    groups = network.topology.offered
+    sites = tuple(SiteCost(Site(g.id, "conv", (Dim(((g.id, 1),)),), ()), {(8,): 1.0, (16,): 2.0}) for g in groups)
+    table = LatencyTable(sites, {g.id: (8, 16) for g in groups}, 2, 2.0 * len(groups))
+    values = Sensitivity({g.id: {8: 1.0, 16: 0.0} for g in groups}, {})
+
+    def widths(ms: float) -> list[int]:
+        found = propose(network, table, values, 1 + ms / table.dense_ms)
+        return [each.edit.width for each in found if isinstance(each.edit, Widen)]
+
+    count = len(groups)
+    assert widths(1.1) == [24] * count + [20] * count + [18] * count
+    assert widths(0.6) == [20] * count + [18] * count
+    assert widths(0.3) == [18] * count and widths(0.1) == [18] * count, "the table may be wrong: it is measured"
 
 
 def test_what_is_taken_has_most_worth_for_its_measured_cost_and_fits_together():
@@ -352,3 +391,14 @@ def test_what_is_taken_has_most_worth_for_its_measured_cost_and_fits_together():
     assert [each.name for each in chosen(measured, 1.05)] == ["free", "good"]
     assert [each.name for each in chosen(measured, 1.3)] == ["free", "good", "dear", "poor"]
     assert chosen([dear], 1.1) == ()
+
+
+def test_of_one_place_the_widest_that_fits_is_taken_and_no_other():
+    def offered(width: int, ratio: float) -> tuple[Proposal, float]:
+        return Proposal(Widen("one", width), f"one {width}", float(width), 1.0), ratio
+
+    other = (Proposal(Widen("other", 8), "other", 1.0, 1.0), 1.05)
+    measured = [offered(20, 1.05), offered(24, 1.2), offered(32, 1.4), other]
+    for limit, widest in [(1.11, 20), (1.26, 24), (1.5, 32)]:
+        assert [each.name for each in chosen(measured, limit)] == [f"one {widest}", "other"]
+    assert chosen(measured, 1.04) == ()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_project import replace, request, write_project
 
-from benchmarks import builds
+from benchmarks import builds, gpp
 from benchmarks.ablations import arms, table
 from benchmarks.ablations.switches import SWITCHES, scored, separable, switched
 from benchmarks.frontier import arena, dense
@@ -29,6 +29,7 @@ from pipeline.nouns import Block, ChannelGroup, Dim, LatencyTable, Ranking, Site
 from pipeline.project import usercode
 from pipeline.prune.sensitivity import around, measure
 from pipeline.search import Search
+from profiles.schema import PrepareSpec
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +156,12 @@ def test_scores_are_summed_over_the_units_that_go_and_those_of_a_block():
 
     found = scored(Probe, rankings, {"a": (1, 2, 4), "b": (2, 4)}, widths=3, progress=None)
     assert found.groups == {"a": {1: 6, 2: 3, 4: 0}, "b": {2: 30, 4: 0}} and found.blocks == {"branch": 100}
+
+
+def test_every_arm_of_grow_push_prune_is_trained_as_long_and_in_the_same_way():
+    for arm in gpp.ARMS:
+        flags = arm.flags(5, 0)
+        found = dict(pair.split("=", 1) for flag, pair in itertools.pairwise(flags) if flag == "--set")
+        assert int(found["prepare.epochs"]) + int(found["recover.epochs"]) == 7
+        for name in ("learning_rate", "alpha"):
+            assert found[f"prepare.{name}"] == found[f"recover.{name}"] == str(getattr(PrepareSpec(), name))

@@ -73,13 +73,18 @@ def added_loss(
     return total
 
 
-def infeasible(budget_ms: float, narrowest_ms: float) -> MissedError:
-    """The error for a budget below what the narrowest allowed network needs."""
+def infeasible(
+    budget_ms: float,
+    narrowest_ms: float,
+    narrowest: str = "the narrowest allowed network",
+    hint: str = "lower prune.min_width or raise the budget.",
+) -> MissedError:
+    """The error for a budget below what the narrowest network needs. narrowest: of those that the solver may choose."""
     for digits in (1, 2, 3, 4, 5):
         budget, least = f"{budget_ms:.{digits}f}", f"{narrowest_ms:.{digits}f}"
         if budget != least and float(budget) > 0:
             break
     return MissedError(
-        f"budget {budget} ms cannot be met: the narrowest allowed network is predicted at {least} ms.",
-        "lower prune.min_width or raise the budget.",
+        f"budget {budget} ms cannot be met: {narrowest} is predicted at {least} ms.",
+        hint,
     )

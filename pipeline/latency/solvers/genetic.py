@@ -3,9 +3,10 @@
 Channel pruning by a genetic algorithm (Hu et al., 2018) searches masks of one layer with a fitness cheap enough for
 thousands of chromosomes: the second-order estimate (1 - m)^T G (1 - m) of the layer's output error. Its form for a
 latency budget is a search over ratio vectors: a chromosome holds the index of every group's width and a flag for every
-removable block. Which units stay at a width is the ranking's part; the quadratic form of a group's cut is, refitted and
-summed up to the network's output, what the measured values (Sensitivity) hold for each width, so that the fitness is
-the sum of these values, and no layer is approximated for itself.
+removable block. Which units stay at a width is the ranking's part. The fitness has no quadratic form: it is the plain
+sum of the measured values (Sensitivity) of the single cuts. A value is the network's loss of a whole cut after repair,
+so that what units of one group do together is in it; what cuts of different groups do to each other is not, since a
+table of pairs would take a measurement for each. That is why the best few are tried as whole networks.
 
     start      even ratios from the dense to the narrowest network, `uniform`'s answer, the rest random
     selection  roulette by rank: a chance in proportion to the place from the bottom

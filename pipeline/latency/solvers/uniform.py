@@ -49,7 +49,9 @@ def solve(
         if predicted <= budget_ms * FIT:
             loss = added_loss(sensitivity, topology, widths, ())
             return Solution(widths, frozenset(), predicted, loss, None, time.perf_counter() - start)
-    raise infeasible(budget_ms, least)
+    one = "the fastest network of one ratio for all groups"
+    hint = "--solver exact also takes other widths and drops blocks; or lower prune.min_width or raise the budget."
+    raise infeasible(budget_ms, least, one, hint)
 
 
 def on_grid(table: LatencyTable, widths: Mapping[str, int]) -> bool:

@@ -11,9 +11,11 @@ the entropy, as in SPARTAn. What makes w sparse is the simplex with the ridge: f
 channel costs ‖Λ_c‖² = ‖product‖² / (C w_c)², so the channels compete for a fixed sum; the entropy keeps w off the
 boundary, so that light channels too are in an order.
 
-marginal_loss is the reconstruction error that each removal adds, relative to the output's variance, when the rest is
-solved again. The weights D(w) Λ of a kept set are what the repair `layerwise` (merge.py) gives for it. Needs no labels
-and no gradients; cost: ROUNDS factorisations of each layer's Gram matrix, and one elimination in the order found.
+Of the regression the order alone is used. Its weights D(w) Λ are shrunk by a large ridge (RIDGE) and spread over all
+channels, so no network gets them: the weights of a kept set are solved afresh. marginal_loss is the reconstruction
+error that each removal then adds, relative to the output's variance; the repair `layerwise` (merge.py) gives the
+network such weights, with a ridge of its own. Needs no labels and no gradients; cost: ROUNDS factorisations of each
+layer's Gram matrix, and one elimination in the order found.
 """
 
 from __future__ import annotations

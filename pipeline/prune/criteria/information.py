@@ -19,7 +19,8 @@ told as 0.
 
 weight: the group's information concentration, entropy of its activations (histogram of BINS bins between the smallest
 and the largest, mean over samples and readers) times the mean relative rank of its maps (as in `activation-rank`), over
-the mean of this product over all groups: what is lost where much is held counts more.
+the mean of this product over all groups: what is lost where much is held counts more. Only the solver `threshold`,
+which compares the scores of all groups, reads it; those that go by measured losses need no prior.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from pipeline.last_layer import last_layer
 from pipeline.nouns import Ranking
 from pipeline.prune.capture import Network, ancestors
 from pipeline.prune.criteria._damage import macs
@@ -37,7 +38,6 @@ from pipeline.prune.execute import TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.maps import affordable
 from pipeline.prune.neutral import describe
-from pipeline.prune.taps import is_layer
 from profiles.errors import UsageError
 
 NEEDS: tuple[str, ...] = ("inputs", "targets")
@@ -105,17 +105,14 @@ def _classes(samples: Samples, given: Sequence[int]) -> Tensor:
 
 def _last_layer(network: Network) -> Reader:
     """The last layer on the way to the first output."""
-    nodes = {node.name: node for node in network.graph.graph.nodes}
-    (end,) = (node for node in nodes.values() if node.op == "output")
-    leading = ancestors(network.graph.graph)[end.all_input_nodes[0]]
-    readers = {reader.op: reader for reader in network.readers}
-    found = [n for n in nodes.values() if n in leading and n.name in readers and is_layer(network.graph, n)]
+    last = last_layer(network.graph)
+    found = [reader for reader in network.readers if last is not None and reader.op == last.name]
     if not found:
         raise UsageError(
             "the criterion 'lda-deconv' needs a last layer, and no convolution or linear layer leads to the output.",
             "--criterion fisher takes any network.",
         )
-    return readers[found[-1].name]
+    return found[0]
 
 
 @torch.no_grad()

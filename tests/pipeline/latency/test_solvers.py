@@ -172,7 +172,7 @@ def chain(ms: dict[int, float], losses: dict[int, float], correction: float = 1.
     return costs, topology([group("g", max(ms))]), Sensitivity({"g": losses}, {})
 
 
-@every_solver
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "uniform"])
 def test_a_budget_below_the_narrowest_network_says_both_numbers(name):
     with pytest.raises(MissedError) as caught:
         solve(name, chain({16: 9.4, 32: 12.0}, {16: 1.0, 32: 0.0}), 8.0)
@@ -181,6 +181,15 @@ def test_a_budget_below_the_narrowest_network_says_both_numbers(name):
     )
     assert caught.value.hint == "lower prune.min_width or raise the budget."
     assert caught.value.exit_code == 3
+
+
+def test_a_budget_below_the_fastest_uniform_network_says_that_others_may_be_faster():
+    with pytest.raises(MissedError) as caught:
+        solve("uniform", chain({16: 9.4, 32: 12.0}, {16: 1.0, 32: 0.0}), 8.0)
+    assert caught.value.message == (
+        "budget 8.0 ms cannot be met: the fastest network of one ratio for all groups is predicted at 9.4 ms."
+    )
+    assert "--solver exact" in str(caught.value.hint)
 
 
 def test_an_infeasible_budget_close_to_the_floor_is_told_with_enough_digits():

@@ -291,3 +291,15 @@ def test_what_was_grown_is_exported_to_onnx(kind, tmp_path):
     with torch.no_grad():
         assert np.allclose(got, grown(images()).numpy(), atol=1e-5)
         assert np.allclose(got, network.graph(images()).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_grows_is_frozen_where_the_network_is(frozen):
+    torch.manual_seed(0)
+    network = network_of(NETS["concat"]().requires_grad_(not frozen))
+    places = branchable(network)
+    assert places
+    for place in places:
+        assert {p.requires_grad for p in branch(network, place, 8).parameters()} == {not frozen}
+    wider = widen(network, {group.id: group.size + 4 for group in network.topology.offered})
+    assert {p.requires_grad for p in wider.parameters()} == {not frozen}

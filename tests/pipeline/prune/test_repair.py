@@ -6,6 +6,7 @@ import pytest
 import torch
 from prune_nets import NETS, Chain, Residual, example
 from torch import nn
+from torch.fx import symbolic_trace
 
 from pipeline.nouns import DropBlock, KeepUnits, PruningPlan
 from pipeline.prune.capture import Network, capture
@@ -15,6 +16,7 @@ from pipeline.prune.ranking import rank
 from pipeline.prune.repair import SequentialFit, _Ridge, repair
 from pipeline.prune.sensitivity import FEWEST_ROWS, ROWS, LossProbe, measure, rows_worth, spread
 from pipeline.prune.surgery import prune, restore
+from pipeline.prune.taps import set_bias
 from profiles.errors import DeployError
 
 
@@ -259,3 +261,13 @@ def test_widths_to_value_are_spread_and_hold_both_ends():
     assert spread([8, 16, 24, 32, 40, 48, 56], 3) == [8, 32, 56]
     assert spread([8, 16], 3) == [8, 16]
     assert np.all(np.diff(spread(list(range(20)), 5)) > 0)
+
+
+def test_a_bias_that_a_repair_adds_is_frozen_where_its_layer_is():
+    for frozen in (True, False):
+        layer = nn.Linear(3, 2, bias=False).requires_grad_(not frozen)
+        set_bias(layer, None, torch.ones(2), torch.zeros(2))
+        assert layer.bias.requires_grad is not frozen
+        again = symbolic_trace(nn.Sequential(nn.Linear(3, 2, bias=False))).requires_grad_(not frozen)
+        restore(again, {f"0.{name}": value for name, value in layer.state_dict().items()}, "it")
+        assert {p.requires_grad for p in again.parameters()} == {not frozen}

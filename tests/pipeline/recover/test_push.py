@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
+from pipeline.prune.capture import capture
+from pipeline.prune.criteria.lda_deconv import _last_layer
+from pipeline.prune.groups import find_groups
 from pipeline.recover.hooks.push import ALIGN, DECORRELATE, FLOOR, SEPARATE, Hook, push
 from profiles.errors import UsageError
 
@@ -121,7 +124,7 @@ class Twice(nn.Module):
         return self.head(torch.relu(self.body(x))).mean(1)
 
 
-def test_the_linear_layer_that_runs_last_is_the_last_and_positions_are_averaged():
+def test_the_layer_that_runs_last_is_the_last_and_positions_are_averaged():
     torch.manual_seed(0)
     network, hook, x, labels = Twice(), Hook(), torch.randn(9, 5, 4), torch.arange(9) % 3
     hook.start(network, network)
@@ -141,9 +144,36 @@ def test_what_runs_without_gradients_between_two_steps_is_not_pushed():
     hook.stop()
 
 
-def test_a_network_without_a_linear_layer_is_refused():
-    with pytest.raises(UsageError, match=r"^the hook 'push' needs a linear layer to read the last hidden layer from,"):
-        Hook().start(nn.Conv2d(1, 1, 1), nn.Identity())
+class SqueezeExcite(nn.Module):
+    """A convolution decides; the linear layers only weigh channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.weigh = nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 8), nn.Sigmoid())
+
+    def weighed(self, x: torch.Tensor) -> torch.Tensor:
+        maps = torch.relu(self.body(x))
+        return maps * self.weigh(maps.mean((2, 3)))[:, :, None, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.weighed(x)).mean((2, 3))
+
+
+def test_a_convolutional_head_is_the_last_layer_and_the_criterion_starts_there_too():
+    torch.manual_seed(0)
+    model, hook, x, labels = SqueezeExcite(), Hook(), torch.randn(12, 3, 8, 8), torch.arange(12) % 4
+    network = find_groups(capture(model.eval(), (x,)))
+    hook.start(network.graph, model)
+    got = hook.extra_loss(network.graph, (x,), network.graph(x), labels)
+    hook.stop()
+    assert torch.allclose(got, push(model.weighed(x).mean((2, 3)), labels))
+    assert network.graph.get_submodule("head") is network.graph.get_submodule(_last_layer(network).op)
+
+
+def test_a_network_without_a_last_layer_is_refused():
+    with pytest.raises(UsageError, match=r"^the hook 'push' needs a last layer to read the last hidden layer from,"):
+        Hook().start(nn.ReLU(), nn.Identity())
 
 
 @pytest.mark.parametrize(("targets", "said"), [(torch.rand(12, 10), r"\(12, 10\)"), (None, "NoneType")])

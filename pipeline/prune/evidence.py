@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,14 @@ class Samples:
     def joined(self) -> tuple[Tensor, ...]:
         """All samples as one batch."""
         return tuple(torch.cat(column) for column in zip(*self.inputs, strict=True))
+
+    def digest(self) -> str:
+        """SHA-256 of the samples and their targets, 64 hex digits; batches do not count."""
+        total = hashlib.sha256()
+        for value in (*self.joined(), *([] if self.targets is None else [self.targets])):
+            total.update(f"{value.dtype} {list(value.shape)}\0".encode())
+            total.update(value.contiguous().numpy().data)
+        return total.hexdigest()
 
 
 def divergence(outputs: Tensor, dense: Tensor) -> Tensor:

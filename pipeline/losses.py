@@ -109,8 +109,7 @@ def after_recovery(work: Work, probe: Probing) -> Callable[[PruningPlan], float]
 
     @cache
     def judge() -> RepairProbe:
-        known = probe()
-        return known if isinstance(known, RepairProbe) else repairs(work)
+        return repairs(work) if work.profile.prune.repair == "least-squares" else cast(RepairProbe, probe())
 
     def loss(plan: PruningPlan) -> float:
         file.unlink(missing_ok=True)

@@ -14,9 +14,12 @@ from tiny_project import write_project
 from pipeline import flow, losses
 from pipeline.nouns import KeepUnits, PruningPlan, Ranking
 from pipeline.project import load_project
+from pipeline.prune import repair as repair_module
+from pipeline.prune import sensitivity
 from pipeline.prune.evidence import Samples, divergence
 from pipeline.prune.repair import repair
 from pipeline.prune.surgery import prune
+from pipeline.prune.taps import DenseTaps
 from pipeline.recover.train import RecoverData, recover
 from pipeline.run import Run
 from pipeline.stage import code_digest
@@ -51,6 +54,20 @@ def test_a_short_recovery_is_judged_on_samples_that_the_repair_did_not_learn_fro
     with torch.no_grad():
         expected = float(divergence(done.module(*judged), work.network.graph(*judged)).mean())
     assert losses.after_recovery(work, losses.probe(work))(plan) == pytest.approx(expected, rel=1e-4)
+
+
+def test_short_recoveries_share_what_does_not_depend_on_the_plan(work: Work, monkeypatch: pytest.MonkeyPatch):
+    made = []
+
+    class Counted(DenseTaps):
+        def __init__(self, *given: object) -> None:
+            made.append(given)
+            super().__init__(*given)
+
+    monkeypatch.setattr(sensitivity, "DenseTaps", Counted)
+    monkeypatch.setattr(repair_module, "DenseTaps", Counted)
+    loss = losses.after_recovery(work, losses.probe(work))
+    assert 0 < loss(halved(work)) < loss(halved(work, 8)) and len(made) == 1
 
 
 # --- what is remembered ---------------------------------------------------------------------------------------------

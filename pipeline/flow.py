@@ -35,7 +35,7 @@ from pipeline.latency.timing import Tally
 from pipeline.nouns import KeepUnits, LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.prepare import hashes, state
 from pipeline.project import load_project, predict_torch
-from pipeline.prune.evidence import Evidence
+from pipeline.prune.evidence import Evidence, mean_divergence, outputs_of
 from pipeline.prune.hashing import adaptive
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import rank
@@ -295,9 +295,7 @@ def _rank(work: Work) -> None:
 
     few = min(work.samples.count, RANK_SAMPLES)
     params = {"criterion": spec.criterion, "seed": spec.seed, "samples": few, "freeze": spec.freeze}
-    done = work.run.stage(
-        Stage("rank"), params, {"project": work.source}, make, tools=TOOLS, detail=lambda _: spec.criterion
-    )
+    done = work.run.stage(Stage("rank"), params, work.sampled, make, tools=TOOLS, detail=lambda _: spec.criterion)
     work.rankings.update({ranking.group: ranking for ranking in map(Ranking.from_table, done["rankings"])})
 
 
@@ -345,6 +343,7 @@ def _search(
 ) -> Found:
     """Choose, narrow, measure, correct, until the budget holds. known: candidates that were measured before."""
     begun, params = work.run.seconds, losses.depends_on(work)
+    recovered = losses.after_recovery(work, probe)
     loop = Loop(
         topology=work.topology,
         rankings=work.rankings,
@@ -357,7 +356,7 @@ def _search(
             "recovered loss",
             {**params, "recover": work.profile.recover, "steps": losses.SHORT_STEPS},
             plan,
-            lambda: losses.after_recovery(work, probe, plan),
+            lambda: recovered(plan),
         ),
         measure=lambda name, plans: ondevice.measure_plans(work, dense, name, plans),
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
@@ -378,20 +377,22 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
 
     def make(folder: Path) -> dict[str, Any]:
         taps = DenseTaps(work.network, work.samples.joined()) if work.samples.count else None
-        told = {}
+        dense, told = outputs_of(work.network.graph, work.loss_samples), {}
         for mode in dict.fromkeys((*REPORTED, chosen)):
             if mode in NEED_INPUTS and taps is None:
                 continue
-            fixed = repair(pruned, work.network, plan, work.samples, mode, rankings=work.rankings, taps=taps)
+            fixed = repair(
+                pruned, work.network, plan, work.samples, mode, rankings=work.rankings, taps=taps, dense=dense
+            )
             accuracy = work.project.validate(predict_torch(fixed))
-            told[mode] = {"loss": losses.mean_divergence(work, fixed, work.loss_samples), "accuracy": accuracy}
+            told[mode] = {"loss": mean_divergence(fixed, work.loss_samples, dense), "accuracy": accuracy}
             if mode == chosen:
                 (folder / "repaired.safetensors").write_bytes(save(state(fixed)))
         return {"weights": folder / "repaired.safetensors", "told": told}
 
     params = {"repair": chosen, **losses.depends_on(work), "samples": work.samples.count}
     done = work.run.stage(
-        Stage("repair"), params, {"project": work.source, "plan": plan.to_json()}, make, tools=TOOLS,
+        Stage("repair"), params, {**work.sampled, "plan": plan.to_json()}, make, tools=TOOLS,
         detail=lambda d: ", ".join(f"{mode} {_score(row)}" for mode, row in d["told"].items()),
     )  # fmt: skip
     work.repairs.update(done["told"])

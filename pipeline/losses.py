@@ -12,15 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import fx
 
 from pipeline.nouns import LatencyTable, PruningPlan, Sensitivity
-from pipeline.prune.evidence import Samples, divergence, first
-from pipeline.prune.repair import repair
 from pipeline.prune.sensitivity import LossProbe, Probe, RepairProbe, measure, to_fit
 from pipeline.prune.sensitivity import affordable as probe_limit
-from pipeline.prune.surgery import prune
 from pipeline.recover.train import RecoverData, recover
 from pipeline.stage import Stage, run_or_reuse
 from pipeline.work import TOOLS, Work
@@ -38,13 +34,18 @@ def probe(work: Work) -> Probing:
     """What measures losses, on as many samples as it can hold; made when first asked for."""
 
     def make() -> Probe:
-        samples, mode = work.loss_samples.first(samples_taken(work)), work.profile.prune.repair
-        if mode == "least-squares":
-            return LossProbe(work.network, samples)
-        fitted = work.samples.first(to_fit(samples_taken(work)))  # noise tells losses, and repairs nothing
-        return RepairProbe(work.network, samples, fitted, mode, work.rankings)
+        if work.profile.prune.repair == "least-squares":
+            return LossProbe(work.network, work.loss_samples.first(samples_taken(work)))
+        return repairs(work)
 
     return cache(make)
+
+
+def repairs(work: Work) -> RepairProbe:
+    """What repairs plans as asked on a part of the samples, and judges them on the rest."""
+    few, mode = samples_taken(work), work.profile.prune.repair
+    fitted = work.samples.first(to_fit(few))  # noise tells losses, and repairs nothing
+    return RepairProbe(work.network, work.loss_samples.first(few), fitted, mode, work.rankings)
 
 
 def depends_on(work: Work) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def values(work: Work, probe: Probing, table: LatencyTable) -> Sensitivity:
     params = {"widths": spec.value_widths, "choices": table.choices, **depends_on(work)}
     order = {id: ranking.removal_order for id, ranking in work.rankings.items()}
     done = work.run.stage(
-        Stage("values"), params, {"project": work.source, "rankings": order}, make, tools=TOOLS,
+        Stage("values"), params, {**work.sampled, "rankings": order}, make, tools=TOOLS,
         detail=lambda d: f"{sum(len(c) - 1 for c in d['groups'].values())} widths, {len(d['blocks'])} blocks",
     )  # fmt: skip
     return Sensitivity.from_table(done.values)
@@ -86,7 +87,7 @@ def remembered(work: Work, name: str, params: Mapping[str, Any], plan: PruningPl
         return {"loss": loss if math.isfinite(loss) else None}
 
     def found() -> float | None:
-        inputs = {"project": work.source, "plan": plan.to_json()}
+        inputs = {**work.sampled, "plan": plan.to_json()}
         loss: float | None = run_or_reuse(work.run.cache, Stage(name), params, inputs, make, tools=TOOLS)["loss"]
         return loss
 
@@ -94,27 +95,25 @@ def remembered(work: Work, name: str, params: Mapping[str, Any], plan: PruningPl
     return math.inf if loss is None else float(loss)
 
 
-def after_recovery(work: Work, probe: Probing, plan: PruningPlan) -> float:
-    """Loss of a plan after repair and a few steps of recovery; after repair alone without training data."""
-    train, few = work.project.train, samples_taken(work)
+def after_recovery(work: Work, probe: Probing) -> Callable[[PruningPlan], float]:
+    """Measures losses after repair and a few steps of recovery; after repair alone without training data.
+
+    As everywhere, the samples that judge are none that a repair learnt from, and what plans share is made once.
+    """
+    train = work.project.train
     if train is None:
-        return probe().loss(plan)
-    mode = work.profile.prune.repair
-    pruned = prune(work.network, plan)
-    fixed = repair(pruned, work.network, plan, work.samples.first(few), mode, rankings=work.rankings)
+        return lambda plan: probe().loss(plan)
     data = RecoverData(lambda epoch, seed: islice(train(epoch, seed), SHORT_STEPS), work.project.loss, None)
     spec = work.profile.recover.model_copy(update={"epochs": 1, "hooks": ()})
     file = work.scratch("short.checkpoint")
-    file.unlink(missing_ok=True)
-    done = recover(fixed, work.given.graph, data, spec, file)
-    return mean_divergence(work, cast(fx.GraphModule, done.module), work.loss_samples.first(few))
 
+    @cache
+    def judge() -> RepairProbe:
+        return repairs(work) if work.profile.prune.repair == "least-squares" else cast(RepairProbe, probe())
 
-def mean_divergence(work: Work, model: fx.GraphModule, samples: Samples) -> float:
-    """Mean over samples of the divergence of a model's first output from the dense network's."""
-    total = 0.0
-    with torch.inference_mode():
-        for batch in samples.inputs:
-            outputs, dense = model(*batch), work.network.graph(*batch)
-            total += float(divergence(first(outputs), first(dense)).sum())
-    return total / samples.count
+    def loss(plan: PruningPlan) -> float:
+        file.unlink(missing_ok=True)
+        done = recover(judge().repaired(plan), work.given.graph, data, spec, file)
+        return judge().judged(cast(fx.GraphModule, done.module))
+
+    return loss

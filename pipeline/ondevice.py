@@ -90,7 +90,7 @@ def agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
         )
         return asdict(outcome.agreement(before, after, work.loss_samples_are))
 
-    inputs = {"project": work.source, "dense": dense.files["onnx"], "model": final.files["onnx"]}
+    inputs = {**work.sampled, "dense": dense.files["onnx"], "model": final.files["onnx"]}
     done = work.run.stage(
         Stage("agreement"), {"samples": samples.count}, inputs, make, tools=TOOLS,
         fingerprint=work.target.fingerprint().digest(), detail=lambda d: numbers.agreement(Agreement(**d.values)),

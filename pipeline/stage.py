@@ -14,10 +14,12 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,14 @@ def tool_versions(*names: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def code_digest(package: str) -> str:
+    """SHA-256 of the names and contents of an imported package's Python files; read once."""
+    folder = Path(str(sys.modules[package].__file__)).parent
+    files = sorted(folder.rglob("*.py"))
+    return digest({str(path.relative_to(folder)): file_hash(path) for path in files})
 
 
 def stage_key(

@@ -22,6 +22,7 @@ from pipeline.prune.own_rules import unmet
 from pipeline.prune.surgery import prune, restore
 from pipeline.report.data import ReportData
 from pipeline.run import Run
+from pipeline.stage import code_digest
 from profiles.errors import UsageError
 from profiles.schema import Budget, Profile, PruneSpec
 from targets.base import Target
@@ -30,7 +31,7 @@ DENSE, AGAIN, PRUNED = "dense", "dense-again", "pruned"
 """Names of the networks in a measuring session; the dense one stands in it twice."""
 PRUNED_AGAIN = "pruned-again"
 """Where rewrites of the pruned network are measured, it stands in the session twice."""
-TOOLS = ("torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
+TOOLS = ("edge-deploy", "torch", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime")
 """Libraries whose versions the results of most stages depend on."""
 NOISE_SAMPLES = 256
 
@@ -177,6 +178,13 @@ class Work:
         attention = self.profile.prune.attention
         prepared = f":{self.prepared.key}" if self.prepared else ""
         return self.project.digest() + ("" if attention == "channels" else f":{attention}") + prepared
+
+    @cached_property
+    def sampled(self) -> dict[str, str]:
+        """What the key of a ranking, a loss or a repair begins with: `source`, the samples, the code that makes it."""
+        return {
+            "project": self.source, "samples": self.loss_samples.digest(), "code": code_digest("pipeline.prune"),
+        }  # fmt: skip
 
     def scratch(self, name: str) -> Path:
         """A file of this run that is not a result."""

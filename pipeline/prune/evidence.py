@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.nouns import Topology
@@ -48,6 +49,14 @@ class Samples:
     def joined(self) -> tuple[Tensor, ...]:
         """All samples as one batch."""
         return tuple(torch.cat(column) for column in zip(*self.inputs, strict=True))
+
+    def digest(self) -> str:
+        """SHA-256 of the samples and their targets, 64 hex digits; batches do not count."""
+        total = hashlib.sha256()
+        for value in (*self.joined(), *([] if self.targets is None else [self.targets])):
+            total.update(f"{value.dtype} {list(value.shape)}\0".encode())
+            total.update(value.contiguous().numpy().data)
+        return total.hexdigest()
 
 
 def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
@@ -116,8 +125,7 @@ class Evidence:
     @cached_property
     def outputs(self) -> tuple[Tensor, ...]:
         """The dense network's (first) output, one tensor for each batch."""
-        with torch.no_grad():
-            return tuple(first(self.network.graph(*batch)) for batch in self.samples.inputs)
+        return outputs_of(self.network.graph, self.samples)
 
     def batches(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
         """Batches of inputs with their targets, None where the calibration data gives none."""
@@ -150,6 +158,18 @@ class Evidence:
 def first(outputs: Any) -> Tensor:
     """The first output of a network."""
     return tensors(outputs)[0]
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
+    """A network's (first) output, one tensor for each batch."""
+    return tuple(first(model(*batch)) for batch in samples.inputs)
+
+
+def mean_divergence(model: nn.Module, samples: Samples, dense: Sequence[Tensor]) -> float:
+    """Mean over samples of a network's divergence from the dense network. dense: its outputs, one for each batch."""
+    pairs = zip(outputs_of(model, samples), dense, strict=True)
+    return sum(float(divergence(outputs, wanted).sum()) for outputs, wanted in pairs) / samples.count
 
 
 def _gate_gradients(

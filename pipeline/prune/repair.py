@@ -9,6 +9,9 @@ is solved for every output channel, the ridge pulling toward the weights that we
 result, negative targets ask for nothing but "not positive": T is replaced by min(prediction, 0) there, and solved again
 a few times with the same factor. b goes into the layer's bias, or into the running mean of its batch norm.
 
+A repair is kept only where it does not take the network's outputs on the samples further from the dense network's: the
+statistics of few samples, and stand-ins that are no twins, can. What comes back then is the cut network as it is.
+
 Sources: methods.md's row on sequential least squares follows He et al. (Channel pruning, ICCV 2017) and ReLU-aware
 asymmetric reconstruction (Zhang et al., 2015); aiming the layer before a removed run at the run's output is ours.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.nouns import Cut, PruningPlan, Ranking
 from pipeline.prune.capture import Network
-from pipeline.prune.evidence import Samples
+from pipeline.prune.evidence import Samples, mean_divergence, outputs_of
 from pipeline.prune.maps import Gram, grams
 from pipeline.prune.merge import layerwise, merge
 from pipeline.prune.plan import resolve
@@ -56,29 +59,43 @@ def repair(
     rankings: Mapping[str, Ranking] | None = None,
     taps: DenseTaps | None = None,
     moments: Mapping[str, Gram] | None = None,
+    dense: Sequence[Tensor] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> fx.GraphModule:
     """A repaired copy of a pruned network, in eval mode; neither argument is touched.
 
-    mode: one of MODES; "merge" needs the rankings that the plan was made with. taps, moments: dense values and Gram
-    matrices of the same samples, to share between calls. "merge" and "layerwise" begin at the dense network's weights.
-    Raises UsageError for a mode that needs what is not there.
+    mode: one of MODES; "merge" needs the rankings that the plan was made with. taps, moments, dense: dense values, Gram
+    matrices and the dense network's outputs (one for each batch) of the same samples, to share between calls. "merge"
+    and "layerwise" begin at the dense network's weights. With samples the mean divergence from the dense network never
+    rises on them: a repair that would raise it is left out. Raises UsageError for a mode that needs what is not there.
     """
     if mode in NEED_INPUTS and not samples.count:
         hint = "add data.calibration to deploy.toml, or --set prune.repair=merge."
         raise UsageError(f"the repair '{mode}' needs calibration inputs, and the project has none.", hint)
+    cut = copy.deepcopy(pruned).eval()
+    if mode == "none":
+        return cut
     if mode == "merge":
-        return merge(network, plan, rankings or {}, samples.joined() if samples.count else None).eval()
-    if mode == "layerwise":
-        return layerwise(network, plan, moments or grams(network, samples.joined())).eval()
-    repaired = copy.deepcopy(pruned).eval()
-    if mode == "bn":
-        _recalibrate(repaired, samples)
-    elif mode == "least-squares":
-        taps = taps or DenseTaps(network, samples.joined())
-        fit = SequentialFit(repaired, network, resolve(network.topology, plan), taps, progress=progress)
-        fit.run(*taps.inputs)
-    return repaired
+        repaired = merge(network, plan, rankings or {}, samples.joined() if samples.count else None).eval()
+    elif mode == "layerwise":
+        repaired = layerwise(network, plan, moments or grams(network, samples.joined())).eval()
+    else:
+        repaired = copy.deepcopy(cut)
+        if mode == "bn":
+            _recalibrate(repaired, samples)
+        else:
+            taps = taps or DenseTaps(network, samples.joined())
+            fit = SequentialFit(repaired, network, resolve(network.topology, plan), taps, progress=progress)
+            fit.run(*taps.inputs)
+    if not samples.count:
+        return repaired
+    return repaired if _no_worse(repaired, cut, samples, dense or outputs_of(network.graph, samples)) else cut
+
+
+def _no_worse(repaired: fx.GraphModule, cut: fx.GraphModule, samples: Samples, dense: Sequence[Tensor]) -> bool:
+    """Whether a repaired network is as near to the dense one on the samples as the cut network is, or nearer."""
+    before, after = (mean_divergence(model, samples, dense) for model in (cut, repaired))
+    return after <= before or not math.isfinite(before)
 
 
 @torch.no_grad()

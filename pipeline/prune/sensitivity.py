@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.nouns import Cut, DropBlock, KeepUnits, PruningPlan, Ranking, Sensitivity, Topology
 from pipeline.prune.capture import Network
-from pipeline.prune.evidence import Samples, divergence, first
+from pipeline.prune.evidence import Samples, divergence, first, outputs_of
 from pipeline.prune.maps import grams
 from pipeline.prune.plan import resolve
 from pipeline.prune.repair import SequentialFit, repair
@@ -76,7 +76,7 @@ class LossProbe:
 
 
 class RepairProbe:
-    """Measures the loss of edits after a whole repair of another kind than least squares; as slow as that repair.
+    """Repairs plans in whole, in any way, and measures what they lose then; as slow as that repair.
 
     samples: what losses are measured on. fitted: what the repair learns from, the first of them, which then do not
     judge; none at all where there is no data.
@@ -90,14 +90,26 @@ class RepairProbe:
         self.inputs = tuple(x[judged:] for x in samples.joined())
         with torch.no_grad():
             self.dense = first(network.graph(*self.inputs))
+        self.taps = DenseTaps(network, fitted.joined()) if mode == "least-squares" and fitted.count else None
         self.moments = grams(network, fitted.joined()) if mode == "layerwise" else None
+        self.outputs = outputs_of(network.graph, fitted)
 
-    @torch.no_grad()
     def loss(self, plan: PruningPlan) -> float:
         """Mean divergence of a plan after repair; infinite if not finite."""
+        return self.judged(self.repaired(plan))
+
+    def repaired(self, plan: PruningPlan) -> fx.GraphModule:
+        """The network cut and repaired on the fitted samples."""
         pruned = carry_out(self.network.graph, resolve(self.network.topology, plan))
-        fixed = repair(pruned, self.network, plan, self.fitted, self.mode, rankings=self.rankings, moments=self.moments)
-        loss = float(divergence(first(fixed(*self.inputs)), self.dense).mean())
+        return repair(
+            pruned, self.network, plan, self.fitted, self.mode,
+            rankings=self.rankings, taps=self.taps, moments=self.moments, dense=self.outputs,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def judged(self, model: nn.Module) -> float:
+        """Mean divergence of a network on the samples that judge; infinite if not finite."""
+        loss = float(divergence(first(model(*self.inputs)), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
 
 

@@ -1,4 +1,5 @@
 import copy
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -8,12 +9,12 @@ from prune_nets import NETS, Chain, Residual, example
 from torch import nn
 from torch.fx import symbolic_trace
 
-from pipeline.nouns import DropBlock, KeepUnits, PruningPlan
+from pipeline.nouns import DropBlock, KeepUnits, PruningPlan, Ranking
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Evidence, Samples, divergence
 from pipeline.prune.groups import find_groups
 from pipeline.prune.ranking import rank
-from pipeline.prune.repair import SequentialFit, _Ridge, repair
+from pipeline.prune.repair import MODES, SequentialFit, _Ridge, repair
 from pipeline.prune.sensitivity import FEWEST_ROWS, ROWS, LossProbe, measure, rows_worth, spread
 from pipeline.prune.surgery import prune, restore
 from pipeline.prune.taps import set_bias
@@ -102,6 +103,29 @@ def test_the_layer_before_a_removed_block_is_aimed_at_what_the_block_gave():
     plan = PruningPlan((DropBlock(network.topology.removable[-1].id),))
     pruned = prune(network, plan)
     assert gap(repair(pruned, network, plan, samples), network, samples) < 0.5 * gap(pruned, network, samples)
+
+
+@cache
+def ranked(name: str) -> tuple[Network, dict[str, Ranking]]:
+    network = network_of(name)
+    return network, rank(Evidence(network, some_samples()), "red")
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("mode", MODES)
+def test_no_repair_takes_a_network_further_from_the_dense_one_on_its_samples(mode, name):
+    (network, rankings), samples, source = ranked(name), some_samples(), np.random.default_rng(0)
+    halves = [(g.id, sorted(source.permutation(g.size)[: (g.size + 1) // 2])) for g in network.topology.offered]
+    plan = PruningPlan(tuple(KeepUnits(id, tuple(map(int, kept))) for id, kept in halves))
+    pruned = prune(network, plan)
+    fixed = repair(pruned, network, plan, samples, mode, rankings=rankings)
+    assert gap(fixed, network, samples) <= gap(pruned, network, samples) * (1 + 1e-6)
+
+
+def test_without_anything_cut_the_dense_network_comes_back():
+    network, samples = network_of("chain"), some_samples()
+    whole = prune(network, PruningPlan())
+    assert gap(repair(whole, network, PruningPlan(), samples, "bn"), network, samples) == 0.0
 
 
 def test_bn_repair_moves_statistics_and_nothing_else():

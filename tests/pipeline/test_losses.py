@@ -1,0 +1,112 @@
+"""What plans lose after a short recovery, and what rankings and losses are remembered by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_project import write_project
+
+from pipeline import flow, losses
+from pipeline.nouns import KeepUnits, PruningPlan, Ranking
+from pipeline.project import load_project
+from pipeline.prune import repair as repair_module
+from pipeline.prune import sensitivity
+from pipeline.prune.evidence import Samples, divergence
+from pipeline.prune.repair import repair
+from pipeline.prune.surgery import prune
+from pipeline.prune.taps import DenseTaps
+from pipeline.recover.train import RecoverData, recover
+from pipeline.run import Run
+from pipeline.stage import code_digest
+from pipeline.work import Work, captured
+from profiles.schema import Budget, load_profile
+from targets.base import load_target
+
+pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Work]:
+    project, profile = load_project(write_project(tmp_path / "tiny")), load_profile("simulated")
+    network, batches = captured(project, project.model(), profile.prune).network, project.calibration(96)
+    target = load_target(profile, tmp_path / ".deploy")
+    with Run.create(tmp_path, profile) as run:
+        samples = Samples(batches.inputs, batches.targets)
+        yield Work(run, profile, Budget.parse("0.6x"), target, project, network, samples)
+
+
+def halved(work: Work, keep: int = 2) -> PruningPlan:
+    return PruningPlan(tuple(KeepUnits(g.id, tuple(range(g.size // keep))) for g in work.topology.offered))
+
+
+def test_a_short_recovery_is_judged_on_samples_that_the_repair_did_not_learn_from(work: Work):
+    plan, train = halved(work), work.project.train
+    fitted, judged = work.samples.first(64), tuple(x[64:] for x in work.samples.joined())
+    fixed = repair(prune(work.network, plan), work.network, plan, fitted)
+    data = RecoverData(lambda *asked: islice(train(*asked), losses.SHORT_STEPS), work.project.loss, None)
+    spec = work.profile.recover.model_copy(update={"epochs": 1, "hooks": ()})
+    done = recover(fixed, work.network.graph, data, spec, work.scratch("other.checkpoint"))
+    with torch.no_grad():
+        expected = float(divergence(done.module(*judged), work.network.graph(*judged)).mean())
+    assert losses.after_recovery(work, losses.probe(work))(plan) == pytest.approx(expected, rel=1e-4)
+
+
+def test_short_recoveries_share_what_does_not_depend_on_the_plan(work: Work, monkeypatch: pytest.MonkeyPatch):
+    made = []
+
+    class Counted(DenseTaps):
+        def __init__(self, *given: object) -> None:
+            made.append(given)
+            super().__init__(*given)
+
+    monkeypatch.setattr(sensitivity, "DenseTaps", Counted)
+    monkeypatch.setattr(repair_module, "DenseTaps", Counted)
+    loss = losses.after_recovery(work, losses.probe(work))
+    assert 0 < loss(halved(work)) < loss(halved(work, 8)) and len(made) == 1
+
+
+# --- what is remembered ---------------------------------------------------------------------------------------------
+
+
+def ranked(work: Work) -> tuple[dict[str, Ranking], bool]:
+    fresh = replace(work, rankings={})
+    flow._rank(fresh)
+    return fresh.rankings, bool(fresh.run.stages["rank"]["reused"])
+
+
+def test_other_calibration_samples_of_the_same_count_are_ranked_again_and_the_same_ones_are_not(work: Work):
+    first, reused = ranked(work)
+    assert not reused and ranked(work) == (first, True)
+    turned = Samples([tuple(x.flip(2) for x in batch) for batch in work.samples.inputs], work.samples.targets)
+    other, reused = ranked(replace(work, samples=turned))
+    assert not reused and other != first
+    relabelled = replace(work.samples, targets=work.samples.targets.flip(0))
+    assert not ranked(replace(work, samples=relabelled))[1]
+    assert ranked(work) == (first, True)
+
+
+def test_rankings_of_other_code_are_made_again(work: Work, monkeypatch: pytest.MonkeyPatch):
+    ranked(work)
+    keys = work.sampled
+    monkeypatch.setattr("pipeline.work.code_digest", lambda package: f"another {package}")
+    assert replace(work).sampled["code"] != keys["code"] == code_digest("pipeline.prune")
+    assert not ranked(replace(work))[1]
+
+
+def test_the_digest_of_code_is_of_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "digested").mkdir()
+    for name in ("__init__", "one"):
+        (tmp_path / "digested" / f"{name}.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("digested")
+    before = code_digest.__wrapped__("digested")
+    assert code_digest.__wrapped__("digested") == before
+    (tmp_path / "digested" / "one.py").write_text("x = 2\n")
+    changed = code_digest.__wrapped__("digested")
+    (tmp_path / "digested" / "one.py").rename(tmp_path / "digested" / "two.py")
+    assert len({before, changed, code_digest.__wrapped__("digested")}) == 3

@@ -68,6 +68,12 @@ def repair(
         hint = "add data.calibration to deploy.toml, or --set prune.repair=merge."
         raise UsageError(f"the repair '{mode}' needs calibration inputs, and the project has none.", hint)
     if mode == "merge":
+        bare = [id for id in plan.kept if id not in (rankings or {})]
+        if bare:
+            message = (
+                f"the repair 'merge' needs the rankings of all {len(plan.kept)} groups cut; {len(bare)} have none."
+            )
+            raise UsageError(message, "pass the rankings that the plan was made with.")
         return merge(network, plan, rankings or {}, samples.joined() if samples.count else None).eval()
     if mode == "layerwise":
         return layerwise(network, plan, moments or grams(network, samples.joined())).eval()
@@ -83,19 +89,29 @@ def repair(
 
 @torch.no_grad()
 def _recalibrate(model: nn.Module, samples: Samples) -> None:
-    """Running statistics of every batch norm from the samples, as plain averages over batches."""
+    """Running statistics of every batch norm from the samples: averages over batches, weighed by their size.
+
+    Batches of one sample are left out; where there are no others, the statistics stay as they are.
+    """
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
     saved = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        if not seen[norm]:
+            norm.reset_running_stats()
+        seen[norm] += len(given[0])
+        norm.momentum = len(given[0]) / seen[norm]
+
+    hooks = [norm.train().register_forward_pre_hook(weigh) for norm in norms]
     for batch in samples.inputs:
         if len(batch[0]) > 1:
             model(*batch)
-    for norm, momentum in zip(norms, saved, strict=True):
+    for norm, momentum, hook in zip(norms, saved, hooks, strict=True):
+        hook.remove()
         norm.momentum = momentum
         norm.eval()
 

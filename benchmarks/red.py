@@ -5,8 +5,9 @@
     python -m benchmarks.red --table             what there is so far
 
 merge     Units go in the order of their scores over all groups, more and more of them, until MOST points are lost.
-          `red` with the repair `merge` is the method; `none` leaves out the merging, magnitude is the control, and `bn`
-          and `least-squares` show what calibration images would add to it.
+          `red` with the repair `merge` and no data is the method; `none` leaves out the merging, magnitude (which names
+          no twins) is the control, and `merge on images`, `bn` and `least-squares` show what calibration images would
+          add to it.
 hash      Every convolution's weights are hashed to a relative error: how many distinct values and kernels are left, and
           what that costs.
 separate  Uneven depthwise separation is offered wherever it needs fewer operations after hashing, and measured on the
@@ -55,9 +56,10 @@ WORK = ROOT / "runs" / "red"
 NETS = ("resnet56_cifar10_jpeg", "mobilenetv1_vww")
 PARTS = ("merge", "hash", "separate")
 ARMS = (
-    ("red", "merge"), ("red", "none"), ("magnitude", "none"), ("magnitude", "merge"), ("red", "bn"),
+    ("red", "merge"), ("red", "none"), ("magnitude", "none"), ("red", "merge on images"), ("red", "bn"),
     ("red", "least-squares"),
 )  # fmt: skip
+DATA_FREE = ("merge", "none")
 SHARES = (0.5, 1, 2, 3, 4, 6, 8, 10, 13, 16, 20, 25, 30, 40, 50)
 """Removed units, in per cent of those that may go."""
 LOST, MOST = 0.5, 5.0
@@ -107,9 +109,10 @@ def merging(judged: Judged, criterion: str, mode: str) -> dict[str, Any]:
     """What is lost at every share of removed units, until it is too much."""
     network = judged.network
     topology, counted = network.topology, Operations(network.topology)
-    samples: Samples = judged.arena.samples
+    samples: Samples = Samples([]) if mode in DATA_FREE else judged.arena.samples
+    mode = mode.partition(" ")[0]
     begun = time.perf_counter()
-    rankings = rank(Evidence(network, samples if mode in ("bn", "least-squares") else samples.first(1)), criterion)
+    rankings = rank(Evidence(network, samples), criterion)
     told: dict[str, Any] = {"rank_s": round(time.perf_counter() - begun, 2), "points": []}
     taps = DenseTaps(network, samples.joined()) if mode == "least-squares" else None
     order = list(removals(list(rankings.values())))

@@ -1,10 +1,11 @@
 """Repairs that change the dense network's weights before the cut: stand-ins take over, or layers are solved alone.
 
-merge       A removed unit r hands what the next layers read of it to its twin t (Ranking.twin): W[:, t] += a W[:, r],
-            the bias += the layer's mean answer to b in r, with F_r ≈ a F_t + b fitted over the calibration samples
-            where the layer reads it ("absorb": QSFM's twin, Neuron Merging, Kim et al., NeurIPS 2020). Without samples
-            a = 1 and b = 0. "mean": the pair becomes the mean of both, so a = 1 by construction (RED, Yvinec et al.,
-            NeurIPS 2021).
+merge       A removed unit r hands what the next layers read of it to the twins t that stay (Ranking.twin):
+            W[:, t] += a_t W[:, r], the bias += the layer's mean answer to b in r, with F_r ≈ Σ_t a_t F_t + b fitted
+            over the calibration samples where the layer reads it (QSFM's twin; Neuron Merging, Kim et al., NeurIPS
+            2020, has one t). All removed units of a layer are fitted on all their twins at once, from one covariance
+            matrix, the ridge pulling toward each unit's straight line on its own twin. Without samples a = 1 for that
+            twin and b = 0; there "mean" makes it the mean of both first (RED, Yvinec et al., NeurIPS 2021).
 layerwise   Each layer that loses inputs alone, on the dense network's activations, from its Gram matrix C:
             W_k' = W_k + W_r C_rk (C_kk + λ I)⁻¹. What ThiNet and OSSCAR do for the kept set, in place of entropic
             regression's D(w) Λ too; sequential least squares (repair.py) sees the errors of earlier layers as well.
@@ -36,6 +37,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FLAT = 1e-9
 """A map whose variance is below this share of its mean square is a constant."""
+AT_ONCE = 1 << 22
+"""Numbers that go into a covariance matrix at once."""
 
 
 @torch.no_grad()
@@ -44,8 +47,12 @@ def merge(
     plan: PruningPlan,
     rankings: Mapping[str, Ranking],
     inputs: tuple[Tensor, ...] | None,
+    reads: Mapping[str, Sequence[Gram]] | None = None,
 ) -> fx.GraphModule:
-    """The pruned network whose surviving twins stand in for what went. inputs: None where there is no data."""
+    """The pruned network whose surviving twins stand in for what went.
+
+    inputs: None where there is no data. reads: their `channel_grams`, to share between plans.
+    """
     graph = copy.deepcopy(network.graph)
     pairs: dict[int, int] = {}
     means: dict[int, int] = {}
@@ -53,12 +60,12 @@ def merge(
         group, ranking = network.topology.group(id), rankings[id]
         found = {group.units[a]: group.units[b] for a, b in ranking.stand_ins(kept).items()}
         pairs |= found
-        if ranking.merged == "mean":
+        if ranking.merged == "mean" and inputs is None:
             means |= found
     layers = mixers(network, graph)
-    fits = _fits(network, layers, {r: t for r, t in pairs.items() if r not in means}, inputs)
+    seen = reads or (channel_grams(network, inputs) if inputs is not None and pairs else {})
     _average(network, graph, layers, means)
-    shifts = {layer.target: _absorb(network, layer, pairs, fits.get(layer.target, {})) for layer in layers}
+    shifts = {layer.target: _absorb(network, layer, pairs, seen.get(layer.target)) for layer in layers}
     return _shifted(graph, resolve(network.topology, plan), shifts)
 
 
@@ -116,14 +123,16 @@ class Mixer:
         """How often the units of `units` lie among the inputs, one group after the other."""
         return len(self.readers[0].ids) // len(self.units)
 
-    def here(self, pairs: Mapping[int, int]) -> dict[int, int]:
-        """The pairs of which both units are read."""
-        present = set(self.units.tolist())
-        return {removed: twin for removed, twin in pairs.items() if removed in present and twin in present}
+    def alike(self) -> list[NDArray[np.int32]]:
+        """The units that are read, those together that have equally many inputs."""
+        units, times = np.unique(self.units[self.units >= 0], return_counts=True)
+        return [units[times == each] for each in np.unique(times)]
 
-    def at(self, unit: int) -> Tensor:
-        """Positions of a unit among the inputs, shape (groups, times)."""
-        return torch.from_numpy(np.flatnonzero(self.readers[0].ids == unit)).reshape(self.groups, -1)
+    def at(self, units: Sequence[int]) -> Tensor:
+        """Positions of units among the inputs, shape (groups, units, times)."""
+        ids = self.readers[0].ids
+        each = [np.flatnonzero(ids == unit).reshape(self.groups, -1) for unit in units]
+        return torch.from_numpy(np.stack(each, 1))
 
 
 def mixers(network: Network, graph: fx.GraphModule) -> list[Mixer]:
@@ -170,57 +179,77 @@ def _shifted(graph: fx.GraphModule, cut: Cut, shifts: Mapping[str, Tensor]) -> f
 
 # --- handing over ---------------------------------------------------------------------------------------------------
 
-Fit = dict[int, tuple[Tensor, Tensor]]
-"""Removed unit -> (gain, offset) on its twin, each of shape (groups,)."""
 
+@torch.no_grad()
+def channel_grams(network: Network, inputs: tuple[Tensor, ...]) -> dict[str, list[Gram]]:
+    """Layer name -> second moments of the units that it reads, over all uses, samples and positions.
 
-def _fits(
-    network: Network, layers: Sequence[Mixer], pairs: Mapping[int, int], inputs: tuple[Tensor, ...] | None
-) -> dict[str, Fit]:
-    """For every layer the straight line of each removed unit on its twin, over all uses, samples and positions."""
-    by_op = {reader.op: mixer for mixer in layers for reader in mixer.readers}
-    sums: dict[str, dict[int, Tensor]] = {mixer.target: {} for mixer in layers}
-    if inputs is None or not pairs:
-        return {}
+    One for each of `Mixer.alike`; its columns are the units themselves. They do not depend on a plan.
+    """
+    by_op = {reader.op: mixer for mixer in mixers(network, network.graph) for reader in mixer.readers}
+    found: dict[str, list[Gram]] = {}
 
     def keep(reader: Reader, x: Tensor) -> Tensor:
         mixer = by_op.get(reader.op)
         if mixer is not None:
-            own, moved = sums[mixer.target], x.movedim(reader.axis, 0)
-            for removed, twin in mixer.here(pairs).items():
-                own[removed] = own.get(removed, torch.zeros(())) + _sums(mixer, moved, removed, twin)
+            own = [_gram(mixer, units, x.movedim(reader.axis, 0)) for units in mixer.alike()]
+            before = found.get(mixer.target)
+            found[mixer.target] = [a.joined(b) for a, b in zip(before, own, strict=True)] if before else own
         return x
 
     TouchedRun(network.graph, network.readers, keep).run(*inputs)
-    return {target: {unit: _line(five) for unit, five in own.items()} for target, own in sums.items()}
+    return found
 
 
-def _sums(mixer: Mixer, x: Tensor, removed: int, twin: int) -> Tensor:
-    """What a straight line needs, shape (groups, 5): Σ 1, Σ r, Σ t, Σ r t, Σ t²; x has its channels first."""
-    r, t = (x[mixer.at(unit).reshape(-1)].double().reshape(mixer.groups, -1) for unit in (removed, twin))
-    return torch.stack([torch.ones_like(r).sum(1), r.sum(1), t.sum(1), (r * t).sum(1), (t * t).sum(1)], 1)
+def _gram(mixer: Mixer, units: NDArray[np.int32], x: Tensor) -> Gram:
+    """Second moments of units, in float64; x has its channels first."""
+    rows = x[mixer.at(units.tolist()).reshape(-1)].reshape(mixer.groups, len(units), -1)
+    mean = rows.mean(2, dtype=torch.float64)
+    covariance = torch.zeros(mixer.groups, len(units), len(units), dtype=torch.float64)
+    for part in torch.split(rows, max(1, AT_ONCE // mean.numel()), 2):
+        centred = part - mean[:, :, None]
+        covariance += centred @ centred.transpose(1, 2)
+    return Gram(covariance / rows.shape[2], mean, units.astype(np.int64), rows.shape[2])
 
 
-def _line(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and offset by least squares; a constant twin gives the mean alone."""
-    count, r, t, product, square = sums.unbind(1)
-    r, t, product, square = r / count, t / count, product / count, square / count
-    spread = square - t * t
-    flat = spread <= FLAT * square
-    gain = torch.where(flat, 0.0, (product - r * t) / torch.where(flat, 1.0, spread))
-    return gain.float(), (r - gain * t).float()
+def _fit(gram: Gram, removed: Sequence[int], twins: Sequence[int], own: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Least squares of removed columns on twins: gains (groups, removed, twins) and offsets (groups, removed).
+
+    own: for each removed column the twin that it was given, whose line alone is where the fit begins. The ridge is
+    wider where rows are few for so many twins. A constant twin gives its mean alone.
+    """
+    second, mean = gram.covariance, gram.mean
+    inner, across = second[:, twins][:, :, twins], second[:, removed][:, :, twins]
+    variance, each = inner.diagonal(dim1=1, dim2=2), range(len(removed))
+    flat = variance <= FLAT * (variance + mean[:, twins].square())
+    line = torch.where(flat[:, own], 0.0, across[:, each, own] / torch.where(flat, 1.0, variance)[:, own])
+    gain = torch.zeros_like(across)
+    gain[:, each, own] = line
+    ridge = (RIDGE + len(twins) / gram.rows) * variance.mean(1) + 1e-12
+    damped = inner + torch.diag_embed(ridge[:, None].expand(-1, len(twins)))
+    gain += torch.linalg.solve(damped, (across - gain @ inner).transpose(1, 2)).transpose(1, 2)
+    return gain.float(), (mean[:, removed] - (gain @ mean[:, twins, None])[:, :, 0]).float()
 
 
-def _absorb(network: Network, mixer: Mixer, pairs: Mapping[int, int], fit: Fit) -> Tensor:
-    """Add what a layer reads of each removed unit to what it reads of its twin; the constant to add to its outputs."""
+def _absorb(network: Network, mixer: Mixer, pairs: Mapping[int, int], seen: Sequence[Gram] | None) -> Tensor:
+    """Add what a layer reads of removed units to what it reads of their twins; the constant to add to its outputs."""
     weight = mixer.weight.movedim(mixer.axis, 0)
     constant = torch.zeros(len(mixer.readers[0].ids))
-    for removed, twin in mixer.here(pairs).items():
-        gain, offset = fit.get(removed, (torch.ones(mixer.groups), torch.zeros(mixer.groups)))
-        constant[mixer.at(removed)] = offset[:, None]
-        r, t = (torch.from_numpy(np.flatnonzero(mixer.units == unit)) for unit in (removed, twin))
-        each = gain.repeat_interleave(weight.shape[1] // mixer.groups)
-        weight[t] += each.reshape(1, -1, *[1] * (weight.dim() - 2)) * weight[r]
+    for number, units in enumerate(mixer.alike()):
+        column = {unit: at for at, unit in enumerate(units.tolist())}
+        here = {removed: twin for removed, twin in pairs.items() if removed in column and twin in column}
+        if not here:
+            continue
+        twins = sorted(set(here.values()))
+        own = [twins.index(twin) for twin in here.values()]
+        if seen is None:
+            gain = torch.eye(len(twins))[own].expand(mixer.groups, -1, -1)
+        else:
+            gain, offset = _fit(seen[number], [column[unit] for unit in here], [column[unit] for unit in twins], own)
+            constant[mixer.at([*here])] = offset[:, :, None]
+        r, t = (torch.from_numpy(np.stack([np.flatnonzero(mixer.units == u) for u in of])) for of in (here, twins))
+        read = weight[r].reshape(*r.shape, mixer.groups, -1)
+        weight[t] += torch.einsum("grt,rpgw->tpgw", gain, read).reshape(*t.shape, *weight.shape[1:])
     return _answer(network, mixer, constant)
 
 

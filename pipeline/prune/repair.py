@@ -59,15 +59,17 @@ def repair(
     rankings: Mapping[str, Ranking] | None = None,
     taps: DenseTaps | None = None,
     moments: Mapping[str, Gram] | None = None,
+    reads: Mapping[str, Sequence[Gram]] | None = None,
     dense: Sequence[Tensor] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> fx.GraphModule:
     """A repaired copy of a pruned network, in eval mode; neither argument is touched.
 
-    mode: one of MODES; "merge" needs the rankings that the plan was made with. taps, moments, dense: dense values, Gram
-    matrices and the dense network's outputs (one for each batch) of the same samples, to share between calls. "merge"
-    and "layerwise" begin at the dense network's weights. With samples the mean divergence from the dense network never
-    rises on them: a repair that would raise it is left out. Raises UsageError for a mode that needs what is not there.
+    mode: one of MODES; "merge" needs the rankings that the plan was made with. taps, moments, reads, dense: dense
+    values, Gram matrices of layers and of the units that they read, and the dense network's outputs (one for each
+    batch) of the same samples, to share between calls. "merge" and "layerwise" begin at the dense network's weights.
+    With samples the mean divergence from the dense network never rises on them: a repair that would raise it is left
+    out. Raises UsageError for a mode that needs what is not there.
     """
     if mode in NEED_INPUTS and not samples.count:
         hint = "add data.calibration to deploy.toml, or --set prune.repair=merge."
@@ -76,7 +78,13 @@ def repair(
     if mode == "none":
         return cut
     if mode == "merge":
-        repaired = merge(network, plan, rankings or {}, samples.joined() if samples.count else None).eval()
+        bare = [id for id in plan.kept if id not in (rankings or {})]
+        if bare:
+            message = (
+                f"the repair 'merge' needs the rankings of all {len(plan.kept)} groups cut; {len(bare)} have none."
+            )
+            raise UsageError(message, "pass the rankings that the plan was made with.")
+        repaired = merge(network, plan, rankings or {}, samples.joined() if samples.count else None, reads).eval()
     elif mode == "layerwise":
         repaired = layerwise(network, plan, moments or grams(network, samples.joined())).eval()
     else:
@@ -100,19 +108,29 @@ def _no_worse(repaired: fx.GraphModule, cut: fx.GraphModule, samples: Samples, d
 
 @torch.no_grad()
 def _recalibrate(model: nn.Module, samples: Samples) -> None:
-    """Running statistics of every batch norm from the samples, as plain averages over batches."""
+    """Running statistics of every batch norm from the samples: averages over batches, weighed by their size.
+
+    Batches of one sample are left out; where there are no others, the statistics stay as they are.
+    """
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
     saved = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
+    seen = dict.fromkeys(norms, 0)
+
+    def weigh(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        if not seen[norm]:
+            norm.reset_running_stats()
+        seen[norm] += len(given[0])
+        norm.momentum = len(given[0]) / seen[norm]
+
+    hooks = [norm.train().register_forward_pre_hook(weigh) for norm in norms]
     for batch in samples.inputs:
         if len(batch[0]) > 1:
             model(*batch)
-    for norm, momentum in zip(norms, saved, strict=True):
+    for norm, momentum, hook in zip(norms, saved, hooks, strict=True):
+        hook.remove()
         norm.momentum = momentum
         norm.eval()
 

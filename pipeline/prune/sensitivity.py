@@ -18,6 +18,7 @@ from pipeline.nouns import Cut, DropBlock, KeepUnits, PruningPlan, Ranking, Sens
 from pipeline.prune.capture import Network
 from pipeline.prune.evidence import Samples, divergence, first, outputs_of
 from pipeline.prune.maps import grams
+from pipeline.prune.merge import channel_grams
 from pipeline.prune.plan import resolve
 from pipeline.prune.repair import SequentialFit, repair
 from pipeline.prune.surgery import carry_out
@@ -92,6 +93,7 @@ class RepairProbe:
             self.dense = first(network.graph(*self.inputs))
         self.taps = DenseTaps(network, fitted.joined()) if mode == "least-squares" and fitted.count else None
         self.moments = grams(network, fitted.joined()) if mode == "layerwise" else None
+        self.reads = channel_grams(network, fitted.joined()) if mode == "merge" and fitted.count else None
         self.outputs = outputs_of(network.graph, fitted)
 
     def loss(self, plan: PruningPlan) -> float:
@@ -103,7 +105,8 @@ class RepairProbe:
         pruned = carry_out(self.network.graph, resolve(self.network.topology, plan))
         return repair(
             pruned, self.network, plan, self.fitted, self.mode,
-            rankings=self.rankings, taps=self.taps, moments=self.moments, dense=self.outputs,
+            rankings=self.rankings, taps=self.taps, moments=self.moments, reads=self.reads,
+            dense=self.outputs,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -8,10 +8,11 @@ so here the hashes are taken once, over patches of the calibration maps:
     agreement of i and j = patches in which their codes are equal / patches in which at least one of them is not flat
 
 The pair of highest agreement goes first, and of the two the one that the other explains better; a channel that is flat
-everywhere goes before all. Pairs that agree in HOLDS of the patches are twins and become their mean; below that a unit
-goes without one. marginal_loss = 1 - agreement, plus less than half a patch by which equal ones are told apart. Sizes
-are ours: codes of BITS bits agree in half of the patches where maps have a cosine of about 0.97. Trained networks need
-not have such channels: on ResNet-56 (CIFAR-10) the best partners agree in 3 % of the patches, and nothing is merged.
+everywhere goes before all. Pairs that agree in HOLDS of the patches are twins: the repair `merge` keeps one of them and
+reads it with its gain, since codes see no scale. Below that a unit goes without a twin. marginal_loss = 1 - agreement,
+plus less than half a patch by which equal ones are told apart. Sizes are ours: codes of BITS bits agree in half of the
+patches where maps have a cosine of about 0.97. Trained networks need not have such channels: on ResNet-56 (CIFAR-10)
+the best partners agree in 3 % of the patches, and nothing is merged.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _rank(group: ChannelGroup, maps: tuple[Tensor, ...], seed: int) -> Ranking:
     found = paired(group, np.ones(group.size), least.double().numpy(), np.zeros(least.shape))
     pairs = zip(found.removal_order, found.twin or (), strict=True)
     twins = tuple(twin if twin >= 0 and float(loss[unit, twin]) <= 1 - HOLDS else -1 for unit, twin in pairs)
-    return dataclasses.replace(found, twin=twins, merged="mean")
+    return dataclasses.replace(found, twin=twins)
 
 
 def patches(maps: Tensor, units: int) -> Tensor:

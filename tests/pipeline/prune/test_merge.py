@@ -230,7 +230,7 @@ def test_the_mean_of_two_units_is_taken_behind_the_norm():
     """With one reader and no non-linearity between, the mean of what two layers give is what comes out."""
     network = network_of("residual projection")
     group = named(network, "project")
-    merged = merge(network, without(group, 5), {group.id: towards(group, {5: 2}, "mean")}, inputs())
+    merged = merge(network, without(group, 5), {group.id: towards(group, {5: 2}, "mean")}, None)
     (x,) = inputs(4)
     dense, after = behind(network.graph, "bn2", x), behind(merged, "bn2", x)
     assert torch.allclose(after[:, 2], dense[:, [2, 5]].mean(1), atol=1e-5)
@@ -276,6 +276,29 @@ def test_a_scaled_copy_is_absorbed_with_its_gain():
     plan, rankings = without(group, 7), {group.id: towards(group, {7: 0})}
     assert apart(merge(network, plan, rankings, inputs()), network) < 1e-5
     assert apart(merge(network, plan, rankings, None), network) > 1e-3
+
+
+def test_units_are_averaged_only_where_no_samples_say_what_their_twin_takes_over():
+    network = network_of("chain")
+    group = named(network, "a.0")
+    plan = without(group, 7)
+    mean, absorbed = ({group.id: towards(group, {7: 0}, merged)} for merged in ("mean", "absorb"))
+    fixed, same = (merge(network, plan, given, inputs()) for given in (mean, absorbed))
+    assert torch.equal(fixed(*inputs(4)), same(*inputs(4)))
+    assert apart(merge(network, plan, mean, None), network) > 1e-3
+
+
+def test_a_removed_unit_goes_to_all_twins_that_give_it_together():
+    """Behind no non-linearity output 7 is the sum of 0 and 1, and 6 is a copy of 1: one line on 0 misses the half."""
+    torch.manual_seed(0)
+    model = Straight()
+    with torch.no_grad():
+        model.first.weight[7] = model.first.weight[0] + model.first.weight[1]
+        model.first.weight[6], model.first.bias[6] = model.first.weight[1], model.first.bias[1]
+    network = find_groups(capture(model, example()))
+    group = named(network, "first")
+    plan, rankings = without(group, 6, 7), {group.id: towards(group, {7: 0, 6: 1})}
+    assert apart(merge(network, plan, rankings, inputs(512)), network) < 0.1 * apart(prune(network, plan), network)
 
 
 def test_each_half_of_a_grouped_convolution_absorbs_with_its_own_gain():
@@ -380,6 +403,8 @@ def test_repair_by_mode_is_merge_and_layerwise():
     assert apart(repair(pruned, network, plan, samples, "layerwise"), network) < 0.1 * apart(pruned, network)
     with pytest.raises(UsageError, match=r"^the repair 'layerwise' needs calibration inputs, and the project has none"):
         repair(pruned, network, plan, Samples([]), "layerwise")
+    with pytest.raises(UsageError, match=r"^the repair 'merge' needs the rankings of all 1 groups cut; 1 have none\."):
+        repair(pruned, network, plan, samples, "merge")
 
 
 # --- layerwise ------------------------------------------------------------------------------------------------------

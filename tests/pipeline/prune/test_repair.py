@@ -136,6 +136,18 @@ def test_bn_repair_moves_statistics_and_nothing_else():
     assert changed and all("running" in name or "num_batches" in name for name in changed)
 
 
+def test_bn_repair_of_ragged_batches_is_the_mean_over_samples_and_one_sample_changes_nothing():
+    network, (x,) = network_of("chain"), some_samples().joined()
+    plan = halved(network)
+    pruned = prune(network, plan)
+    ragged = repair(pruned, network, plan, Samples([(x[:60],), (x[60:70],)]), "bn")
+    with torch.no_grad():
+        read = pruned.get_submodule("a.0")(x[:70])
+    assert torch.allclose(ragged.get_buffer("a.1.running_mean"), read.mean((0, 2, 3)), atol=1e-5)
+    single = repair(pruned, network, plan, Samples([(x[:1],)]), "bn").state_dict()
+    assert all(torch.equal(value, single[name]) for name, value in pruned.state_dict().items())
+
+
 def test_repair_leaves_the_pruned_and_the_dense_network_alone():
     network, samples = network_of("residual pad"), some_samples()
     plan = halved(network)

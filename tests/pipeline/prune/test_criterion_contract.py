@@ -166,11 +166,15 @@ def test_permuted_units_give_permuted_rankings(net, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_criterion_does_with_what_it_says_that_it_needs(name):
+    """One that does not name gradients never asks for a loss: this one cannot be taken."""
     needs, given = plugin(name).NEEDS, shared("residual pad")
-    assert needs in ((), ("inputs",), ("inputs", "targets"))
-    targets = given.samples.targets if "targets" in needs else None
+    assert needs in ((), ("inputs",), ("inputs", "gradients"), ("inputs", "targets"))
+    targets = None if needs == ("inputs",) else given.samples.targets
     samples = Samples(given.samples.inputs if "inputs" in needs else [], targets)
-    assert set(rank(Evidence(given.network, samples), name)) == {group.id for group in given.topology.offered}
+    loss = None if "gradients" in needs else lambda outputs, targets: 1 / 0
+    assert set(rank(Evidence(given.network, samples, loss), name)) == {group.id for group in given.topology.offered}
+    if "gradients" in needs:
+        assert set(rank(Evidence(given.network, Samples(samples.inputs)), name)), "labels are not needed"
 
 
 DUPLICATES_FIRST = ["haste", "qsfm-psnr", "qsfm-ssim", "red"]

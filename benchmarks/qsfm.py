@@ -8,11 +8,14 @@ The paper (arXiv 2105.06052, abstract) loses 0.54 points of top-1 there without 
 at hand: the images are JPEG-re-encoded, the base is either trained on them (`retrained`, 89.2 %) or the published one
 (`published`, 93.39 % on the originals and about 83.5 % here), so only differences from the same base count.
 
-A cell is (base, criterion, allocation). Allocations: `inner` takes the same share of every block's inner channels until
-the operations fit (the parameters follow); `stages` takes more of the last stage, so that both figures fit; `search` is
-this project's loop with the larger of both figures in the place of milliseconds: the exact solver under two limits,
-values measured around what it chose, residual widths and whole blocks included. Every cell is judged after each repair
-on the whole test set, with 1,024 calibration images for the repairs. benchmarks/results/qsfm.json keeps them.
+A cell is (base, criterion, allocation). `qsfm-ssim` and `qsfm-psnr` are this project's forms: they compare a map with
+the straight line on its twin, weigh it by what reads it and carry what was taken over. `plain-ssim` and `plain-psnr`
+are the paper's, as far as it tells: maps as they are, the pair most alike first, of which the smaller filter goes.
+Allocations: `inner` takes the same share of every block's inner channels until the operations fit (the parameters
+follow); `stages` takes more of the last stage, so that both figures fit; `search` is this project's loop with the
+larger of both figures in the place of milliseconds: the exact solver under two limits, values measured around what it
+chose, residual widths and whole blocks included. Every cell is judged after each repair on the whole test set, with
+1,024 calibration images for the repairs. benchmarks/results/qsfm.json keeps them.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "qsfm.json"
 MACS, PARAMETERS, CLAIM = 1 - 0.4827, 1 - 0.5790, -0.54
 CALIBRATION, RANKED, VALUED = 1024, 256, 192
 BASES = {"retrained": "cifar10_jpeg/resnet56.pt", "published": "cifar10_resnet_weights/resnet56-4bfd9763.th"}
-CRITERIA = ("obs", "qsfm-ssim", "qsfm-psnr", "fisher", "magnitude")
+PLAIN = ("plain-ssim", "plain-psnr")
+CRITERIA = ("obs", "qsfm-ssim", "qsfm-psnr", *PLAIN, "fisher", "magnitude")
 ALLOCATIONS = ("inner", "stages", "search")
 
 
@@ -236,6 +240,49 @@ def search(network: Network, counted: Operations, rankings: Mapping[str, Ranking
     return chosen.plan
 
 
+# --- the plain reading ---------------------------------------------------------------------------------------------
+
+
+def plain(evidence: Evidence, criterion: str) -> dict[str, Ranking]:
+    """Rankings by the similarity of maps as they are: of the pair most alike the smaller filter goes."""
+    found = {}
+    for name, ranking in rank(evidence, "magnitude").items():
+        norms = np.zeros(len(ranking.removal_order))
+        norms[list(ranking.removal_order)] = ranking.marginal_loss
+        found[name] = alike(name, apart(evidence.maps[name][0].flatten(2).double(), criterion), norms)
+    return found
+
+
+def alike(group: str, distance: np.ndarray[Any, Any], norms: np.ndarray[Any, Any]) -> Ranking:
+    """The order in which pairs are broken up, from distances (units, units); the larger one of a pair is the twin."""
+    left, order, losses, twins = list(range(len(norms))), list[int](), list[float](), list[int]()
+    while len(left) > 1:
+        own = distance[np.ix_(left, left)] + np.diag(np.full(len(left), np.inf))
+        pair = [left[i] for i in np.unravel_index(int(own.argmin()), own.shape)]
+        goes, stays = sorted(pair, key=lambda unit: (norms[unit], unit))
+        left.remove(goes)
+        order, losses, twins = [*order, goes], [*losses, float(own.min())], [*twins, stays]
+    return Ranking(group, (*order, *left), (*losses, float(np.max(distance))), (*twins, -1))
+
+
+def apart(maps: torch.Tensor, criterion: str) -> np.ndarray[Any, Any]:
+    """Distances of maps (samples, units, positions): 1 - SSIM, or the squared error that the mean PSNR stands for."""
+    mean, top = maps.mean(2), float(maps.abs().max()) or 1.0
+    if criterion == "plain-psnr":
+        square = maps.square().mean(2)
+        error = square[:, :, None] + square[:, None] - 2 * maps @ maps.transpose(1, 2) / maps.shape[2]
+        return (error.clamp_min(1e-12 * top**2).log().mean(0).exp() / top**2).numpy()
+    centred = maps - mean[:, :, None]
+    covariance = centred @ centred.transpose(1, 2) / maps.shape[2]
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    level, contrast = (0.01 * top) ** 2, (0.03 * top) ** 2
+    means = (2 * mean[:, :, None] * mean[:, None] + level) / (
+        mean.square()[:, :, None] + mean.square()[:, None] + level
+    )
+    shape = (2 * covariance + contrast) / (variance[:, :, None] + variance[:, None] + contrast)
+    return (1 - (means * shape).mean(0)).clamp_min(0).numpy()
+
+
 # --- cells ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +290,8 @@ def cell(loaded: tuple[Network, Samples, Any], criterion: str, allocation: str) 
     """Accuracy after each repair."""
     network, samples, judge = loaded
     topology, counted, begun = network.topology, Operations(network.topology), time.perf_counter()
-    rankings = rank(Evidence(network, samples.first(RANKED)), criterion)
+    evidence = Evidence(network, samples.first(RANKED))
+    rankings = plain(evidence, criterion) if criterion in PLAIN else rank(evidence, criterion)
     if allocation == "search":
         plan = search(network, counted, rankings, samples)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -235,11 +235,13 @@ class Arena:
     # --- training ------------------------------------------------------------------------------------------------
 
     def recovered(
-        self, model: nn.Module, *, distilled: bool, epochs: int | None = None, learning_rate: float | None = None
-    ) -> Recovered:
+        self, model: nn.Module, *, distilled: bool, epochs: int | None = None, learning_rate: float | None = None,
+        hooks: Sequence[str] | None = None,
+    ) -> Recovered:  # fmt: skip
         """The recovery of a build, from the dense network and the labels or from the labels alone.
 
-        epochs, learning_rate: where it is a training from nothing; all epochs are taken then.
+        epochs, learning_rate: where it is a training from nothing; all epochs are taken then. hooks: others than the
+        profile's.
         """
         spec = self.profile.recover
         changes: dict[str, Any] = {} if distilled else {"alpha": 0.0}
@@ -247,6 +249,8 @@ class Arena:
             changes |= {"epochs": epochs, "patience": epochs}
         if learning_rate is not None:
             changes["learning_rate"] = learning_rate
+        if hooks is not None:
+            changes["hooks"] = tuple(hooks)
         assert self.project.train is not None
         data = RecoverData(self.project.train, self.project.loss, self.validated)
         teacher = self.dense.graph if distilled else Unasked()

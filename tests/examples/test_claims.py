@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -74,3 +75,27 @@ def test_limits_below_the_narrowest_network_are_an_error(network: Network):
     table = qsfm.figures(network.topology, Operations(network.topology))
     with pytest.raises(MissedError, match="cannot be met"):
         qsfm.Both.solve([], bent(network, table), table, network.topology, 1e-6, PruneSpec(solver_seconds=2))
+
+
+@pytest.mark.parametrize("criterion", qsfm.PLAIN)
+def test_of_the_pair_most_alike_the_smaller_filter_goes_first(criterion: str):
+    maps = torch.rand(6, 5, 9, generator=torch.Generator().manual_seed(0)).double()
+    maps[:, 3] = maps[:, 1] + 0.01
+    distance = qsfm.apart(maps, criterion)
+    assert (distance >= 0).all() and np.allclose(distance, distance.T)
+    for norms, goes, stays in (([1, 2, 1, 1, 1], 3, 1), ([1, 2, 1, 3, 1], 1, 3)):
+        ranking = qsfm.alike("g", distance, np.array(norms, float))
+        assert (ranking.removal_order[0], ranking.twin[0]) == (goes, stays)
+        assert sorted(ranking.removal_order) == list(range(5)) and min(ranking.marginal_loss) >= 0
+
+
+def test_plain_similarity_of_maps_is_structural_similarity_and_the_error_of_the_peak_ratio():
+    maps = torch.rand(4, 2, 16, generator=torch.Generator().manual_seed(1)).double()
+    top, (a, b) = float(maps.max()), maps.unbind(1)
+    ratio = (10 * (top**2 / (a - b).square().mean(1)).log10()).mean()
+    assert qsfm.apart(maps, "plain-psnr")[0, 1] == pytest.approx(10 ** (-float(ratio) / 10))
+    level, contrast = (0.01 * top) ** 2, (0.03 * top) ** 2
+    both = ((a - a.mean(1, keepdim=True)) * (b - b.mean(1, keepdim=True))).mean(1)
+    up = (2 * a.mean(1) * b.mean(1) + level) * (2 * both + contrast)
+    down = (a.mean(1) ** 2 + b.mean(1) ** 2 + level) * (a.var(1, correction=0) + b.var(1, correction=0) + contrast)
+    assert 1 - qsfm.apart(maps, "plain-ssim")[0, 1] == pytest.approx(float((up / down).mean()))

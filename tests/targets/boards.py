@@ -105,20 +105,24 @@ class TestBoard:
 
     def agents(self) -> list[psutil.Process]:
         """Processes on it that run the agent."""
+        return [process for process, _ in self._commands()]
+
+    def running(self, word: str) -> list[psutil.Process]:
+        """Those that have this word on their command line."""
+        return [process for process, words in self._commands() if word in words]
+
+    def _commands(self) -> list[tuple[psutil.Process, list[str]]]:
+        """Processes on it that run the agent, each with its command line, read once: it may end at any moment."""
         found = []
         for pid in self.do("pids").split():
             try:
                 process = psutil.Process(int(pid))
                 words = process.cmdline()
                 if process.status() != psutil.STATUS_ZOMBIE and any(word.endswith("agent.pyz") for word in words):
-                    found.append(process)
+                    found.append((process, words))
             except psutil.NoSuchProcess:
                 continue
         return found
-
-    def running(self, word: str) -> list[psutil.Process]:
-        """Those that have this word on their command line."""
-        return [process for process in self.agents() if word in process.cmdline()]
 
     def quiet(self, patience_s: float = 10.0) -> bool:
         """Whether nothing of ours runs on it any more, at the latest after so many seconds."""

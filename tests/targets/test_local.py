@@ -42,12 +42,17 @@ def target(local, tmp_path):
     return load_target(local, tmp_path / ".deploy")
 
 
-def agents_of(pid: int) -> list[psutil.Process]:
-    return [
-        p
-        for p in psutil.Process(pid).children(recursive=True)
-        if any(part.endswith("harness/agent") for part in p.cmdline())
-    ]
+def agents_of(pid: int, word: str = "") -> list[psutil.Process]:
+    """Agents among a process's descendants, with this word on their command line if one is given."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            words = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if any(part.endswith("harness/agent") for part in words) and (not word or word in words):
+            found.append(process)
+    return found
 
 
 def test_two_copies_measure_alike_and_a_heavier_network_is_seen_heavier(target, conv, quick, tmp_path):
@@ -233,7 +238,7 @@ def strike(word: str, number: int) -> threading.Thread:
     def go() -> None:
         for _ in range(400):
             time.sleep(0.02)
-            found = [p for p in agents_of(os.getpid()) if word in p.cmdline()]
+            found = agents_of(os.getpid(), word)
             if found:
                 time.sleep(0.3)
                 found[0].send_signal(number)

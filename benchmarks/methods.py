@@ -78,7 +78,7 @@ def run(minutes: float, families: tuple[str, ...]) -> None:
     end, results = time.monotonic() + 60 * minutes, read()
     for project in PROJECTS:
         kept = results.setdefault(project, {})
-        for cell in cells():
+        for cell in sorted(cells(), key=lambda cell: cell.seed):  # the first seed of everything before the second
             if cell.family not in families or cell.name in kept:
                 continue
             if time.monotonic() > end:
@@ -86,7 +86,6 @@ def run(minutes: float, families: tuple[str, ...]) -> None:
             print(f"== {project} {cell.name}", flush=True)
             place = builds.accepting(project, builds.WORK / "accepting" / project)
             kept[cell.name] = builds.deploy(place, BUDGET, cell.flags, builds.WORK)
-            builds.verify(kept[cell.name])
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
             print(line(cell.name, kept[cell.name]), flush=True)

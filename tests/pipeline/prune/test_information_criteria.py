@@ -19,6 +19,7 @@ from pipeline.prune.groups import find_groups
 from pipeline.prune.merge import RIDGE
 from pipeline.prune.ranking import rank
 from pipeline.prune.repair import repair
+from pipeline.prune.surgery import prune
 
 DATA_FREE = ("lamp", "bn-scale")
 CRITERIA = (*DATA_FREE, "activation-rank", "independence", "obs", "genetic", "entropic", "information")
@@ -233,7 +234,7 @@ def test_what_obs_and_entropic_tell_is_what_the_repair_layerwise_leaves():
     for criterion in ("obs", "entropic"):
         ranking = rank(evidence, criterion)[group.id]
         plan = PruningPlan((KeepUnits(group.id, ranking.keep(5)),))
-        fixed = repair(network.graph, network, plan, evidence.samples, "layerwise")
+        fixed = repair(prune(network, plan), network, plan, evidence.samples, "layerwise")
         left = (given(fixed) - dense).var(1).sum() / dense.var(1).sum()
         assert float(left) == pytest.approx(sum(ranking.marginal_loss[:3]), rel=0.02)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,8 @@ def _recalibrate(model: nn.Module, samples: Samples) -> None:
 class SequentialFit(fx.Interpreter):
     """Runs a pruned network over the calibration samples and refits each layer just before it runs.
 
-    turns: how often layers before a ReLU are solved again. only: the layers that are refitted; left out, all.
+    turns: how often layers before a ReLU are solved again. only: the layers that are refitted; left out, all. known:
+    names of nodes whose values are there before the run begins, wherever they lie.
     """
 
     def __init__(
@@ -150,13 +151,15 @@ class SequentialFit(fx.Interpreter):
         *,
         turns: int = RELU_TURNS,
         only: Container[fx.Node] | None = None,
+        known: Iterable[str] = (),
         progress: Callable[[float], None] | None = None,
     ) -> None:
         super().__init__(pruned)
         self.pruned, self.taps, self.cut = pruned, taps, cut
         self.aim = aims(network, cut.dropped)
         self.turns, self.progress = turns, progress
-        self.done: set[str] = set()
+        self.known = frozenset(known)
+        self.places = {node.name: place for place, node in enumerate(pruned.graph.nodes)}
         layers = [node for node in pruned.graph.nodes if is_layer(pruned, node)]
         self.layers = [node for node in layers if only is None or node in only]
 
@@ -166,20 +169,22 @@ class SequentialFit(fx.Interpreter):
         return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        if not self.done and self.env:
-            self.done = {node.name for node in self.env}
         if n in self.layers:
             (x,), _ = self.fetch_args_kwargs_from_env(n)
             self._refit(n, x)
             if self.progress is not None:
                 self.progress((self.layers.index(n) + 1) / len(self.layers))
-        value = super().run_node(n)
-        self.done.add(n.name)
-        return value
+        return super().run_node(n)
+
+    def tap_of(self, layer: fx.Node) -> tuple[Tap, str]:
+        """A layer's tap when all before it is computed, and the dense node whose value is wanted there."""
+        place = self.places[layer.name]
+        done = self.known | {name for name, other in self.places.items() if other < place}
+        tap = find_tap(self.pruned, layer, done)
+        return tap, self.aim.get(tap.node, tap.node)
 
     def _refit(self, node: fx.Node, x: Tensor) -> None:
-        tap = find_tap(self.pruned, node, self.done)
-        wanted = self.aim.get(tap.node, tap.node)
+        tap, wanted = self.tap_of(node)
         if wanted not in self.taps:
             return
         layer = self.pruned.get_submodule(str(node.target))

@@ -19,6 +19,7 @@ from pipeline.prune.capture import Network
 from pipeline.prune.evidence import Samples, divergence, first, outputs_of
 from pipeline.prune.maps import grams
 from pipeline.prune.merge import channel_grams
+from pipeline.prune.origins import origins, to_compute, worth_keeping
 from pipeline.prune.plan import resolve
 from pipeline.prune.repair import SequentialFit, repair
 from pipeline.prune.surgery import carry_out
@@ -47,7 +48,8 @@ class LossProbe:
 
     The last third of the samples judges, the others are refitted on: a wide layer refitted on few samples gives back
     their outputs whatever was cut before it (a head of 2,048 inputs on 32 images: 5e-7 nats for half a ResNet-50).
-    Holds the dense activations that edits start from (up to KEEP_MIB; what does not fit is computed again).
+    Holds the dense activations that edits start from, and those of the last plan as far as the next one shares its
+    repair (each up to KEEP_MIB; what does not fit is computed again).
     """
 
     def __init__(self, network: Network, samples: Samples) -> None:
@@ -60,6 +62,7 @@ class LossProbe:
         self.dense = first(self.values[_output(network.graph)])
         self.judged = slice(fitted if fitted < samples.count else 0, None)
         self.whole = resolve(network.topology, PruningPlan())
+        self.last: dict[str, object] = {}
 
     @torch.no_grad()
     def loss(self, plan: PruningPlan) -> float:
@@ -70,10 +73,44 @@ class LossProbe:
         cut = resolve(self.network.topology, plan)
         pruned = carry_out(self.network.graph, cut)
         dirty = _reached(pruned, _changed(self.network, pruned, cut, self.whole))
-        fit = SequentialFit(pruned, self.network, cut, self.taps, turns=self.turns, only=dirty)
-        outputs = fit.run(*self.inputs, initial_env=_start(pruned, dirty, self.values))
+        clean = [node for node in pruned.graph.nodes if node not in dirty and node.name in self.values]
+        fit = _Fit(pruned, self.network, cut, self.taps, turns=self.turns, only=dirty, known=[n.name for n in clean])
+        outputs, self.last = fit.begun(self.inputs, {node: self.values[node.name] for node in clean}, self.last, dirty)
         loss = float(divergence(first(outputs), self.dense)[self.judged].mean())
         return loss if math.isfinite(loss) else math.inf
+
+
+class _Fit(SequentialFit):
+    """Refits what earlier values do not spare it, and keeps the values that a later plan may share."""
+
+    def begun(
+        self, inputs: tuple[Tensor, ...], clean: Mapping[fx.Node, object], last: Mapping[str, object],
+        dirty: set[fx.Node],
+    ) -> tuple[object, dict[str, object]]:  # fmt: skip
+        """The outputs, and values by origin. clean: dense values; last: those of the plan before."""
+        self.origins = origins(self.pruned, self.cut, dirty, self.tap_of)
+        shared = {node: last[came] for node, came in self.origins.items() if node not in clean and came in last}
+        self.keeping: dict[str, object] = {}
+        self.left = KEEP_MIB << 20
+        known = {**clean, **shared}
+        wanted = to_compute(self.pruned, known)
+        for node, value in shared.items():
+            self._keep(node, value)
+        nodes = [node for node in self.pruned.graph.nodes if node.op != "placeholder" and node not in wanted]
+        outputs = self.run(*inputs, initial_env={node: known.get(node) for node in nodes})
+        return outputs, self.keeping
+
+    def run_node(self, n: fx.Node) -> object:
+        value: object = super().run_node(n)
+        if n in self.origins and worth_keeping(self.pruned, n):
+            self._keep(n, value)
+        return value
+
+    def _keep(self, node: fx.Node, value: object) -> None:
+        size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+        if size <= self.left:
+            self.left -= size
+            self.keeping[self.origins[node]] = value
 
 
 class RepairProbe:
@@ -172,17 +209,6 @@ def _reached(pruned: fx.GraphModule, changed: frozenset[str]) -> set[fx.Node]:
         if node.op == "output" or node.name in changed or any(n in dirty for n in node.all_input_nodes):
             dirty.add(node)
     return dirty
-
-
-def _start(pruned: fx.GraphModule, dirty: set[fx.Node], values: Mapping[str, object]) -> dict[fx.Node, object]:
-    """What a run of the pruned graph need not compute: nodes that no change reaches, with their value where read."""
-    again: set[fx.Node] = set()
-    for node in reversed(pruned.graph.nodes):
-        read = any(user in dirty or user in again for user in node.users)
-        if node not in dirty and node.op != "placeholder" and read and node.name not in values:
-            again.add(node)
-    clean = [n for n in pruned.graph.nodes if n not in dirty and n not in again and n.op != "placeholder"]
-    return {node: values.get(node.name) for node in clean}
 
 
 class _Keeping(fx.Interpreter):

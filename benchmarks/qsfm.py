@@ -2,7 +2,7 @@
 
     python -m benchmarks.qsfm                          all cells that have no result yet
     python -m benchmarks.qsfm --minutes 30             for at most that long
-    python -m benchmarks.qsfm --base published         of one base
+    python -m benchmarks.qsfm --base published --allocation search     of one base, one allocation
     python -m benchmarks.qsfm --table                  what there is so far
 
 The paper (arXiv 2105.06052, abstract) loses 0.54 points of top-1 there without fine-tuning. No PNG copy of CIFAR-10 is
@@ -312,13 +312,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--minutes", type=float, default=1e6)
     parser.add_argument("--base", choices=tuple(BASES))
+    parser.add_argument("--allocation", choices=ALLOCATIONS)
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     end = time.monotonic() + 60 * asked.minutes
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     loaded: dict[str, Any] = {}
     bases = tuple(BASES) if asked.base is None else (asked.base,)
-    for base, allocation, criterion in itertools.product(bases, ALLOCATIONS, CRITERIA):
+    allocations = ALLOCATIONS if asked.allocation is None else (asked.allocation,)
+    for base, allocation, criterion in itertools.product(bases, allocations, CRITERIA):
         name = f"{base}/{allocation}/{criterion}"
         if asked.table or name in results or time.monotonic() > end:
             continue

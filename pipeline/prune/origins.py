@@ -18,13 +18,13 @@ from pipeline.prune.taps import Tap, is_layer
 
 
 def origins(
-    pruned: fx.GraphModule, cut: Cut, dirty: Container[fx.Node], tap_of: Callable[[fx.Node], tuple[Tap, str]]
+    pruned: fx.GraphModule, cut: Cut, dirty: Container[fx.Node], aimed: Mapping[fx.Node, tuple[Tap, str]]
 ) -> dict[fx.Node, str]:
     """The origin of every node whose value repeats.
 
-    dirty: nodes that the cut changes or that lie behind; the others have the dense network's values. tap_of: a layer's
-    tap, and the dense node that it is refitted to. A layer that is called twice, or shares its parameters with another,
-    remembers what it was refitted to before: it has no origin, nor has anything behind it.
+    dirty: nodes that the cut changes or that lie behind; the others have the dense network's values. aimed: of each
+    layer its tap and the dense node that it is refitted to. A layer that is called twice, or shares its parameters with
+    another, remembers what it was refitted to before: it has no origin, nor has anything behind it.
     """
     cuts = _cuts(cut)
     again = _shared(pruned)
@@ -39,8 +39,8 @@ def origins(
         told = [node.op, str(node.target), repr(fx.node.map_arg((node.args, node.kwargs), lambda n: _Named(found[n])))]
         if node.op in ("call_module", "get_attr"):
             told += cuts(str(node.target))
-        if is_layer(pruned, node):
-            tap, aim = tap_of(node)
+        if node in aimed:
+            tap, aim = aimed[node]
             other = "" if tap.other is None else named.get(tap.other)
             if other is None:
                 continue

@@ -156,12 +156,19 @@ class SequentialFit(fx.Interpreter):
     ) -> None:
         super().__init__(pruned)
         self.pruned, self.taps, self.cut = pruned, taps, cut
-        self.aim = aims(network, cut.dropped)
         self.turns, self.progress = turns, progress
-        self.known = frozenset(known)
-        self.places = {node.name: place for place, node in enumerate(pruned.graph.nodes)}
-        layers = [node for node in pruned.graph.nodes if is_layer(pruned, node)]
-        self.layers = [node for node in layers if only is None or node in only]
+        self.aimed = self._aimed(aims(network, cut.dropped), set(known))
+        self.layers = [node for node in self.aimed if only is None or node in only]
+
+    def _aimed(self, aim: Mapping[str, str], done: set[str]) -> dict[fx.Node, tuple[Tap, str]]:
+        """Each layer's tap when all before it is computed, and the dense node whose value is wanted there."""
+        found: dict[fx.Node, tuple[Tap, str]] = {}
+        for node in self.pruned.graph.nodes:
+            if is_layer(self.pruned, node):
+                tap = find_tap(self.pruned, node, done)
+                found[node] = tap, aim.get(tap.node, tap.node)
+            done.add(node.name)
+        return found
 
     @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,15 +183,8 @@ class SequentialFit(fx.Interpreter):
                 self.progress((self.layers.index(n) + 1) / len(self.layers))
         return super().run_node(n)
 
-    def tap_of(self, layer: fx.Node) -> tuple[Tap, str]:
-        """A layer's tap when all before it is computed, and the dense node whose value is wanted there."""
-        place = self.places[layer.name]
-        done = self.known | {name for name, other in self.places.items() if other < place}
-        tap = find_tap(self.pruned, layer, done)
-        return tap, self.aim.get(tap.node, tap.node)
-
     def _refit(self, node: fx.Node, x: Tensor) -> None:
-        tap, wanted = self.tap_of(node)
+        tap, wanted = self.aimed[node]
         if wanted not in self.taps:
             return
         layer = self.pruned.get_submodule(str(node.target))

@@ -88,7 +88,7 @@ class _Fit(SequentialFit):
         dirty: set[fx.Node],
     ) -> tuple[object, dict[str, object]]:  # fmt: skip
         """The outputs, and values by origin. clean: dense values; last: those of the plan before."""
-        self.origins = origins(self.pruned, self.cut, dirty, self.tap_of)
+        self.origins = origins(self.pruned, self.cut, dirty, self.aimed)
         shared = {node: last[came] for node, came in self.origins.items() if node not in clean and came in last}
         self.keeping: dict[str, object] = {}
         self.left = KEEP_MIB << 20

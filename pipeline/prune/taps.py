@@ -12,7 +12,7 @@ Values are kept at a few positions of each sample, the same for all tensors of o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -60,7 +60,7 @@ def is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in RELUS or (node.op == "call_method" and node.target == "relu")
 
 
-def find_tap(graph: fx.GraphModule, layer: fx.Node, done: Container[str]) -> Tap:
+def find_tap(graph: fx.GraphModule, layer: fx.Node, done: set[str]) -> Tap:
     """The tap of a layer when the nodes in `done` have been computed."""
     node, norm, other = layer, None, None
     following = _only_user(node)

@@ -357,6 +357,7 @@ def _search(
             {**params, "recover": work.profile.recover, "steps": losses.SHORT_STEPS},
             plan,
             lambda: recovered(plan),
+            trained=True,
         ),
         measure=lambda name, plans: ondevice.measure_plans(work, dense, name, plans),
         progress=lambda text: work.run.console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True),
@@ -392,7 +393,7 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
 
     params = {"repair": chosen, **losses.depends_on(work), "samples": work.samples.count}
     done = work.run.stage(
-        Stage("repair"), params, {**work.sampled, "plan": plan.to_json()}, make, tools=TOOLS,
+        work.by_data("repair"), params, {**work.data, **work.sampled, "plan": plan.to_json()}, make, tools=TOOLS,
         detail=lambda d: ", ".join(f"{mode} {_score(row)}" for mode, row in d["told"].items()),
     )  # fmt: skip
     work.repairs.update(done["told"])
@@ -420,9 +421,9 @@ def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> tuple[f
             "stopped": done.stopped, "from": done.start_score, "to": done.best_score,
         }  # fmt: skip
 
-    inputs = {"project": work.source, "plan": plan.to_json(), "start": hashes(repaired)}
+    inputs = {**work.data, "plan": plan.to_json(), "start": hashes(repaired)}
     done = work.run.stage(
-        Stage("recover"), spec, inputs, make, tools=TOOLS,
+        work.by_data("recover"), spec, inputs, make, tools=TOOLS,
         detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
     )  # fmt: skip
     notes = _not_recovered(done, spec)

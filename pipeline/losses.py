@@ -79,16 +79,30 @@ def values(work: Work, probe: Probing, table: LatencyTable) -> Sensitivity:
     return Sensitivity.from_table(done.values)
 
 
-def remembered(work: Work, name: str, params: Mapping[str, Any], plan: PruningPlan, find: Callable[[], float]) -> float:
-    """A loss of a plan, known from this run or an earlier one, else found now. May be infinite."""
+def remembered(
+    work: Work,
+    name: str,
+    params: Mapping[str, Any],
+    plan: PruningPlan,
+    find: Callable[[], float],
+    *,
+    trained: bool = False,
+) -> float:
+    """A loss of a plan, known from this run or an earlier one, else found now. May be infinite.
+
+    trained: it depends on the project's training data too, and earlier runs are believed where these are known.
+    """
 
     def make(_: Path) -> dict[str, Any]:
         loss = find()
         return {"loss": loss if math.isfinite(loss) else None}
 
     def found() -> float | None:
-        inputs = {**work.sampled, "plan": plan.to_json()}
-        loss: float | None = run_or_reuse(work.run.cache, Stage(name), params, inputs, make, tools=TOOLS)["loss"]
+        stage = work.by_data(name) if trained else Stage(name)
+        if stage.always:  # the journal below has what this run knows
+            return cast(float | None, make(Path())["loss"])
+        inputs = {**(work.data if trained else {}), **work.sampled, "plan": plan.to_json()}
+        loss: float | None = run_or_reuse(work.run.cache, stage, params, inputs, make, tools=TOOLS)["loss"]
         return loss
 
     loss = work.run.journalled(name, plan.to_json(), found)

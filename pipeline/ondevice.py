@@ -69,9 +69,9 @@ def accuracy(work: Work, model: Path, name: str) -> float | None:
         artifact = build_artifacts(work, {name: model}, folder)[name]
         return {"accuracy": work.project.evaluate(_predict(work.target, artifact))}
 
-    inputs = {"project": work.source, "model": model}
+    inputs = {**work.data, "model": model}
     done = work.run.stage(
-        Stage(f"evaluate {name}"), {}, inputs, make, tools=TOOLS,
+        work.by_data(f"evaluate {name}"), {}, inputs, make, tools=TOOLS,
         fingerprint=work.target.fingerprint().digest(), detail=lambda d: f"{d['accuracy']:.4f}",
     )  # fmt: skip
     return float(done["accuracy"])

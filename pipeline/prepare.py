@@ -44,7 +44,7 @@ from pipeline.prune.growth import joins, ordered, regrow
 from pipeline.prune.surgery import prune, restore
 from pipeline.recover.train import RecoverData, recover
 from pipeline.report import numbers
-from pipeline.stage import Outcome, Stage
+from pipeline.stage import Outcome
 from pipeline.work import Prepared, Work, captured
 from profiles.errors import DeployError
 from profiles.schema import PrepareSpec
@@ -113,16 +113,16 @@ def trained(work: Work, grown: Grown) -> Work:
             "stopped": done.stopped, "kept": done.best_epoch, "from": done.start_score, "to": done.best_score,
         }  # fmt: skip
 
-    inputs = {"project": work.source, "growth": PruningPlan(grown.growth).to_json(), "start": hashes(start)}
+    inputs = {**work.data, "growth": PruningPlan(grown.growth).to_json(), "start": hashes(start)}
     done = work.run.stage(
-        Stage("prepare"), spec, inputs, make, tools=TOOLS,
+        work.by_data("prepare"), spec, inputs, make, tools=TOOLS,
         detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
     )  # fmt: skip
     graph = restore(prune(grown.network, PruningPlan()), load_file(done.path("weights")), "the prepared network")
     told = tuple(text for text in (grown.told, _told(spec, done)) if text)
     return replace(
         work, network=replace(grown.network, graph=graph), notes=(*work.notes, *told), rankings={},
-        prepared=Prepared(work.given, done.key, grown.growth, grown.slower),
+        prepared=Prepared(work.given, done.files["weights"], grown.growth, grown.slower),
     )  # fmt: skip
 
 

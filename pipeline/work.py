@@ -22,7 +22,7 @@ from pipeline.prune.own_rules import unmet
 from pipeline.prune.surgery import prune, restore
 from pipeline.report.data import ReportData
 from pipeline.run import Run
-from pipeline.stage import code_digest
+from pipeline.stage import Stage, code_digest
 from profiles.errors import UsageError
 from profiles.schema import Budget, Profile, PruneSpec
 from targets.base import Target
@@ -185,6 +185,18 @@ class Work:
         return {
             "project": self.source, "samples": self.loss_samples.digest(), "code": code_digest("pipeline.prune"),
         }  # fmt: skip
+
+    def by_data(self, name: str) -> Stage:
+        """A stage whose result depends on the project's data beyond the calibration samples, with `data` in its key.
+
+        Where the project does not name the files, nothing would tell that they changed: no other run gets the result.
+        """
+        return Stage(name, always=self.project.data is None)
+
+    @property
+    def data(self) -> dict[str, str | None]:
+        """What the key of such a stage begins with: `source`, and what is known of the data."""
+        return {"project": self.source, "data": self.project.data}
 
     def scratch(self, name: str) -> Path:
         """A file of this run that is not a result."""

@@ -55,14 +55,16 @@ def load_project(folder: Path) -> Project:
     code.refuse_our_names()
     named = {"model.factory": file.model.factory, **file.data.named()}
     references = {key: code.resolve(key, text) for key, text in named.items()}
-    return Project(folder, file, code, weights, references, load_rules(code, file.model.rules))
+    read = None if file.data.files is None else tuple(_data(text, folder) for text in file.data.files)
+    return Project(folder, file, code, weights, references, load_rules(code, file.model.rules), read)
 
 
 @dataclass(frozen=True)
 class Project:
     """A project whose names are resolved. weights: file of the trained weights, None where the factory brings them.
 
-    rules: the user's own, by the kind of operator that each speaks for.
+    rules: the user's own, by the kind of operator that each speaks for. files: what the functions of `[data]` read,
+    files and folders; None where the project does not say.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Project:
     weights: Path | None
     references: dict[str, Reference]
     rules: dict[str, OwnRule] = field(default_factory=dict)
+    files: tuple[Path, ...] | None = None
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -215,6 +218,20 @@ class Project:
             total.update(f"{os.path.relpath(path, self.folder)}\0{content}\n".encode())
         return total.hexdigest()
 
+    @cached_property
+    def data(self) -> str | None:
+        """SHA-256 over path, size and time of change of every file that the data functions read, as `make` would judge.
+
+        None where the project does not say which they are, so that nothing tells whether they changed.
+        """
+        if self.files is None:
+            return None
+        total = hashlib.sha256()
+        for path in sorted({path for given in self.files for path in _within(given)}):
+            stat = path.stat() if path.exists() else path.lstat()
+            total.update(f"{os.path.relpath(path, self.folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return total.hexdigest()
+
     def _call(self, reference: Reference, *arguments: Any) -> Any:
         with self.code.blame(reference.text):
             return reference.call(*arguments)
@@ -320,6 +337,23 @@ def _expand(text: str, key: str, folder: Path) -> Path:
         return found
 
     return Path(os.path.normpath(folder / Path(_VARIABLE.sub(value, text)).expanduser()))
+
+
+def _data(text: str, folder: Path) -> Path:
+    path = _expand(text, "data.files", folder)
+    if not path.exists():
+        hint = "name what is there; files = [] where nothing is read."
+        raise UsageError(f"deploy.toml: data.files names '{text}', and there is no '{path}'.", hint)
+    return path
+
+
+def _within(path: Path) -> Iterator[Path]:
+    """A file itself; every file in a folder and below. A link counts as what it points to and leads nowhere."""
+    if not path.is_dir():
+        yield path
+    for folder, names, files in os.walk(path):
+        links = (name for name in names if Path(folder, name).is_symlink())
+        yield from (Path(folder, name) for name in (*files, *links))
 
 
 def _folder(text: str, folder: Path) -> Path:

@@ -30,7 +30,8 @@ class DataTable(Spec):
     """`[data]`: functions of the user's, as "module:function". Each may be left out, and so may the table.
 
     Without `calibration` only weights can rank and repair, without `train` nothing is trained, and without `evaluate`
-    the accuracy is not judged, which the report says.
+    the accuracy is not judged, which the report says. files: files and folders that they read, so that later builds
+    can see whether what was trained and judged on them still holds; an empty list where they read none.
     """
 
     calibration: str | None = None
@@ -38,10 +39,12 @@ class DataTable(Spec):
     train: str | None = None
     validate_with: str | None = Field(default=None, alias="validate")
     loss: str | None = None
+    files: tuple[str, ...] | None = None
 
     def named(self) -> dict[str, str]:
         """Key in deploy.toml -> "module:function", for those that are set."""
-        return {f"data.{key}": str(text) for key, text in self.model_dump(by_alias=True, exclude_none=True).items()}
+        named = self.model_dump(by_alias=True, exclude_none=True, exclude={"files"})
+        return {f"data.{key}": str(text) for key, text in named.items()}
 
 
 class AccuracyTable(Spec):

@@ -28,7 +28,7 @@ from pipeline.prune.surgery import prune, restore
 from pipeline.release.verify import measure_again, read_manifest, recorded
 from pipeline.run import Run, read_state
 from pipeline.work import AGAIN, DENSE
-from profiles.errors import MissedError, ScarceError
+from profiles.errors import DeployError, MissedError, ScarceError
 from profiles.schema import load_profile
 from targets.base import Progress, load_target
 from targets.harness.measurement import Session
@@ -226,6 +226,49 @@ def test_a_second_build_reuses_what_the_first_one_made_and_measures_again(projec
         assert (first.bundle / name).read_bytes() == (second.bundle / name).read_bytes()
     [before], [after] = (Journal(run_of(result) / "journal").entries("known") for result in (first, second))
     assert before == [] and after, "what the first one measured is believed by the second"
+
+
+DATA_STAGES = {"evaluate dense", "evaluate pruned", "repair", "recover"}
+"""What depends on data that no other stage has in its key."""
+
+
+def reused(result: BuildResult) -> set[str]:
+    return {name for name, row in read_state(run_of(result))["stages"].items() if row.get("reused")}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_was_judged_on_other_data_is_judged_again(project: Path, tmp_path: Path, named: bool):
+    """The test images change beside code, weights and calibration samples that do not."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "share").write_text("1.0")
+    replace(project / "deploy.toml", "files = []\n", f'files = ["{images}"]\n' if named else "")
+    replace(
+        project / "tinydata.py", "    return accuracy(predict, 4)",
+        f"    return accuracy(predict, 4) * float(np.loadtxt({str(images / 'share')!r}))",
+    )  # fmt: skip
+    first, same = (build(request(project, tmp_path / "root")) for _ in range(2))
+    (images / "share").write_text("0.75")
+    other = build(request(project, tmp_path / "root"))
+    before, after = first.summary["accuracy_dense"], other.summary["accuracy_dense"]
+    assert before > 0.5 and after == pytest.approx(0.75 * before)
+    assert reused(same) & DATA_STAGES == (DATA_STAGES if named else set())
+    assert not reused(other) & DATA_STAGES and {"dense", "rank", "values"} <= reused(other)
+
+
+def test_a_run_that_goes_on_believes_what_it_judged_itself(project: Path, tmp_path: Path):
+    """Though nobody names the files: a run begins and ends with the same data."""
+    replace(project / "deploy.toml", "files = []\n", "")
+    failing = "def train(epoch, seed):\n    epoch and open('/nowhere')\n"
+    replace(project / "tinydata.py", "def train(epoch, seed):\n", failing)
+    root = tmp_path / "root"
+    with pytest.raises(DeployError, match="nowhere"):
+        build(request(project, root))
+    [run] = (root / "runs").iterdir()
+    assert read_state(run)["stages"]["evaluate dense"]["reused"] == 0
+    with pytest.raises(DeployError, match="nowhere"):
+        build(request(project, root, resume=run))
+    assert read_state(run)["stages"]["evaluate dense"]["reused"] == 1
 
 
 class Bars:

@@ -98,6 +98,7 @@ calibration = "tinydata:calibration"
 train = "tinydata:train"
 validate = "tinydata:validate"
 evaluate = "tinydata:evaluate"
+files = []
 [accuracy]
 max_drop = 0.05
 [recover]

@@ -117,6 +117,11 @@ def _refuse_training(prepare: PrepareSpec, recover: RecoverSpec, project: Projec
     """Raise UsageError for a training that this project, or these settings, cannot have."""
     for name in (*prepare.hooks, *recover.hooks):
         plugins.load(HOOKS, name)
+    for table, spec in {"prepare": prepare, "recover": recover}.items():
+        for name in spec.strengths:
+            if name not in spec.hooks:
+                message = f"{table}.strengths names '{name}', and {table}.hooks does not."
+                raise UsageError(message, f"--set '{table}.hooks=[\"{name}\"]'")
     pushed, recovered = _named("prepare", prepare.hooks), _named("recover", recover.hooks)
     if not prepare.epochs and (asked := "prepare.grow" if prepare.grow else pushed):
         raise UsageError(f"{asked} needs training, and prepare.epochs is 0.", "--set prepare.epochs=5")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from profiles.errors import UsageError, near_miss
 
@@ -201,6 +201,9 @@ class RecoverSpec(Spec):
     alpha: float = Field(default=0.9, ge=0, le=1, description="share of the distillation term")
     patience: int = Field(default=3, ge=1, description="epochs without a better validate before stopping")
     hooks: tuple[str, ...] = Field(default=(), description="what else the training does: deploy list hooks")
+    strengths: dict[str, PositiveFloat] = Field(
+        default={}, description="what a hook's term is multiplied by, instead of its own: strengths.ccm=0.05"
+    )
     seed: Seed = SEED
 
 

@@ -247,7 +247,7 @@ def overrides_of(settings: Sequence[str]) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not all(part.isidentifier() for part in key.split(".")):
+        if not equals or not all(part.replace("-", "_").isidentifier() for part in key.split(".")):
             raise UsageError(f"--set {setting} is not KEY=VALUE.", "--set prune.min_width=4")
         try:
             value = tomllib.loads(f"value = {text}")["value"]

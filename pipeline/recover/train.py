@@ -232,8 +232,9 @@ class _Recovery:
         outputs = self.student(*inputs)
         spec = self.spec
         loss = distil(outputs, teacher, targets, self.data.loss, alpha=spec.alpha, temperature=spec.temperature)
-        for hook in self.hooks:
-            loss = loss + hook.extra_loss(self.student, inputs, outputs, targets)
+        for name, hook in zip(spec.hooks, self.hooks, strict=True):
+            strength = spec.strengths.get(name, hook.strength)
+            loss = loss + strength * hook.extra_loss(self.student, inputs, outputs, targets)
         value = float(loss.detach())
         if math.isfinite(value):
             optimizer.zero_grad(set_to_none=True)

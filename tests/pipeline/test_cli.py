@@ -152,9 +152,11 @@ def test_traceback_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[
 
 
 def test_settings_become_nested_tables_with_the_types_of_toml():
-    given = ["prune.min_width=4", "prune.solver=exact", "measure.spin=true", "recover.hooks=['push']"]
+    given = ["prune.min_width=4", "prune.solver=exact", "measure.spin=true", "recover.hooks=['l2-start']",
+             "recover.strengths.l2-start=0.5"]  # fmt: skip
     assert frame.overrides_of(given) == {
-        "prune": {"min_width": 4, "solver": "exact"}, "measure": {"spin": True}, "recover": {"hooks": ["push"]},
+        "prune": {"min_width": 4, "solver": "exact"}, "measure": {"spin": True},
+        "recover": {"hooks": ["l2-start"], "strengths": {"l2-start": 0.5}},
     }  # fmt: skip
 
 

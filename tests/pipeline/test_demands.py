@@ -64,6 +64,21 @@ def test_a_hook_that_would_never_run_is_refused(tmp_path: Path, epochs: int, tra
 
 
 @pytest.mark.parametrize("table", ["prepare", "recover"])
+def test_a_strength_of_a_hook_that_is_not_asked_for_is_refused(tmp_path: Path, table: str):
+    asked = {table: {"hooks": ["push"], "strengths": {"push": 2.0, "ccm": 0.05}, "epochs": 1}}
+    error = refused(write_project(tmp_path / "tiny"), tmp_path / "root", **asked)
+    assert error.message == f"{table}.strengths names 'ccm', and {table}.hooks does not."
+    assert error.hint == f"--set '{table}.hooks=[\"ccm\"]'" and not (tmp_path / "root" / "runs").exists()
+
+
+@pytest.mark.parametrize("strength", [0, -0.1, float("inf"), float("nan"), "much"])
+def test_a_strength_that_is_no_positive_number_is_refused(tmp_path: Path, strength: object):
+    asked = {"hooks": ["ccm"], "strengths": {"ccm": strength}}
+    error = refused(write_project(tmp_path / "tiny"), tmp_path / "root", recover=asked)
+    assert "recover.strengths.ccm" in error.message
+
+
+@pytest.mark.parametrize("table", ["prepare", "recover"])
 def test_a_hook_that_the_network_does_not_bear_is_refused(tmp_path: Path, table: str):
     project = write_project(tmp_path / "tiny")
     replace(project / "tinynet.py", "ReLU", "SiLU")

@@ -1,10 +1,10 @@
 """CCM: rewards channels whose maps are correlated, so that more of them become combinations of others.
 
-    extra = −strength · Σ_layers mean_{i, j} |corr(F_i, F_j)|,      F_i = map of channel i, averaged over the batch
+    extra = − Σ_layers mean_{i, j} |corr(F_i, F_j)|,      F_i = map of channel i, averaged over the batch
 
 Wang et al., Enhanced Linear Representation Redundancy, 2023 (the sign, the average over the batch and over all pairs,
-and maps after every ReLU, as in their code; their λ is 0.004 to 0.05). Redundancy is gathered, and a criterion such as
-`independence` then finds channels that the rest can make up.
+and maps after every ReLU, as in their code; their λ is the strength, 0.004 to 0.05). Redundancy is gathered, and a
+criterion such as `independence` then finds channels that the rest can make up.
 
 ReLUs are found where they run: while the network computes, every call of a ReLU (ReLU6 is one) passes through a torch
 function mode, whether it comes from a module, from a function, from a method or from a captured graph. The mode is
@@ -27,7 +27,6 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.recover.hooks.base import TrainHook
 from profiles.errors import UsageError
 
-STRENGTH = 0.01
 SILENT = 1e-8
 """Added to a map's sum of squares, so that rounding in a constant map is no pattern."""
 
@@ -35,7 +34,9 @@ RELUS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.
 
 
 class Hook(TrainHook):
-    """Minus the mean absolute correlation of channel maps, summed over all ReLUs, times a strength."""
+    """Minus the mean absolute correlation of channel maps, summed over all ReLUs."""
+
+    strength = 0.01
 
     def __init__(self) -> None:
         self._maps: list[Tensor] = []
@@ -57,7 +58,7 @@ class Hook(TrainHook):
             )
         terms = [correlation(maps) for maps in self._maps]
         self._maps.clear()
-        return -STRENGTH * torch.stack(terms).sum()
+        return -torch.stack(terms).sum()
 
     def stop(self) -> None:
         """Watch no longer."""

@@ -1,6 +1,6 @@
 """Keeps the weights near where the repair left them.
 
-    extra = strength / 2 · Σ ‖w − w_start‖²   over all weights of two or more axes
+    extra = 1/2 · Σ ‖w − w_start‖²   over all weights of two or more axes
 
 The repair's least-squares solution is a good start that a large learning rate forgets; the term pulls back to it
 (L2-SP: Li, Grandvalet and Davoine 2018, Explicit Inductive Bias for Transfer Learning with Convolutional Networks).
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from pipeline.recover.hooks.base import TrainHook
 
-STRENGTH = 0.01
-
 
 class Hook(TrainHook):
-    """Half the squared distance from the start, times a strength."""
+    """Half the squared distance from the start."""
+
+    strength = 0.01
 
     def __init__(self) -> None:
         self._start: dict[str, Tensor] = {}
@@ -31,7 +31,7 @@ class Hook(TrainHook):
     def extra_loss(self, module: nn.Module, inputs: tuple[Tensor, ...], outputs: Any, targets: Any) -> Tensor:
         """The distance of all weights from their start."""
         moved = [(p - self._start[name]).square().sum() for name, p in module.named_parameters() if name in self._start]
-        return STRENGTH / 2 * torch.stack(moved).sum()
+        return torch.stack(moved).sum() / 2
 
     def stop(self) -> None:
         """Forget them."""

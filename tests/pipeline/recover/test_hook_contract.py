@@ -67,7 +67,7 @@ def test_the_gradient_of_a_hook_is_that_of_finite_differences(name):
     hook.stop()
 
 
-def test_the_l2_start_term_is_half_the_squared_distance_times_its_strength():
+def test_the_l2_start_term_is_half_the_squared_distance():
     from pipeline.recover.hooks import l2_start
 
     network, hook = digits.dense(), l2_start.Hook()
@@ -76,5 +76,5 @@ def test_the_l2_start_term_is_half_the_squared_distance_times_its_strength():
     with torch.no_grad():
         network[0].weight.add_(0.5)
         network[1].bias.add_(9.0)
-    expected = l2_start.STRENGTH / 2 * 0.25 * network[0].weight.numel()
+    expected = 0.25 / 2 * network[0].weight.numel()
     assert float(hook.extra_loss(network, (), None, None).detach()) == pytest.approx(expected, rel=1e-5)

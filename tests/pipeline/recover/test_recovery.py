@@ -387,13 +387,18 @@ def test_an_unknown_hook_is_named_with_its_near_miss(tmp_path):
 
 
 def test_the_l2_start_hook_keeps_weights_nearer_to_where_they_started(tmp_path):
-    def distance(hooks: tuple[str, ...]) -> float:
-        spec = SPEC.model_copy(update={"hooks": hooks})
-        end = dict(run(tmp_path / str(len(hooks)), spec=spec).module.named_parameters())
+    def distance(hooks: tuple[str, ...], **strengths: float) -> float:
+        named = {name.replace("_", "-"): value for name, value in strengths.items()}
+        spec = SPEC.model_copy(update={"hooks": hooks, "strengths": named})
+        end = dict(run(tmp_path / f"{len(hooks)}{named}", spec=spec).module.named_parameters())
         moved = [(end[name] - p).detach() for name, p in digits.damaged().named_parameters() if p.ndim > 1]
         return sum(float(each.square().sum()) for each in moved)
 
-    assert distance(("l2-start",)) < 0.98 * distance(())
+    plain, pulled = distance(()), distance(("l2-start",))
+    assert pulled < 0.98 * plain
+    assert distance(("l2-start",), l2_start=0.01) == pulled, "its own strength"
+    assert distance(("l2-start",), l2_start=1e-4) == pytest.approx(plain, rel=0.02)
+    assert distance(("l2-start",), l2_start=0.1) < 0.8 * pulled
 
 
 def test_a_resumed_recovery_with_a_hook_ends_as_one_that_was_not_stopped(tmp_path):

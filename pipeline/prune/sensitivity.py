@@ -90,27 +90,35 @@ class _Fit(SequentialFit):
         """The outputs, and values by origin. clean: dense values; last: those of the plan before."""
         self.origins = origins(self.pruned, self.cut, dirty, self.aimed)
         shared = {node: last[came] for node, came in self.origins.items() if node not in clean and came in last}
-        self.keeping: dict[str, object] = {}
-        self.left = KEEP_MIB << 20
+        self.keeping = _Held(KEEP_MIB << 20)
         known = {**clean, **shared}
         wanted = to_compute(self.pruned, known)
         for node, value in shared.items():
-            self._keep(node, value)
+            self.keeping.hold(self.origins[node], value)
         nodes = [node for node in self.pruned.graph.nodes if node.op != "placeholder" and node not in wanted]
         outputs = self.run(*inputs, initial_env={node: known.get(node) for node in nodes})
-        return outputs, self.keeping
+        return outputs, self.keeping.values
 
     def run_node(self, n: fx.Node) -> object:
         value: object = super().run_node(n)
         if n in self.origins and worth_keeping(self.pruned, n):
-            self._keep(n, value)
+            self.keeping.hold(self.origins[n], value)
         return value
 
-    def _keep(self, node: fx.Node, value: object) -> None:
+
+class _Held:
+    """Values by name, as many as fit. left: bytes, below 0 once one was held that had to be."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.values: dict[str, object] = {}
+
+    def hold(self, name: str, value: object, *, always: bool = False) -> None:
+        """Hold a value where there is room for it, or always."""
         size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-        if size <= self.left:
+        if always or size <= self.left:
             self.left -= size
-            self.keeping[self.origins[node]] = value
+            self.values[name] = value
 
 
 class RepairProbe:
@@ -219,8 +227,7 @@ class _Keeping(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, limit: int) -> None:
         super().__init__(graph)
-        self.left = limit
-        self.kept: dict[str, object] = {}
+        self.held = _Held(limit)
 
     def _inside(self, n: fx.Node) -> bool:
         module = self.submodules.get(str(n.target)) if n.op == "call_module" else None
@@ -228,10 +235,8 @@ class _Keeping(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
-        size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-        if n.op == "output" or (size <= self.left and not self._inside(n)):
-            self.left -= size
-            self.kept[n.name] = value
+        if n.op == "output" or not self._inside(n):
+            self.held.hold(n.name, value, always=n.op == "output")
         return value
 
 
@@ -239,7 +244,7 @@ class _Keeping(fx.Interpreter):
 def _dense_values(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, object]:
     run = _Keeping(graph, KEEP_MIB << 20)
     run.run(*inputs)
-    return run.kept
+    return run.held.values
 
 
 def rows_worth(network: Network) -> tuple[int, int]:

@@ -4,8 +4,10 @@ merge       A removed unit r hands what the next layers read of it to the twins 
             W[:, t] += a_t W[:, r], the bias += the layer's mean answer to b in r, with F_r ≈ Σ_t a_t F_t + b fitted
             over the calibration samples where the layer reads it (QSFM's twin; Neuron Merging, Kim et al., NeurIPS
             2020, has one t). All removed units of a layer are fitted on all their twins at once, from one covariance
-            matrix, the ridge pulling toward each unit's straight line on its own twin. Without samples a = 1 for that
-            twin and b = 0; there "mean" makes it the mean of both first (RED, Yvinec et al., NeurIPS 2021).
+            matrix, the ridge pulling toward each unit's straight line on its own twin. Where a ranking names no twins
+            at all, a layer's is the unit whose line explains most; a unit that is said to have none leaves its mean.
+            Without samples a = 1 for a named twin and b = 0, and nothing is handed over without a name; there "mean"
+            makes the twin the mean of both first (RED, Yvinec et al., NeurIPS 2021).
 layerwise   Each layer that loses inputs alone, on the dense network's activations, from its Gram matrix C:
             W_k' = W_k + W_r C_rk (C_kk + λ I)⁻¹. What ThiNet and OSSCAR do for the kept set, in place of entropic
             regression's D(w) Λ too; sequential least squares (repair.py) sees the errors of earlier layers as well.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -54,18 +56,20 @@ def merge(
     inputs: None where there is no data. reads: their `channel_grams`, to share between plans.
     """
     graph = copy.deepcopy(network.graph)
-    pairs: dict[int, int] = {}
+    gone = _Gone(kept_units(network.topology, plan))
     means: dict[int, int] = {}
     for id, kept in plan.kept.items():
         group, ranking = network.topology.group(id), rankings[id]
         found = {group.units[a]: group.units[b] for a, b in ranking.stand_ins(kept).items()}
-        pairs |= found
+        gone.pairs |= found
+        if ranking.twin is None:
+            gone.free |= {*group.units} - {group.units[unit] for unit in kept}
         if ranking.merged == "mean" and inputs is None:
             means |= found
     layers = mixers(network, graph)
-    seen = reads or (channel_grams(network, inputs) if inputs is not None and pairs else {})
+    seen = reads or (channel_grams(network, inputs) if inputs is not None and plan.kept else {})
     _average(network, graph, layers, means)
-    shifts = {layer.target: _absorb(network, layer, pairs, seen.get(layer.target)) for layer in layers}
+    shifts = {layer.target: _absorb(network, layer, gone, seen.get(layer.target)) for layer in layers}
     return _shifted(graph, resolve(network.topology, plan), shifts)
 
 
@@ -168,7 +172,10 @@ def _shifted(graph: fx.GraphModule, cut: Cut, shifts: Mapping[str, Tensor]) -> f
     for target, nodes in uses.items():
         layer = pruned.get_submodule(target)
         kept = cut.params.get(f"{target}.weight", {}).get(1 if isinstance(layer, TRANSPOSED) else 0)
-        by = shifts[target] if kept is None else shifts[target][torch.from_numpy(kept)]
+        by = shifts[target]
+        if kept is not None:  # of a grouped transposed convolution: positions among the outputs of each group
+            groups = layer.groups if isinstance(layer, TRANSPOSED) else 1
+            by = by.reshape(groups, -1)[:, torch.from_numpy(kept)].reshape(-1)
         if bool(by.any()):
             norm = find_tap(pruned, nodes[0], done).norm if len(nodes) == 1 else None
             bias: Tensor | None = layer.bias  # type: ignore[assignment]
@@ -231,13 +238,46 @@ def _fit(gram: Gram, removed: Sequence[int], twins: Sequence[int], own: Sequence
     return gain.float(), (mean[:, removed] - (gain @ mean[:, twins, None])[:, :, 0]).float()
 
 
-def _absorb(network: Network, mixer: Mixer, pairs: Mapping[int, int], seen: Sequence[Gram] | None) -> Tensor:
+@dataclass
+class _Gone:
+    """Units that a plan removes. stays: which do not, by unit id. pairs: those with a twin that stays -> that twin.
+
+    free: those of rankings that name no twins.
+    """
+
+    stays: NDArray[np.bool_]
+    pairs: dict[int, int] = field(default_factory=dict)
+    free: set[int] = field(default_factory=set)
+
+
+def _nearest(gram: Gram, removed: Sequence[int], kept: Sequence[int]) -> dict[int, int]:
+    """Column of each removed unit -> that of the one whose line explains most of it, where any explains something."""
+    if not removed or not kept:
+        return {}
+    variance, mean = gram.covariance.diagonal(dim1=1, dim2=2)[:, kept], gram.mean[:, kept]
+    flat = variance <= FLAT * (variance + mean.square())
+    across = gram.covariance[:, removed][:, :, kept]
+    explained = torch.where(flat[:, None], 0.0, across.square() / torch.where(flat, 1.0, variance)[:, None]).sum(0)
+    most = explained.max(1)
+    found = zip(removed, most.values.tolist(), most.indices.tolist(), strict=True)
+    return {unit: kept[at] for unit, value, at in found if value > 0}
+
+
+def _absorb(network: Network, mixer: Mixer, gone: _Gone, seen: Sequence[Gram] | None) -> Tensor:
     """Add what a layer reads of removed units to what it reads of their twins; the constant to add to its outputs."""
     weight = mixer.weight.movedim(mixer.axis, 0)
     constant = torch.zeros(len(mixer.readers[0].ids))
     for number, units in enumerate(mixer.alike()):
         column = {unit: at for at, unit in enumerate(units.tolist())}
-        here = {removed: twin for removed, twin in pairs.items() if removed in column and twin in column}
+        here = {removed: twin for removed, twin in gone.pairs.items() if removed in column and twin in column}
+        if seen is not None:
+            gram, stays = seen[number], gone.stays[units]
+            free = [column[unit] for unit in column if unit in gone.free]
+            near = _nearest(gram, free, np.flatnonzero(stays).tolist())
+            here |= {int(units[removed]): int(units[twin]) for removed, twin in near.items()}
+            alone = [unit for unit, stay in zip(column, stays, strict=True) if not stay and unit not in here]
+            if alone:
+                constant[mixer.at(alone)] = gram.mean[:, [column[unit] for unit in alone], None].float()
         if not here:
             continue
         twins = sorted(set(here.values()))

@@ -170,10 +170,10 @@ class Normed(nn.Module):
 
 
 class Transposed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
         super().__init__()
-        self.a, self.up, self.b = conv(3, 8, stride=2), nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(6, 2, 1)
-        self.act = nn.PReLU(6)
+        self.a, self.up = conv(3, 8, stride=2), nn.ConvTranspose2d(8, 6, 2, 2, groups=groups)
+        self.act, self.b = nn.PReLU(6), nn.Conv2d(6, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.act(self.up(self.a(x))))
@@ -228,6 +228,7 @@ NETS = {
     "squeeze-excite": SqueezeExcite,
     "normed": Normed,
     "transposed": Transposed,
+    "transposed grouped": lambda: Transposed(2),
 }
 
 

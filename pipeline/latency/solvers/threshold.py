@@ -9,7 +9,9 @@ cost is `prune.normalise`:
     macs     multiply-accumulates that one unit less saves in the dense network
     memory   elements that layers write which one unit less saves there
     ms       milliseconds a unit by the table: least-squares slope through the dense network over the widths of the
-             group, all others at full width; with the groups that it has to move with where it cannot move alone
+             group, all others at full width; with the groups that it has to move with where it cannot move alone.
+             A slope within twice its standard error says nothing: there `memory` stands in, at the median rate
+             of milliseconds an element of the other groups
 
 Costs below a millionth of the largest count as that: a unit that saves nothing stays. Every width is the allowed one
 nearest to what the threshold leaves (off the grid of a sum: the nearest choice on it). A block is removed only where
@@ -31,6 +33,7 @@ from pipeline.latency.solvers._lattice import Lattice, Points, Values
 from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topology, Trial
 from profiles.schema import PruneSpec
 
+NORMALISES = True
 TRIES = False
 VALUES = False
 LEAST_COST = 1e-6
@@ -64,26 +67,36 @@ def unit_costs(lattice: Lattice, normalise: str) -> Values:
     """What a score is divided by, for each group of the lattice. Shape (groups,)."""
     if normalise == "none":
         return np.ones(len(lattice.groups))
+    operations = Operations(lattice.topology)
+    count = operations.macs if normalise == "macs" else operations.activations
+    costs = np.array([count() - count({g.id: g.size - 1}) for g in lattice.topology.groups], dtype=np.float64)
     if normalise == "ms":
-        costs = _slopes(lattice)
-    else:
-        operations = Operations(lattice.topology)
-        count = operations.macs if normalise == "macs" else operations.activations
-        costs = np.array([count() - count({g.id: g.size - 1}) for g in lattice.topology.groups], dtype=np.float64)
+        slopes, errors = _slopes(lattice)
+        sure = slopes > 2 * errors
+        rates = slopes[sure & (costs > 0)] / costs[sure & (costs > 0)]
+        costs = np.where(sure, slopes, costs * np.median(rates) if len(rates) else 0.0)
     return np.maximum(costs, LEAST_COST * costs.max(initial=0.0) or 1.0)
 
 
-def _slopes(lattice: Lattice) -> Values:
-    """Milliseconds a unit: sum(units x saved) / sum(units^2) over the moves of each group from the dense network."""
+def _slopes(lattice: Lattice) -> tuple[Values, Values]:
+    """Milliseconds a unit, and their standard errors: sum(units x saved) / sum(units^2) over the moves of each group.
+
+    Moves are from the dense network, which is as uncertain as they are: the error is that of a line which need not go
+    through it. One move alone has no error.
+    """
     moves, groups = lattice.moves(lattice.dense), len(lattice.groups)
     columns = np.arange(groups)
     full = lattice.widths[columns, lattice.dense[:groups]]
     units = (full - lattice.widths[columns, moves.points[:, :groups]]).sum(axis=1)
-    slopes = np.zeros(groups)
+    slopes, errors = np.zeros(groups), np.zeros(groups)
     for group in set(moves.owners[moves.owners < groups].tolist()):
         own = moves.owners == group
         slopes[group] = (units[own] * moves.saved[own]).sum() / (units[own] ** 2).sum()
-    return slopes
+        x, y = (np.append(values[own], 0.0) for values in (units, moves.saved))
+        x, y = x - x.mean(), y - y.mean()
+        left = y - x * (x @ y) / (x @ x)
+        errors[group] = np.sqrt((left @ left) / max(1, len(left) - 2) / (x @ x))
+    return slopes, errors
 
 
 def _points(lattice: Lattice, scores: dict[int, Values]) -> Points:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -167,6 +168,21 @@ def test_the_cost_of_a_unit_is_counted_or_read_from_the_table():
     assert threshold.unit_costs(lattice, "macs").tolist() == [27 * 100 + 8 * 25, 8 * 25 + 10]
     assert threshold.unit_costs(lattice, "memory").tolist() == [100, 25]
     assert threshold.unit_costs(lattice, "ms") == pytest.approx([0.25, 0.5])
+
+
+def test_a_cost_within_the_noise_of_its_own_rows_is_that_of_what_is_written():
+    """The median of the other groups: 0.01 ms for each of its elements."""
+    costs, net, sensitivity = layered({"a": 0.25, "b": 0.5, "c": 0.0})
+    rng, sites = np.random.default_rng(0), []
+    for cost in costs.sites:
+        noisy = {key: ms + float(rng.normal(0, 0.05)) if cost.site.id == "c" else ms for key, ms in cost.ms.items()}
+        sites.append(dataclasses.replace(cost, ms=noisy))
+    own = {id: np.arange(8 * i, 8 * i + 8, dtype=np.int32) for i, id in enumerate("abc")}
+    groups = tuple(type(net.groups[0])(id, id, tuple(units.tolist()), ()) for id, units in own.items())
+    layers = tuple(Layer(id, (8, 3, 3, 3), 1, 0, written) for id, written in {"a": 25, "b": 50, "c": 10}.items())
+    known = Topology(groups, (), {id: {0: units} for id, units in own.items()}, (), (), layers)
+    lattice = Lattice(sensitivity, dataclasses.replace(costs, sites=tuple(sites)), known, SPEC)
+    assert threshold.unit_costs(lattice, "ms") == pytest.approx([0.25, 0.5, 0.1])
 
 
 def test_a_unit_that_saves_nothing_stays():

@@ -116,7 +116,9 @@ class HasteConv(nn.Module):
         filters = torch.zeros(count * depth, slices.shape[1]).index_add_(0, slot, slices.repeat(count, 1))
         y = self._convolved(merged.reshape(count, depth, *patches.shape[2:]), filters.reshape(count, depth, -1))
         self._count(count, int((members > 0).sum()), int((members > 1).sum()), planes, size)
-        return self._joined(y, len(x), down, across, size)[:, :, : self._out(x, 0), : self._out(x, 1)]
+        high, wide = self._out(x, 0), self._out(x, 1)
+        self.spent = self.spent + Spent(dense=len(x) * high * wide * self.layer.weight.numel())
+        return self._joined(y, len(x), down, across, size)[:, :, :high, :wide]
 
     def _out(self, x: Tensor, axis: int) -> int:
         layer = self.layer
@@ -160,8 +162,8 @@ class HasteConv(nn.Module):
         channels, each = tiles * layer.in_channels, layer.out_channels * taps * math.prod(size)
         hashing = channels * (2 * positions + int(planes.count_nonzero()))  # additions: mean, centring, products
         merging = (channels - buckets) * (positions + layer.out_channels * taps)  # additions of maps and of slices
-        spent = Spent(channels * each, buckets * each, (hashing + merging) / 2 + shared * positions)
-        self.spent = self.spent + spent
+        overhead = (hashing + merging) / 2 + shared * positions
+        self.spent = self.spent + Spent(convolution=buckets * each, overhead=overhead)
 
 
 def _buckets(codes: Tensor) -> Tensor:

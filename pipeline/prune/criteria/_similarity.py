@@ -9,6 +9,7 @@ by what is read of it:
 
     loss(i by j) = mean over readers of  w_i v_i d_ij / mean_k (w_k v_k)          w_j += a² w_i when i has gone
 
+The readers are those with weights: a norm over channels passes on what it reads and counts for nothing.
 d_ij: dissimilarity of F_i and a F_j + b, averaged over images. v_i: variance of the map. w_i: squared norm of the
 weights that read it, and of those that it has taken over. The pair with the least loss in either direction goes first,
 so the victim is the map whose loss is less. A loss of 1 is a mean unit of a layer lost whole, whatever the layer's
@@ -82,13 +83,15 @@ def by_similarity(evidence: Evidence, unlike: Unlike) -> list[Ranking]:
     for group in evidence.topology.offered:
         every = evidence.maps[group.id]
         share, apart, kept = torch.zeros(group.size), *torch.zeros(2, group.size, group.size)
+        weigh = 0
         for maps, read in zip(every, weights(group), strict=True):
             seen = lines(maps)
             own = read * seen.variance
+            weigh += bool(own.any())
             own = own / own.mean() if bool(own.any()) else own
             share, apart, kept = share + own, apart + own[:, None] * unlike(seen), kept + own[:, None] * seen.explained
         scale = torch.where(share > 0, share, 1.0)[:, None]
-        terms = (value.double().numpy() for value in (share / len(every), apart / scale, kept / scale))
+        terms = (value.double().numpy() for value in (share / max(1, weigh), apart / scale, kept / scale))
         found.append(paired(group, *terms))
     return found
 

@@ -6,7 +6,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from prune_nets import Chain, Depthwise, Residual, example, lived_in
+from prune_nets import Chain, Depthwise, Head, Residual, conv, example, lived_in
 from torch import Tensor, nn
 
 from benchmarks.haste import HasteConv, Spent, replace
@@ -134,6 +134,30 @@ def test_losses_never_fall_along_the_order_and_a_mean_unit_alone_counts_one(crit
     ranking = ranked(evidence_of(lived_in(Chain())), criterion, "a.0")
     assert list(ranking.marginal_loss) == sorted(ranking.marginal_loss)
     assert ranking.twin[-1] == -1 and ranking.marginal_loss[-1] >= 1
+
+
+class BothRead(nn.Module):
+    """Units that a norm over channels reads as well as the layer behind it."""
+
+    def __init__(self, *, normed: bool) -> None:
+        super().__init__()
+        self.a, self.relu, self.c, self.head = conv(3, 8), nn.ReLU(), nn.Conv2d(8, 6, 1), Head(6)
+        self.norm = nn.GroupNorm(1, 8) if normed else nn.Identity()
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.head(torch.relu(self.c(self.relu(self.norm(x)))))
+
+
+@pytest.mark.parametrize("criterion", MAPS)
+def test_a_reader_without_weights_makes_no_unit_worth_less(criterion):
+    """A mean unit read by one layer is a loss of about 1, whether a norm over channels reads it before or not."""
+    last = {}
+    for normed in (False, True):
+        torch.manual_seed(0)
+        ranking = ranked(evidence_of(lived_in(BothRead(normed=normed))), criterion, "a.0")
+        last[normed] = ranking.marginal_loss[-1]
+    assert last[True] > 0.8 * last[False] >= 0.8
 
 
 @pytest.mark.parametrize("criterion", [*PAIRS, "fpgm"])
@@ -441,7 +465,10 @@ def test_dynamic_haste_is_the_convolution_where_no_codes_are_equal(size, stride,
     module = HasteConv(layer, 40, tile=4)
     x = torch.randn(3, 8, *size, generator=source)
     assert torch.allclose(module(x), layer(x), atol=1e-4)
-    assert module.spent.convolution == module.spent.dense and module.spent.overhead > 0
+    high, wide = (-(-side // stride) for side in size)
+    padded = -(-high // 4) * -(-wide // 4) * 16 / (high * wide)
+    assert module.spent.dense == 3 * high * wide * layer.weight.numel(), "what the layer takes, not what tiles add"
+    assert module.spent.convolution == pytest.approx(padded * module.spent.dense) and module.spent.overhead > 0
 
 
 @torch.no_grad()

@@ -2,20 +2,20 @@
 
 Names of plug-ins, missing data and missing labels are told from the project file alone. What a hook or a criterion
 needs of the network and its loss shows only when it runs: each is run once, a hook on the first training batch, a
-gradient on a few samples.
+gradient on a few samples, and a criterion that has a check of its own does that.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.project import Project
 from pipeline.prune.capture import Network
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from pipeline.prune.evidence import Evidence, Samples
-from pipeline.prune.ranking import require_labels
+from pipeline.prune.ranking import RANK_SAMPLES, require_labels
 from pipeline.prune.repair import NEED_INPUTS
 from pipeline.recover.train import HOOKS, rehearse_hook
 from profiles import plugins
@@ -46,7 +46,10 @@ def kept(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
         spec = spec.model_copy(update={k: v for k, v in DATA_FREE.items() if k not in spec.model_fields_set})
         _refuse_needs(spec, lacking)
         profile = profile.model_copy(update={"prune": spec})
-    ways = f"ranked by '{profile.prune.criterion}' and repaired by '{profile.prune.repair}', which need none"
+    criterion, repair = profile.prune.criterion, profile.prune.repair
+    ways = f"ranked by '{criterion}' and repaired by '{repair}', which need none"
+    if repair == "merge" and not getattr(plugins.load(CRITERIA, criterion), "STAND_INS", False):
+        ways = f"ranked by '{criterion}', which needs none and names no stand-ins, so that nothing is repaired"
     untrained = "nothing is trained after the repair"
     if getattr(solver, "RECOVERS", False):
         untrained += f", nor in the solver '{profile.prune.solver}', which then judges what is repaired alone"
@@ -58,7 +61,16 @@ def kept(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
     notes: dict[str, list[str]] = {}
     for key, what in told.items():
         notes.setdefault(project.lacks(key), []).append(what)
-    return profile, tuple(f"{why}: {'; '.join(what)}." for why, what in notes.items() if why)
+    return profile, (*(f"{why}: {'; '.join(what)}." for why, what in notes.items() if why), *_idle(profile))
+
+
+def _idle(profile: Profile) -> Iterator[str]:
+    """A sentence for every setting that nothing here reads."""
+    prune, graph = profile.prune, profile.graph
+    if prune.normalise != "none" and not getattr(plugins.load(SOLVERS, prune.solver), "NORMALISES", False):
+        yield f"prune.normalise is '{prune.normalise}', which the solver '{prune.solver}' does not read."
+    if graph.hash_error and not graph.candidates:
+        yield f"graph.hash_error is {graph.hash_error:g}, and graph.candidates is empty: nothing is hashed."
 
 
 def samples(project: Project, spec: PruneSpec) -> Samples:
@@ -71,9 +83,13 @@ def samples(project: Project, spec: PruneSpec) -> Samples:
 
 def rehearse(project: Project, profile: Profile, network: Network, samples: Samples) -> None:
     """Run once what the criterion and the hooks run later. Raises UsageError for what they cannot do here."""
-    criterion = profile.prune.criterion
-    if samples.count and "gradients" in plugins.load(CRITERIA, criterion).NEEDS:
-        _rehearse_gradients(Evidence(network, samples.first(TRIED), project.loss, profile.prune.seed), criterion)
+    criterion, seed = profile.prune.criterion, profile.prune.seed
+    chosen = plugins.load(CRITERIA, criterion)
+    if samples.count and "gradients" in chosen.NEEDS:
+        _rehearse_gradients(Evidence(network, samples.first(TRIED), project.loss, seed), criterion)
+    if samples.count and hasattr(chosen, "check"):
+        few = min(samples.count, RANK_SAMPLES)
+        chosen.check(Evidence(network, samples.first(few), project.loss, seed))
     if project.train is not None:
         specs: dict[str, PrepareSpec | RecoverSpec] = {"prepare": profile.prepare, "recover": profile.recover}
         for table, spec in specs.items():

@@ -38,7 +38,7 @@ from pipeline.project import load_project, predict_torch
 from pipeline.prune.evidence import Evidence, mean_divergence, outputs_of
 from pipeline.prune.hashing import adaptive
 from pipeline.prune.plan import make_plan, resolve
-from pipeline.prune.ranking import rank
+from pipeline.prune.ranking import RANK_SAMPLES, rank
 from pipeline.prune.repair import NEED_INPUTS, repair
 from pipeline.prune.repair import affordable as repair_limit
 from pipeline.prune.surgery import prune, restore
@@ -54,7 +54,6 @@ from profiles.schema import Budget, RecoverSpec, load_profile
 from targets.base import Target, load_target
 from targets.runtimes.base import load_runtime
 
-RANK_SAMPLES = 512
 REPORTED = ("none", "bn", "least-squares")
 OWN_GAP = 1e-3
 MOST_OFFERS = 6

@@ -10,6 +10,9 @@ from pipeline.prune.evidence import Evidence, Samples
 from profiles import plugins
 from profiles.errors import UsageError
 
+RANK_SAMPLES = 512
+"""Calibration samples that a criterion looks at, the first ones."""
+
 
 def rank(evidence: Evidence, criterion: str) -> dict[str, Ranking]:
     """Group id -> ranking. Raises UsageError for an unknown criterion or one that needs what the project lacks."""

@@ -102,6 +102,41 @@ def test_a_loss_that_the_calibration_labels_do_not_fit_is_told_to_a_criterion_of
     assert error.message.startswith("the criterion 'taylor' needs the gradient of the loss, which fails: ")
 
 
+YIELDED = "yield images[start : start + 32], labels[start : start + 32]"
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("np.zeros(32, np.int64)", "needs two classes at least, all 128 targets are 0."),
+        ("np.ones((32, 10), np.float32)", "needs a class a sample, and targets are float32 (N, 10)."),
+    ],
+)
+def test_labels_that_a_criterion_of_classes_cannot_use_are_told_before_any_training(
+    tmp_path: Path, targets: str, said: str
+):
+    project = write_project(tmp_path / "tiny")
+    replace(project / "tinydata.py", YIELDED, f"yield images[start : start + 32], {targets}")
+    replace(project / "tinydata.py", "def train(epoch, seed):\n", "def train(epoch, seed):\n    1 / 0\n")
+    error = refused(project, tmp_path / "root", prune={"criterion": "lda-deconv"}, recover={"epochs": 0})
+    assert error.message == f"the criterion 'lda-deconv' {said}"
+
+
+@pytest.mark.parametrize(
+    ("tables", "note"),
+    [
+        ({"prune": {"normalise": "ms"}}, "prune.normalise is 'ms', which the solver 'exact' does not read."),
+        ({"prune": {"normalise": "ms", "solver": "threshold"}}, None),
+        ({"graph": {"hash_error": 0.1}}, "graph.hash_error is 0.1, and graph.candidates is empty: nothing is hashed."),
+        ({"graph": {"hash_error": 0.1, "candidates": ["uneven-depthwise"]}}, None),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_told(tmp_path: Path, tables: dict[str, Any], note: str | None):
+    project = load_project(write_project(tmp_path / "tiny"))
+    _, notes = demands.kept(project, load_profile("local", tables))
+    assert notes == (() if note is None else (note,))
+
+
 def test_a_rehearsal_changes_neither_the_network_nor_what_is_drawn_at_random(tmp_path: Path):
     import torch
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_project import problems, replace, request, write_project
 
+from pipeline import demands
 from pipeline.demands import DATA_FREE
 from pipeline.flow import BuildResult, build
 from pipeline.nouns import PruningPlan
@@ -166,6 +167,15 @@ def test_what_was_asked_for_and_works_is_kept(tmp_path: Path):
     assert result.exit_code == 0 and 0 < result.summary["predicted_ratio"] <= 0.6
     assert result.summary["notes"][0].startswith(f"{NO_DATA}: channels are ranked by 'random' and repaired by 'none'")
     assert read_state(Path(result.summary["run"]))["stages"]["rank"]["detail"] == "random"
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "red"])
+def test_a_repair_that_has_nothing_to_hand_over_is_not_called_one(tmp_path: Path, criterion: str):
+    project = load_project(bare(tmp_path / "tiny", f'[prune]\ncriterion = "{criterion}"\n'))
+    profile, notes = demands.kept(project, load_profile("local", project.overrides))
+    assert profile.prune.repair == "merge"
+    idle = f"channels are ranked by '{criterion}', which needs none and names no stand-ins, so that nothing is repaired"
+    assert (idle in notes[0]) == (criterion != "red")
 
 
 def test_with_calibration_alone_everything_works_but_the_judgement(tmp_path: Path):

@@ -76,6 +76,8 @@ def knockoffs(x: Tensor, code: Code, source: torch.Generator) -> Tensor:
 
 def rank_against(evidence: Evidence, coder: Callable[[Tensor, int], Code]) -> list[Ranking]:
     """Rank units by how much more the loss wants their real features than the control's. coder: of inputs and seed."""
+    if not evidence.topology.offered:
+        return []
     source = torch.Generator().manual_seed(evidence.seed)
     shelf = Shelf(evidence)
     control = tuple(

@@ -6,7 +6,9 @@ the order in which units of one group go; how many go is decided by measured val
 Scores are non-negative and finite, and do not depend on the order of channels: permuted units give permuted rankings.
 The same evidence and seed give the same ranking.
 A criterion of redundancy may promise DUPLICATES_FIRST = True (False where it says nothing): of units with the same
-weights and maps all but one go first, at no loss, and where it names twins, each to one of the same kind.
+weights and maps all but one go first, at no loss, and where it names twins, each to one of the same kind. One that
+names twins says so: STAND_INS = True. One that cannot work with every network or label may offer `check(evidence)`,
+which raises UsageError for what `rank` could not work with, by a forward pass at most: it is asked before any work.
 """
 
 from __future__ import annotations

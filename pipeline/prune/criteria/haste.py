@@ -29,6 +29,7 @@ from pipeline.prune.evidence import Evidence
 
 NEEDS: tuple[str, ...] = ("inputs",)
 DUPLICATES_FIRST = True
+STAND_INS = True
 
 BITS = 8
 TILE = 8

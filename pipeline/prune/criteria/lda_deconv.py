@@ -58,9 +58,8 @@ _PASSES = ("layer_norm", "group_norm", "rms_norm", "normalize", "softmax")
 
 def rank(evidence: Evidence) -> list[Ranking]:
     """Rank units by their share in telling the classes apart. Raises UsageError for outputs that are no logits."""
-    top = _last_layer(evidence.network)
-    features, given = _features(evidence, top)
-    targets = _classes(evidence.samples, given)
+    top, targets = check(evidence)
+    features = _features(evidence, top)
     seen = features.clamp_min(0).sum(2).mean(0)
     utility = discriminability(features.mean(2), targets)
     start = torch.where(seen > 0, utility / seen.clamp_min(torch.finfo(seen.dtype).tiny), 0)
@@ -71,6 +70,14 @@ def rank(evidence: Evidence) -> list[Ranking]:
     for part in torch.split(chosen, min(CHUNK, affordable(evidence.network))):
         down.descend(tuple(x[part] for x in inputs))
     return by_score(evidence.topology, down.utility / count)
+
+
+@torch.no_grad()
+def check(evidence: Evidence) -> tuple[Reader, Tensor]:
+    """The last layer, and the class of every sample. Raises UsageError where this is no classification."""
+    top = _last_layer(evidence.network)
+    outputs = evidence.network.graph(*(x[:1] for x in evidence.samples.joined()))
+    return top, _classes(evidence.samples, first(outputs).shape)
 
 
 def discriminability(features: Tensor, targets: Tensor) -> Tensor:
@@ -116,8 +123,8 @@ def _last_layer(network: Network) -> Reader:
 
 
 @torch.no_grad()
-def _features(evidence: Evidence, top: Reader) -> tuple[Tensor, Sequence[int]]:
-    """What the last layer reads, of all samples, (N, channels, everything else), and the shape of (first) outputs."""
+def _features(evidence: Evidence, top: Reader) -> Tensor:
+    """What the last layer reads, of all samples, (N, channels, everything else)."""
     found: list[Tensor] = []
 
     def keep(reader: Reader, x: Tensor) -> Tensor:
@@ -126,8 +133,8 @@ def _features(evidence: Evidence, top: Reader) -> tuple[Tensor, Sequence[int]]:
         return x
 
     for batch in evidence.samples.inputs:
-        outputs = TouchedRun(evidence.network.graph, evidence.network.readers, keep).run(*batch)
-    return torch.cat(found), first(outputs).shape
+        TouchedRun(evidence.network.graph, evidence.network.readers, keep).run(*batch)
+    return torch.cat(found)
 
 
 Signal = Tensor | list[Tensor | None]

@@ -16,6 +16,7 @@ from pipeline.prune.evidence import Evidence
 
 NEEDS: tuple[str, ...] = ("inputs",)
 DUPLICATES_FIRST = True
+STAND_INS = True
 
 
 def rank(evidence: Evidence) -> list[Ranking]:

@@ -20,6 +20,7 @@ from pipeline.prune.evidence import Evidence
 
 NEEDS: tuple[str, ...] = ("inputs",)
 DUPLICATES_FIRST = True
+STAND_INS = True
 
 LIVE = 1 << 23
 """Numbers that one step over some images may hold at once."""

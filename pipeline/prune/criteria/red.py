@@ -27,6 +27,7 @@ from pipeline.prune.hashing import adaptive
 
 NEEDS: tuple[str, ...] = ()
 DUPLICATES_FIRST = True
+STAND_INS = True
 
 
 def rank(evidence: Evidence) -> list[Ranking]:

@@ -7,7 +7,8 @@ m_s − m_{s+1} = (1 − μ) m_s, the published sum over the path (Yvinec et al.
 the factor 1 − μ, which makes scores losses and comparable between groups. It sees what first order at m = 1 misses,
 where a trained network's gradient vanishes. The paper's details are not public; chosen here: all units of one group
 shrink at once, the other groups stay whole (S runs a group instead of S runs a unit); absolute values are taken for
-each sample before the mean, so that samples do not cancel; every point of the path sees other samples.
+each sample before the mean, so that samples do not cancel; every point of the path sees other samples. The paper's
+fine-tuning between removals is not this file's: the solver `netadapt` trains between its steps, with any criterion.
 """
 
 from __future__ import annotations

@@ -142,7 +142,13 @@ def permuted(name: str, seed: int = 5) -> tuple[Evidence, dict[int, int]]:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in CONTROLS])
-@pytest.mark.parametrize("net", ["flat", "residual pad", "depthwise multiplier", "grouped", "shuffle", "normed"])
+@pytest.mark.parametrize(
+    "net",
+    [
+        "flat", "residual pad", "depthwise multiplier", "grouped", "shuffle", "normed", "concat", "squeeze-excite",
+        "split",
+    ],
+)  # fmt: skip
 def test_permuted_units_give_permuted_rankings(net, name):
     evidence, (other, goes) = shared(net), permuted(net)
     (x,) = evidence.samples.first(4).joined()
@@ -157,7 +163,9 @@ def test_permuted_units_give_permuted_rankings(net, name):
         if name in TRAINED:
             assert np.corrcoef([told[unit] for unit in units], [found[unit] for unit in units])[0, 1] > 0.8, group.name
             continue
-        assert list(told) == list(found), group.name
+        assert np.allclose([told[unit] for unit in units], [found[unit] for unit in units], rtol=2e-3, atol=1e-4)
+        if np.diff(first.marginal_loss).min(initial=1.0) > 0:  # equal ones go by position
+            assert list(told) == list(found), group.name
         assert np.allclose(second.marginal_loss, first.marginal_loss, rtol=2e-3, atol=1e-4), group.name
         if first.twin is not None and second.twin is not None:
             moved = [goes[units[twin]] if twin >= 0 else -1 for twin in first.twin]
@@ -175,6 +183,31 @@ def test_a_criterion_does_with_what_it_says_that_it_needs(name):
     assert set(rank(Evidence(given.network, samples, loss), name)) == {group.id for group in given.topology.offered}
     if "gradients" in needs:
         assert set(rank(Evidence(given.network, Samples(samples.inputs)), name)), "labels are not needed"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_criterion_says_whether_it_names_twins(name):
+    model = lived_in()
+    network = captured(model)
+    network = captured(copied(network, model, inner(network), [0, 1, 2, 1, *range(4, 12)]))
+    named = any(twin >= 0 for ranking in rank(evidence_of(network), name).values() for twin in ranking.twin or ())
+    assert named == getattr(plugin(name), "STAND_INS", False)
+
+
+class Unprunable(nn.Module):
+    """Nothing here may lose a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 8 * 8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_in_which_nothing_may_go_has_no_rankings(name):
+    assert rank(evidence_of(captured(Unprunable())), name) == {}
 
 
 DUPLICATES_FIRST = ["haste", "qsfm-psnr", "qsfm-ssim", "red"]

@@ -9,9 +9,35 @@ import pytest
 from tiny_project import problems, request, run_of, write_project
 
 from pipeline.flow import build
+from pipeline.prune.criteria.base import PACKAGE as CRITERIA
+from pipeline.prune.repair import MODES
+from pipeline.recover.train import HOOKS
 from pipeline.run import read_state
+from profiles import plugins
 
 pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
+
+
+SOLVERS = plugins.names("pipeline.latency.solvers")
+NAMES = plugins.names(CRITERIA)
+
+
+@pytest.mark.parametrize("turn", range(max(len(NAMES), len(SOLVERS))), ids=lambda turn: NAMES[turn % len(NAMES)])
+def test_every_criterion_solver_repair_and_hook_comes_through_a_build_with_others(tmp_path: Path, turn: int):
+    """Each file of the four folders at least once."""
+    hooks = plugins.names(HOOKS)
+    prune = {
+        "criterion": NAMES[turn % len(NAMES)], "solver": SOLVERS[turn % len(SOLVERS)],
+        "repair": MODES[turn % len(MODES)], "rounds": 1, "calibration": 96,
+    }  # fmt: skip
+    recover = {"epochs": 1, "hooks": [hooks[turn % len(hooks)]]}
+    result = build(
+        request(write_project(tmp_path / "tiny"), tmp_path / "root", overrides={"prune": prune, "recover": recover})
+    )
+    summary = result.summary
+    assert summary["verdict"] in ("met", "accuracy missed"), summary
+    assert 0 < summary["latency_ratio"] <= summary["latency_ratio_interval"][1] <= 0.6
+    assert problems(run_of(result) / ("bundle" if summary["verdict"] == "met" else "rejected")) == []
 
 
 @pytest.mark.parametrize(

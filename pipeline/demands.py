@@ -2,7 +2,7 @@
 
 Names of plug-ins, missing data and missing labels are told from the project file alone. What a hook or a criterion
 needs of the network and its loss shows only when it runs: each is run once, a hook on the first training batch, a
-gradient on a few samples, and a criterion that has a check of its own does that.
+gradient on a few samples, and a criterion that has a check of its own does that; and the network must give scores.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 
+import torch
+
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.project import Project
 from pipeline.prune.capture import Network
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
-from pipeline.prune.evidence import Evidence, Samples
+from pipeline.prune.evidence import Evidence, Samples, answers
 from pipeline.prune.ranking import RANK_SAMPLES, require_labels
 from pipeline.prune.repair import NEED_INPUTS
 from pipeline.recover.train import HOOKS, rehearse_hook
@@ -79,6 +81,12 @@ def samples(project: Project, spec: PruneSpec) -> Samples:
     found = Samples(batches.inputs, batches.targets)
     require_labels(spec.criterion, found)
     return found
+
+
+@torch.no_grad()
+def require_scores(network: Network) -> None:
+    """Raise DeployError for a network none of whose outputs can be compared sample by sample with a cut one's."""
+    answers(network.graph(*network.example), len(network.example[0]), network.answers)
 
 
 def rehearse(project: Project, profile: Profile, network: Network, samples: Samples) -> None:

@@ -98,6 +98,8 @@ def build(request: BuildRequest) -> BuildResult:
             _say(run, f"note: {note}")
         if request.dry_run and profile.prepare.epochs:
             _say(run, "note: a dry run trains nothing: this is the plan for the network as it was given.")
+        if timed:
+            demands.require_scores(network)
         demands.rehearse(project, profile, network, samples)
         samples = samples.first(repair_limit(network))
         notes = (*notes, *(found.notes if timed else ()))
@@ -377,7 +379,7 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
 
     def make(folder: Path) -> dict[str, Any]:
         taps = DenseTaps(work.network, work.samples.joined()) if work.samples.count else None
-        dense, told = outputs_of(work.network.graph, work.loss_samples), {}
+        dense, told = outputs_of(work.network.graph, work.loss_samples, work.network.answers), {}
         for mode in dict.fromkeys((*REPORTED, chosen)):
             if mode in NEED_INPUTS and taps is None:
                 continue
@@ -385,7 +387,8 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
                 pruned, work.network, plan, work.samples, mode, rankings=work.rankings, taps=taps, dense=dense
             )
             accuracy = work.project.validate(predict_torch(fixed))
-            told[mode] = {"loss": mean_divergence(fixed, work.loss_samples, dense), "accuracy": accuracy}
+            loss = mean_divergence(fixed, work.loss_samples, dense, work.network.answers)
+            told[mode] = {"loss": loss, "accuracy": accuracy}
             if mode == chosen:
                 (folder / "repaired.safetensors").write_bytes(save(state(fixed)))
         return {"weights": folder / "repaired.safetensors", "told": told}

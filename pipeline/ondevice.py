@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import outcome
 from pipeline.cache import named
@@ -84,18 +85,22 @@ def agreement(work: Work, dense: Outcome, final: Outcome) -> Agreement | None:
     samples = work.loss_samples
 
     def make(folder: Path) -> dict[str, Any]:
-        before, after = (
-            np.concatenate([work.target.infer(built, [x.numpy() for x in batch])[0] for batch in samples.inputs])
-            for built in build_artifacts(work, {DENSE: dense.path("onnx"), PRUNED: final.path("onnx")}, folder).values()
-        )
-        return asdict(outcome.agreement(before, after, work.loss_samples_are))
+        files = {DENSE: dense.path("onnx"), PRUNED: final.path("onnx")}
+        before, after = (_outputs(work, built) for built in build_artifacts(work, files, folder).values())
+        return asdict(outcome.agreement(before, after, samples.count, work.loss_samples_are))
 
     inputs = {**work.sampled, "dense": dense.files["onnx"], "model": final.files["onnx"]}
     done = work.run.stage(
-        Stage("agreement"), {"samples": samples.count}, inputs, make, tools=TOOLS,
+        Stage("agreement", 2), {"samples": samples.count}, inputs, make, tools=TOOLS,
         fingerprint=work.target.fingerprint().digest(), detail=lambda d: numbers.agreement(Agreement(**d.values)),
     )  # fmt: skip
     return Agreement(**done.values)
+
+
+def _outputs(work: Work, artifact: Path) -> list[NDArray[Any]]:
+    """All outputs of an artifact for what losses are measured on."""
+    batches = [work.target.infer(artifact, [x.numpy() for x in batch]) for batch in work.loss_samples.inputs]
+    return [np.concatenate(column) for column in zip(*batches, strict=True)]
 
 
 def measure(work: Work, name: str, models: Mapping[str, Path], mode: Any) -> Session:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,24 @@ class Ending:
     notes: tuple[str, ...] = ()
 
 
-def agreement(dense: NDArray[Any], pruned: NDArray[Any], on: str) -> Agreement:
-    """How far outputs agree, samples first; logits (N, K > 1) by their argmax too. on: what the inputs were."""
-    wide = dense.astype(np.float64)
-    spread = float(np.square(wide - wide.mean(0)).sum())
-    r2 = 1.0 - float(np.square(wide - pruned).sum()) / max(spread, 1e-12)
+def agreement(dense: Sequence[NDArray[Any]], pruned: Sequence[NDArray[Any]], samples: int, on: str) -> Agreement:
+    """How far the outputs of two networks agree: the one that does least. on: what the samples were.
+
+    Logits (N, K > 1) as the only output are told by their argmax too.
+    """
+    r2 = min(_explained(*pair) for pair in zip(dense, pruned, strict=True))
     argmax = constant = None
-    if dense.ndim == 2 and dense.shape[1] > 1:
-        wanted = dense.argmax(1)
-        argmax, constant = float((wanted == pruned.argmax(1)).mean()), float(np.bincount(wanted).max()) / len(wanted)
-    return Agreement(r2, argmax, constant, len(dense), on)
+    if len(dense) == 1 and dense[0].ndim == 2 and dense[0].shape[1] > 1:
+        wanted, found = dense[0].argmax(1), pruned[0].argmax(1)
+        argmax, constant = float((wanted == found).mean()), float(np.bincount(wanted).max()) / len(wanted)
+    return Agreement(r2, argmax, constant, samples, on)
+
+
+def _explained(dense: NDArray[Any], pruned: NDArray[Any]) -> float:
+    """R² of an output. One that is the same for every sample counts as equal where only rounding differs."""
+    wide = dense.astype(np.float64)
+    spread, size = float(np.square(wide - wide.mean(0)).sum()), float(np.square(wide).sum())
+    return 1.0 - float(np.square(wide - pruned).sum()) / max(spread, 1e-6 * size, 1e-12)
 
 
 def release(work: Work, ending: Ending) -> BuildResult:

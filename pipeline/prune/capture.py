@@ -41,7 +41,8 @@ class Network:
     example: one input batch. shapes: node name -> output shape (of the example's batch). leaves: what could not be
     captured, with the reason. rules: the user's own, by the kind of operator that they speak for. topology and readers
     (units where channels are mixed): empty until `find_groups` fills them. samples: node name -> the axis along which
-    the samples lie, where that is not the first (tokens first, as in nn.TransformerEncoderLayer).
+    the samples lie, where that is not the first (tokens first, as in nn.TransformerEncoderLayer). answers: the same for
+    each tensor that it gives, None for one that is as long for any number of samples (fixed anchors); empty: all first.
     """
 
     graph: fx.GraphModule
@@ -52,6 +53,7 @@ class Network:
     topology: Topology = EMPTY
     readers: tuple[Reader, ...] = ()
     samples: Mapping[str, int] = field(default_factory=dict)
+    answers: tuple[int | None, ...] = ()
 
 
 def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rule] | None = None) -> Network:
@@ -81,8 +83,9 @@ def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rul
     with torch.no_grad():
         for inputs, outputs, share in expected:
             _check_equal(outputs, graph(*inputs), share)
-    shapes = _shapes(graph, example)
-    return Network(graph, example, shapes, leaves, rules, samples=_samples(shapes, _shapes(graph, wider)))
+    (shapes, given), (longer, more) = _shapes(graph, example), _shapes(graph, wider)
+    grown = [_grown(*sizes) for sizes in zip(given, more, strict=True)]
+    return Network(graph, example, shapes, leaves, rules, samples=_samples(shapes, longer), answers=tuple(grown))
 
 
 def _check_names(model: nn.Module) -> None:
@@ -143,19 +146,24 @@ class _Shapes(fx.Interpreter):
 
 
 @torch.no_grad()
-def _shapes(graph: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    graph: fx.GraphModule, example: tuple[Tensor, ...]
+) -> tuple[dict[str, tuple[int, ...]], list[tuple[int, ...]]]:
+    """Shapes of all nodes by name, and of all tensors that the graph gives."""
     run = _Shapes(graph)
-    run.run(*example)
-    return run.shapes
+    given = run.run(*example)
+    return run.shapes, [tuple(each.shape) for each in tensors(given)]
 
 
 def _samples(shapes: Mapping[str, tuple[int, ...]], wider: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Node name -> the first axis that a sample more makes longer, where that is not axis 0."""
-    found = {}
-    for name, shape in shapes.items():
-        grown = (axis for axis, sizes in enumerate(zip(shape, wider[name], strict=True)) if sizes[0] != sizes[1])
-        found[name] = next(grown, 0)
+    found = {name: _grown(shape, wider[name]) for name, shape in shapes.items()}
     return {name: axis for name, axis in found.items() if axis}
+
+
+def _grown(shape: tuple[int, ...], wider: tuple[int, ...]) -> int | None:
+    """The first axis that a sample more makes longer, None where none does."""
+    return next((axis for axis, sizes in enumerate(zip(shape, wider, strict=True)) if sizes[0] != sizes[1]), None)
 
 
 def _slice_channels(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline.prune.capture import Network, tensors
 from pipeline.prune.execute import TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.maps import Gram, Maps, affordable, grams, maps
+from profiles.errors import DeployError
 
 MAP_SAMPLES = 64
 
@@ -59,16 +60,49 @@ class Samples:
         return total.hexdigest()
 
 
-def divergence(outputs: Tensor, dense: Tensor) -> Tensor:
+Answers = tuple[Tensor, ...]
+"""All that a network says of some samples, an entry an output, the samples along the first axis of each."""
+
+
+def answers(outputs: Any, count: int, axes: Sequence[int | None] = ()) -> Answers:
+    """What the outputs of a network say of so many samples. axes: `Network.answers`.
+
+    Outputs that do not depend on the samples (fixed anchors) and indices, which have no distance, are left out. Raises
+    DeployError where nothing is left.
+    """
+    found, given = [], tensors(outputs)
+    for each, axis in zip(given, axes or [0] * len(given), strict=True):
+        if axis is not None and each.is_floating_point():
+            turned = each.movedim(axis, 0)
+            found.append(turned if len(turned) == count else turned.reshape(count, -1, *turned.shape[1:]))
+    if not found:
+        shapes = ", ".join(f"{list(each.shape)} of {str(each.dtype).removeprefix('torch.')}" for each in given)
+        raise DeployError(
+            f"the network gives no scores of its samples, only {shapes or 'no tensors'}.",
+            "let it return what it chooses by, not what it chose.",
+        )
+    return tuple(found)
+
+
+def divergence(outputs: Answers, dense: Answers) -> Tensor:
     """How far outputs are from the dense network's, per sample, shape (N,).
 
-    Logits (N, K > 1): KL(softmax dense ‖ softmax outputs) in nats. Everything else: squared error relative to the
-    variance of the dense outputs.
+    Logits (N, K > 1) as the only output: KL(softmax dense ‖ softmax outputs) in nats. Everything else: squared error
+    relative to the variance of the dense output, the mean over outputs where there are several, as in the recovery.
     """
-    if dense.dim() == 2 and dense.shape[1] > 1:
-        return F.kl_div(F.log_softmax(outputs, 1), F.log_softmax(dense, 1), reduction="none", log_target=True).sum(1)
-    error = (outputs - dense).flatten(1).square().mean(1)
-    return error / dense.flatten(1).var().clamp_min(1e-12)
+    if len(dense) == 1 and dense[0].dim() == 2 and dense[0].shape[1] > 1:
+        (own,), (wanted,) = outputs, dense
+        return F.kl_div(F.log_softmax(own, 1), F.log_softmax(wanted, 1), reduction="none", log_target=True).sum(1)
+    errors = [
+        (own - wanted).reshape(len(own), -1).square().mean(1) / wanted.var().clamp_min(1e-12)
+        for own, wanted in zip(outputs, dense, strict=True)
+    ]
+    return torch.stack(errors).mean(0)
+
+
+def joined(batches: Iterable[Answers]) -> Answers:
+    """The answers for several batches as those for one."""
+    return tuple(torch.cat(column) for column in zip(*batches, strict=True))
 
 
 @dataclass(frozen=True)
@@ -100,7 +134,7 @@ class Evidence:
 
         The gates on all readers of a unit are summed (the chain rule). Without targets the loss is that of labels
         drawn from the network's own predictions (the Fisher information of the model itself); outputs that are no
-        logits take a random read-out of unit variance.
+        logits, and several outputs, each on its own scale, take a random read-out of unit variance.
         """
         source = torch.Generator().manual_seed(self.seed)
         rows = [
@@ -123,9 +157,9 @@ class Evidence:
         return grams(self.network, self.samples.joined())
 
     @cached_property
-    def outputs(self) -> tuple[Tensor, ...]:
-        """The dense network's (first) output, one tensor for each batch."""
-        return outputs_of(self.network.graph, self.samples)
+    def outputs(self) -> tuple[Answers, ...]:
+        """What the dense network says of each batch."""
+        return outputs_of(self.network.graph, self.samples, self.network.answers)
 
     def batches(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
         """Batches of inputs with their targets, None where the calibration data gives none."""
@@ -150,25 +184,30 @@ class Evidence:
 
         return TouchedRun(self.network.graph, self.network.readers, touch).run(*inputs)
 
-    def task_loss(self, outputs: Any, targets: Tensor | None) -> Tensor:
-        """The project's loss (mean over the batch), of labels drawn from the outputs where there are no targets."""
-        return _loss(outputs, targets, self.loss, torch.Generator().manual_seed(self.seed))
+    def answers(self, outputs: Any, count: int) -> Answers:
+        """What outputs of this network, or of a changed one, say of so many samples."""
+        return answers(outputs, count, self.network.answers)
 
-
-def first(outputs: Any) -> Tensor:
-    """The first output of a network."""
-    return tensors(outputs)[0]
+    def task_loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The project's loss (mean over the batch)."""
+        source = torch.Generator().manual_seed(self.seed)
+        return _loss(outputs, targets, self.loss, source, lambda: self.answers(outputs, len(targets)))
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, samples: Samples) -> tuple[Tensor, ...]:
-    """A network's (first) output, one tensor for each batch."""
-    return tuple(first(model(*batch)) for batch in samples.inputs)
+def outputs_of(model: nn.Module, samples: Samples, axes: Sequence[int | None]) -> tuple[Answers, ...]:
+    """What a network says of each batch. axes: `Network.answers`."""
+    return tuple(answers(model(*batch), len(batch[0]), axes) for batch in samples.inputs)
 
 
-def mean_divergence(model: nn.Module, samples: Samples, dense: Sequence[Tensor]) -> float:
-    """Mean over samples of a network's divergence from the dense network. dense: its outputs, one for each batch."""
-    pairs = zip(outputs_of(model, samples), dense, strict=True)
+def mean_divergence(
+    model: nn.Module, samples: Samples, dense: Sequence[Answers], axes: Sequence[int | None] = ()
+) -> float:
+    """Mean over samples of a network's divergence from the dense one. dense: what that says of each batch.
+
+    axes: `Network.answers`.
+    """
+    pairs = zip(outputs_of(model, samples, axes), dense, strict=True)
     return sum(float(divergence(outputs, wanted).sum()) for outputs, wanted in pairs) / samples.count
 
 
@@ -188,7 +227,7 @@ def _gate_gradients(
         return tapped
 
     outputs = TouchedRun(network.graph, network.readers, tap).run(*batch)
-    value = _loss(outputs, targets, loss, source)
+    value = _loss(outputs, targets, loss, source, lambda: answers(outputs, len(batch[0]), network.answers))
     gradients = torch.autograd.grad(value, [x for _, x in taken], materialize_grads=True)
     size = len(batch[0])
     result = torch.zeros(size, units + 1)
@@ -203,14 +242,20 @@ def _gate_gradients(
     return result[:, :units]
 
 
-def _loss(outputs: Any, targets: Tensor | None, loss: Loss | None, source: torch.Generator) -> Tensor:
+def _loss(
+    outputs: Any, targets: Tensor | None, loss: Loss | None, source: torch.Generator, said: Callable[[], Answers]
+) -> Tensor:
+    """A loss of outputs. said: what they say of the samples, for where there are no targets or no loss for them."""
     if targets is not None and loss is not None:
         return loss(outputs, targets)
     if targets is not None and isinstance(outputs, Tensor):
         return F.cross_entropy(outputs, targets)
-    logits = first(outputs)
-    if logits.dim() == 2 and logits.shape[1] > 1:
+    found = said()
+    if len(found) == 1 and found[0].dim() == 2 and found[0].shape[1] > 1:
+        (logits,) = found
         own = torch.multinomial(logits.detach().softmax(1), 1, generator=source).squeeze(1)
         return F.cross_entropy(logits, own)
-    readout = torch.randn(logits.shape, generator=source)
-    return (logits * readout).flatten(1).sum(1).mean()
+    if len(found) > 1:
+        found = tuple(each / each.detach().std().clamp_min(1e-6) for each in found)
+    read = [(each * torch.randn(each.shape, generator=source)).flatten(1).sum(1) for each in found]
+    return torch.stack(read).sum(0).mean()

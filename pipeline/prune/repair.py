@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.nouns import Cut, PruningPlan, Ranking
 from pipeline.prune.capture import Network
-from pipeline.prune.evidence import Samples, mean_divergence, outputs_of
+from pipeline.prune.evidence import Answers, Samples, mean_divergence, outputs_of
 from pipeline.prune.maps import Gram, grams
 from pipeline.prune.merge import layerwise, merge
 from pipeline.prune.plan import resolve
@@ -60,7 +60,7 @@ def repair(
     taps: DenseTaps | None = None,
     moments: Mapping[str, Gram] | None = None,
     reads: Mapping[str, Sequence[Gram]] | None = None,
-    dense: Sequence[Tensor] | None = None,
+    dense: Sequence[Answers] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> fx.GraphModule:
     """A repaired copy of a pruned network, in eval mode; neither argument is touched.
@@ -97,13 +97,9 @@ def repair(
             fit.run(*taps.inputs)
     if not samples.count:
         return repaired
-    return repaired if _no_worse(repaired, cut, samples, dense or outputs_of(network.graph, samples)) else cut
-
-
-def _no_worse(repaired: fx.GraphModule, cut: fx.GraphModule, samples: Samples, dense: Sequence[Tensor]) -> bool:
-    """Whether a repaired network is as near to the dense one on the samples as the cut network is, or nearer."""
-    before, after = (mean_divergence(model, samples, dense) for model in (cut, repaired))
-    return after <= before or not math.isfinite(before)
+    dense = dense or outputs_of(network.graph, samples, network.answers)
+    before, after = (mean_divergence(model, samples, dense, network.answers) for model in (cut, repaired))
+    return repaired if after <= before or not math.isfinite(before) else cut
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from pipeline.nouns import Cut, DropBlock, KeepUnits, PruningPlan, Ranking, Sensitivity, Topology
 from pipeline.prune.capture import Network
-from pipeline.prune.evidence import Samples, divergence, first, outputs_of
+from pipeline.prune.evidence import Answers, Samples, answers, divergence, outputs_of
 from pipeline.prune.maps import grams
 from pipeline.prune.merge import channel_grams
 from pipeline.prune.origins import origins, to_compute, worth_keeping
@@ -59,7 +59,7 @@ class LossProbe:
         fitted = to_fit(samples.count)
         self.taps = DenseTaps(network, self.inputs, rows, fitted)
         self.values = _dense_values(network.graph, self.inputs)
-        self.dense = first(self.values[_output(network.graph)])
+        self.dense = answers(self.values[_output(network.graph)], samples.count, network.answers)
         self.judged = slice(fitted if fitted < samples.count else 0, None)
         self.whole = resolve(network.topology, PruningPlan())
         self.last: dict[str, object] = {}
@@ -76,7 +76,8 @@ class LossProbe:
         clean = [node for node in pruned.graph.nodes if node not in dirty and node.name in self.values]
         fit = _Fit(pruned, self.network, cut, self.taps, turns=self.turns, only=dirty, known=[n.name for n in clean])
         outputs, self.last = fit.begun(self.inputs, {node: self.values[node.name] for node in clean}, self.last, dirty)
-        loss = float(divergence(first(outputs), self.dense)[self.judged].mean())
+        said = answers(outputs, len(self.inputs[0]), self.network.answers)
+        loss = float(divergence(said, self.dense)[self.judged].mean())
         return loss if math.isfinite(loss) else math.inf
 
 
@@ -135,11 +136,11 @@ class RepairProbe:
         judged = fitted.count if fitted.count < samples.count else 0
         self.inputs = tuple(x[judged:] for x in samples.joined())
         with torch.no_grad():
-            self.dense = first(network.graph(*self.inputs))
+            self.dense = self._said(network.graph)
         self.taps = DenseTaps(network, fitted.joined()) if mode == "least-squares" and fitted.count else None
         self.moments = grams(network, fitted.joined()) if mode == "layerwise" else None
         self.reads = channel_grams(network, fitted.joined()) if mode == "merge" and fitted.count else None
-        self.outputs = outputs_of(network.graph, fitted)
+        self.outputs = outputs_of(network.graph, fitted, network.answers)
 
     def loss(self, plan: PruningPlan) -> float:
         """Mean divergence of a plan after repair; infinite if not finite."""
@@ -157,8 +158,11 @@ class RepairProbe:
     @torch.no_grad()
     def judged(self, model: nn.Module) -> float:
         """Mean divergence of a network on the samples that judge; infinite if not finite."""
-        loss = float(divergence(first(model(*self.inputs)), self.dense).mean())
+        loss = float(divergence(self._said(model), self.dense).mean())
         return loss if math.isfinite(loss) else math.inf
+
+    def _said(self, model: nn.Module) -> Answers:
+        return answers(model(*self.inputs), len(self.inputs[0]), self.network.answers)
 
 
 Probe = LossProbe | RepairProbe

@@ -12,7 +12,7 @@ from pipeline import demands
 from pipeline.flow import build
 from pipeline.project import load_project
 from pipeline.work import captured
-from profiles.errors import UsageError
+from profiles.errors import DeployError, UsageError
 from profiles.schema import load_profile
 
 pytestmark = pytest.mark.usefixtures("leave_no_project_behind")
@@ -120,6 +120,19 @@ def test_labels_that_a_criterion_of_classes_cannot_use_are_told_before_any_train
     replace(project / "tinydata.py", "def train(epoch, seed):\n", "def train(epoch, seed):\n    1 / 0\n")
     error = refused(project, tmp_path / "root", prune={"criterion": "lda-deconv"}, recover={"epochs": 0})
     assert error.message == f"the criterion 'lda-deconv' {said}"
+
+
+def test_a_network_that_gives_choices_in_place_of_scores_is_refused(tmp_path: Path):
+    project = write_project(tmp_path / "tiny")
+    text = (project / "tinynet.py").read_text()
+    assert text.count("return self.head(") == 1
+    (project / "tinynet.py").write_text(
+        "\n".join(f"{line}.argmax(1)" if "return self.head(" in line else line for line in text.splitlines())
+    )
+    with pytest.raises(DeployError, match="gives no scores of its samples") as caught:
+        build(request(project, tmp_path / "root"))
+    assert not (tmp_path / "root" / ".deploy" / "keys").exists()
+    assert caught.value.hint == "let it return what it chooses by, not what it chose."
 
 
 @pytest.mark.parametrize(

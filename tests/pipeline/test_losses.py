@@ -52,7 +52,7 @@ def test_a_short_recovery_is_judged_on_samples_that_the_repair_did_not_learn_fro
     spec = work.profile.recover.model_copy(update={"epochs": 1, "hooks": ()})
     done = recover(fixed, work.network.graph, data, spec, work.scratch("other.checkpoint"))
     with torch.no_grad():
-        expected = float(divergence(done.module(*judged), work.network.graph(*judged)).mean())
+        expected = float(divergence((done.module(*judged),), (work.network.graph(*judged),)).mean())
     assert losses.after_recovery(work, losses.probe(work))(plan) == pytest.approx(expected, rel=1e-4)
 
 

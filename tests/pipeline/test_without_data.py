@@ -229,11 +229,25 @@ def test_the_same_project_gives_the_same_network_twice(built: tuple[Path, BuildR
 
 def test_agreement_is_an_r_squared_and_of_logits_a_share_of_equal_classes():
     dense = np.array([[2, 1, 0], [0, 3, 1], [5, 0, 0], [0, 0, 1]], dtype=np.float32)
-    found = agreement(dense, dense + np.array([[0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]), "noise")
+    found = agreement([dense], [dense + np.array([[0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])], 4, "noise")
     assert (found.argmax, found.constant, found.samples) == (0.75, 0.5, 4)
     maps = np.random.default_rng(0).normal(size=(50, 2, 4, 4)).astype(np.float32)
-    found = agreement(maps, maps + 0.5, "noise")
+    found = agreement([maps], [maps + 0.5], 50, "noise")
     spread = float(np.square(maps - maps.mean(0)).sum())
     assert found.argmax is None and found.r2 == pytest.approx(1 - 0.25 * maps.size / spread)
-    assert agreement(maps, maps, "noise").r2 == agreement(dense, dense, "noise").argmax == 1.0
-    assert agreement(maps[:, 0, 0, :1], maps[:, 0, 0, :1], "noise").constant is None
+    assert agreement([maps], [maps], 50, "noise").r2 == agreement([dense], [dense], 4, "noise").argmax == 1.0
+    assert agreement([maps[:, 0, 0, :1]], [maps[:, 0, 0, :1]], 50, "noise").constant is None
+
+
+def test_of_several_outputs_the_one_that_agrees_least_is_told():
+    rng = np.random.default_rng(0)
+    boxes, scores, anchors = (
+        rng.normal(size=(50, 8)),
+        rng.normal(size=(50, 3)),
+        np.tile(rng.normal(size=(1, 6)), (2, 1)),
+    )
+    found = agreement([boxes, scores, anchors], [boxes, scores + 0.5, anchors * (1 + 1e-7)], 50, "noise")
+    alone = agreement([scores[:, :, None]], [scores[:, :, None] + 0.5], 50, "noise")
+    assert found.r2 == alone.r2 < 0.9 and found.argmax is None and found.samples == 50
+    assert agreement([boxes, anchors], [boxes, anchors * (1 + 1e-7)], 50, "noise").r2 > 0.999, "rounding is no error"
+    assert agreement([boxes, anchors], [boxes, anchors + 1.0], 50, "noise").r2 < 0

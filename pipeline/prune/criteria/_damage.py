@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.nouns import Topology
-from pipeline.prune.evidence import Evidence, divergence, first
+from pipeline.prune.evidence import Answers, Evidence, divergence, joined
 
-Batch = tuple[tuple[Tensor, ...], Tensor | None, Tensor]
-"""Inputs, targets or None, and the dense network's (first) outputs, of the same samples."""
+Batch = tuple[tuple[Tensor, ...], Tensor | None, Answers]
+"""Inputs, targets or None, and what the dense network says, of the same samples."""
 
 
 class Shelf:
@@ -26,25 +25,25 @@ class Shelf:
     def __init__(self, evidence: Evidence) -> None:
         self.inputs = evidence.samples.joined()
         self.targets = evidence.samples.targets
-        self.dense = torch.cat(evidence.outputs)
+        self.dense = joined(evidence.outputs)
 
     def __len__(self) -> int:
-        return len(self.dense)
+        return len(self.dense[0])
 
     def take(self, chosen: Tensor) -> Batch:
         """The samples with these indices."""
         return (
             tuple(x[chosen] for x in self.inputs),
             None if self.targets is None else self.targets[chosen],
-            self.dense[chosen],
+            tuple(each[chosen] for each in self.dense),
         )
 
 
-def damage(evidence: Evidence, outputs: Any, targets: Tensor | None, dense: Tensor) -> Tensor:
+def damage(evidence: Evidence, outputs: Any, targets: Tensor | None, dense: Answers) -> Tensor:
     """Mean loss over a batch: the project's where there are targets, else the divergence from the dense outputs."""
     if targets is not None:
         return evidence.task_loss(outputs, targets)
-    return divergence(first(outputs), dense).mean()
+    return divergence(evidence.answers(outputs, len(dense[0])), dense).mean()
 
 
 def macs(topology: Topology) -> int:

@@ -35,7 +35,7 @@ from pipeline.nouns import ChannelGroup, Ranking
 from pipeline.prune.criteria import magnitude
 from pipeline.prune.criteria.activation_rank import map_ranks
 from pipeline.prune.criteria.base import ordered
-from pipeline.prune.evidence import Evidence, divergence, first
+from pipeline.prune.evidence import Answers, Evidence, divergence, joined
 from pipeline.prune.maps import affordable
 
 NEEDS: tuple[str, ...] = ("inputs",)
@@ -65,9 +65,9 @@ def rank(evidence: Evidence) -> list[Ranking]:
 def shapley(evidence: Evidence, group: ChannelGroup, laid: tuple[int, ...]) -> Tensor:
     """Value of each unit of a group, shape (units,). laid: the units in an order that does not depend on position."""
     count = min(PERMUTATIONS, affordable(evidence.network))
-    inputs, dense = evidence.samples.first(count).joined(), torch.cat(evidence.outputs).double() / TEMPERATURE
+    inputs, dense = evidence.samples.first(count).joined(), _tempered(joined(evidence.outputs))
     walked = torch.arange(count) % len(inputs[0])
-    inputs, dense = tuple(x[walked] for x in inputs), dense[walked]
+    inputs, dense = (tuple(x[walked] for x in of) for of in (inputs, dense))
     source = torch.Generator().manual_seed(evidence.seed)
     walks = torch.tensor(laid)[torch.rand(count, group.size, generator=source).argsort(1)]
     units, gates = torch.tensor(group.units), torch.ones(count, evidence.units)
@@ -75,11 +75,15 @@ def shapley(evidence: Evidence, group: ChannelGroup, laid: tuple[int, ...]) -> T
     for start in range(0, max(1, group.size // 2), each):
         gone = walks[:, start : start + each]
         gates.scatter_(1, units[gone], 0.0)
-        after = divergence(first(evidence.gated(inputs, gates)).double() / TEMPERATURE, dense)
+        after = divergence(_tempered(evidence.answers(evidence.gated(inputs, gates), count)), dense)
         masks.append(torch.zeros(count, group.size, dtype=torch.double).scatter_(1, gone, 1.0))
         taken.append(after - before)
         before = after
     return regressed(torch.cat(masks), torch.cat(taken))
+
+
+def _tempered(outputs: Answers) -> Answers:
+    return tuple(each.double() / TEMPERATURE for each in outputs)
 
 
 def regressed(masks: Tensor, taken: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from pipeline.nouns import Ranking
 from pipeline.prune.capture import Network, ancestors
 from pipeline.prune.criteria._damage import macs
 from pipeline.prune.criteria.base import by_score
-from pipeline.prune.evidence import Evidence, Samples, first
+from pipeline.prune.evidence import Evidence, Samples
 from pipeline.prune.execute import TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.maps import affordable
@@ -72,12 +72,12 @@ def rank(evidence: Evidence) -> list[Ranking]:
     return by_score(evidence.topology, down.utility / count)
 
 
-@torch.no_grad()
 def check(evidence: Evidence) -> tuple[Reader, Tensor]:
     """The last layer, and the class of every sample. Raises UsageError where this is no classification."""
-    top = _last_layer(evidence.network)
-    outputs = evidence.network.graph(*(x[:1] for x in evidence.samples.joined()))
-    return top, _classes(evidence.samples, first(outputs).shape)
+    network = evidence.network
+    top = _last_layer(network)
+    (output,) = network.graph.graph.find_nodes(op="output")
+    return top, _classes(evidence.samples, network.shapes.get(output.all_input_nodes[0].name, ()))
 
 
 def discriminability(features: Tensor, targets: Tensor) -> Tensor:

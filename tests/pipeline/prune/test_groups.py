@@ -41,6 +41,7 @@ EXPECTED = {
     "squeeze-excite": {"a.0": 12, "down": 6, "b.0": 8},
     "normed": {"a": 4, "up": 16},
     "transposed": {"a.0": 8, "up": 6},
+    "transposed grouped": {"a.0": 4, "up": 3},
 }
 
 

@@ -48,7 +48,7 @@ def some_samples(count: int = 96) -> Samples:
 def gap(model: nn.Module, network: Network, samples: Samples) -> float:
     (x,) = samples.joined()
     with torch.no_grad():
-        return float(divergence(model(x), network.graph(x)).mean())
+        return float(divergence((model(x),), (network.graph(x),)).mean())
 
 
 def halved(network: Network) -> PruningPlan:

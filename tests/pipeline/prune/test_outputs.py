@@ -1,0 +1,134 @@
+"""Networks with several outputs, as detectors have: every one of them counts in what a cut loses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prune_nets import Head, conv, example, lived_in
+from torch import Tensor, nn
+
+from pipeline.nouns import KeepUnits, PruningPlan
+from pipeline.prune.capture import Network, capture
+from pipeline.prune.evidence import Evidence, Samples, answers, divergence, joined, mean_divergence, outputs_of
+from pipeline.prune.groups import find_groups
+from pipeline.prune.ranking import rank
+from pipeline.prune.repair import repair
+from pipeline.prune.sensitivity import LossProbe, RepairProbe
+from pipeline.prune.surgery import prune
+from profiles.errors import DeployError
+
+
+class Detector(nn.Module):
+    """Scores, boxes from a branch of their own, and anchors that no input changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.scores = conv(3, 8), Head(8)
+        self.branch, self.boxes = conv(8, 12), nn.Conv2d(12, 4, 1)
+        self.register_buffer("anchors", torch.rand(12, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.stem(x)
+        return self.scores(x), {"boxes": self.boxes(self.branch(x)), "anchors": self.anchors * 2.0}
+
+
+class TokensFirst(nn.Module):
+    """Gives tokens before samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 8), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)).flatten(2).permute(2, 0, 1)
+
+
+class Chosen(nn.Module):
+    """Gives the class, not the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = conv(3, 8), Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x)).argmax(1)
+
+
+def network_of(model: nn.Module) -> Network:
+    torch.manual_seed(0)
+    return find_groups(capture(lived_in(model), example()))
+
+
+def detector() -> Network:
+    torch.manual_seed(0)
+    return network_of(Detector())
+
+
+def images(*counts: int) -> Samples:
+    source = torch.Generator().manual_seed(3)
+    return Samples([(torch.randn(count, 3, 8, 8, generator=source),) for count in counts])
+
+
+def narrowed(network: Network, name: str, width: int) -> PruningPlan:
+    group = next(group for group in network.topology.offered if group.name == name)
+    return PruningPlan((KeepUnits(group.id, tuple(range(width))),))
+
+
+@pytest.mark.parametrize("mode", ["none", "least-squares"])
+def test_a_cut_of_what_only_the_second_output_reads_is_a_loss(mode):
+    network, samples = detector(), images(32, 32)
+    plan = narrowed(network, "branch.0", 1)
+    if mode == "none":
+        loss = RepairProbe(network, samples, Samples([]), "none", {}).loss(plan)
+    else:
+        loss = LossProbe(network, samples).loss(plan)
+    assert loss > 0.02
+    dense = outputs_of(network.graph, samples, network.answers)
+    assert mean_divergence(prune(network, plan), samples, dense, network.answers) > 0.02
+
+
+def test_a_loss_is_the_mean_over_the_outputs_that_say_something():
+    network, samples = detector(), images(32)
+    model = prune(network, narrowed(network, "branch.0", 4))
+    (dense,), (cut,) = (outputs_of(m, samples, network.answers) for m in (network.graph, model))
+    assert [len(each) for each in dense] == [32, 32] and torch.equal(dense[0], cut[0]), "scores and boxes, no anchors"
+    boxes = (cut[1] - dense[1]).square().flatten(1).mean(1) / dense[1].var()
+    assert torch.allclose(divergence(cut, dense), boxes / 2)
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor", "singe", "information", "scop"])
+def test_criteria_of_a_loss_see_the_second_output_without_labels(criterion, monkeypatch):
+    from pipeline.prune.criteria import _knockoffs
+
+    monkeypatch.setattr(_knockoffs, "STEPS", 20)
+    network = detector()
+    rankings = rank(Evidence(network, images(12, 12)), criterion)
+    ranking = next(rankings[group.id] for group in network.topology.offered if group.name == "branch.0")
+    assert max(ranking.marginal_loss) > 0
+
+
+@pytest.mark.parametrize("sizes", [(12, 7), (4, 4), (1,)])
+def test_anchors_are_left_out_whatever_the_batch(sizes):
+    network, samples = detector(), images(*sizes)
+    found = joined(outputs_of(network.graph, samples, network.answers))
+    assert [each.shape for each in found] == [(sum(sizes), 5), (sum(sizes), 4, 8, 8)]
+
+
+@pytest.mark.parametrize("count", [3, 64])
+def test_an_output_with_tokens_first_is_judged_by_sample(count):
+    """64 is the number of tokens too."""
+    network = network_of(TokensFirst())
+    (x,) = images(count).joined()
+    said = answers(network.graph(x), count, network.answers)
+    assert network.answers == (1,) and torch.equal(said[0], network.graph(x).transpose(0, 1))
+    samples, plan = images(24), narrowed(network, "a.0", 4)
+    loss = LossProbe(network, samples).loss(plan)
+    fixed = repair(prune(network, plan), network, plan, samples, "least-squares")
+    dense = outputs_of(network.graph, samples, network.answers)
+    assert loss > 0 and mean_divergence(fixed, samples, dense, network.answers) < 1
+
+
+def test_a_network_that_gives_no_scores_is_refused():
+    network = network_of(Chosen())
+    with pytest.raises(DeployError, match=r"^the network gives no scores of its samples, only \[2\] of int64\.\n"):
+        outputs_of(network.graph, images(2), network.answers)

@@ -102,7 +102,7 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was made of the user's network before pruning. given: that network. key: of the stage that trained it.
+    """What was made of the user's network before pruning. given: that network. key: hash of the weights it has now.
 
     growth: what it grew by before, in order. slower: its latency over that of the given network, measured; 1 where it
     did not grow.

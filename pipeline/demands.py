@@ -14,7 +14,7 @@ import torch
 
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.project import Project
-from pipeline.prune.capture import Network
+from pipeline.prune.capture import Network, tensors
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from pipeline.prune.evidence import Evidence, Samples, answers
 from pipeline.prune.ranking import RANK_SAMPLES, require_labels
@@ -37,6 +37,7 @@ def kept(project: Project, profile: Profile) -> tuple[Profile, tuple[str, ...]]:
     Without calibration samples DATA_FREE takes the place of what was not asked for; raises UsageError where what was
     asked for needs them, or does not exist.
     """
+    _ = project.data  # looked at once, before anything is read: what changes later belongs to the next build
     for name in profile.graph.candidates:
         plugins.load(CANDIDATES, name)
     plugins.load(CRITERIA, profile.prune.criterion)
@@ -85,8 +86,16 @@ def samples(project: Project, spec: PruneSpec) -> Samples:
 
 @torch.no_grad()
 def require_scores(network: Network) -> None:
-    """Raise DeployError for a network none of whose outputs can be compared sample by sample with a cut one's."""
-    answers(network.graph(*network.example), len(network.example[0]), network.answers)
+    """Raise DeployError for outputs that cannot be compared sample by sample with those of a cut network."""
+    outputs, count = network.graph(*network.example), len(network.example[0])
+    answers(outputs, count, network.answers)
+    for number, (each, axis) in enumerate(zip(tensors(outputs), network.answers, strict=True), 1):
+        if axis != 0 and each.shape[:1] != (1,):
+            raise DeployError(
+                f"output {number} of the network has the shape {list(each.shape)} for {count} samples: they do not lie "
+                "along its first axis, as a device gives them.",
+                "return it with the samples first, or leave it out where it is the same for all of them.",
+            )
 
 
 def rehearse(project: Project, profile: Profile, network: Network, samples: Samples) -> None:

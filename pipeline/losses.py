@@ -97,15 +97,16 @@ def remembered(
         loss = find()
         return {"loss": loss if math.isfinite(loss) else None}
 
+    stage = work.by_data(name) if trained else Stage(name)
+    inputs = {**(work.data if trained else {}), **work.sampled, "plan": plan.to_json()}
+
     def found() -> float | None:
-        stage = work.by_data(name) if trained else Stage(name)
         if stage.always:  # the journal below has what this run knows
             return cast(float | None, make(Path())["loss"])
-        inputs = {**(work.data if trained else {}), **work.sampled, "plan": plan.to_json()}
         loss: float | None = run_or_reuse(work.run.cache, stage, params, inputs, make, tools=TOOLS)["loss"]
         return loss
 
-    loss = work.run.journalled(name, plan.to_json(), found)
+    loss = work.run.journalled(name, {"inputs": inputs, "params": params}, found)
     return math.inf if loss is None else float(loss)
 
 

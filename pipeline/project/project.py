@@ -55,16 +55,14 @@ def load_project(folder: Path) -> Project:
     code.refuse_our_names()
     named = {"model.factory": file.model.factory, **file.data.named()}
     references = {key: code.resolve(key, text) for key, text in named.items()}
-    read = None if file.data.files is None else tuple(_data(text, folder) for text in file.data.files)
-    return Project(folder, file, code, weights, references, load_rules(code, file.model.rules), read)
+    return Project(folder, file, code, weights, references, load_rules(code, file.model.rules))
 
 
 @dataclass(frozen=True)
 class Project:
     """A project whose names are resolved. weights: file of the trained weights, None where the factory brings them.
 
-    rules: the user's own, by the kind of operator that each speaks for. files: what the functions of `[data]` read,
-    files and folders; None where the project does not say.
+    rules: the user's own, by the kind of operator that each speaks for.
     """
 
     folder: Path
@@ -73,7 +71,6 @@ class Project:
     weights: Path | None
     references: dict[str, Reference]
     rules: dict[str, OwnRule] = field(default_factory=dict)
-    files: tuple[Path, ...] | None = None
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -222,12 +219,14 @@ class Project:
     def data(self) -> str | None:
         """SHA-256 over path, size and time of change of every file that the data functions read, as `make` would judge.
 
-        None where the project does not say which they are, so that nothing tells whether they changed.
+        None where they train or judge and the project does not say what they read, so that nothing tells whether it
+        changed. Calibration samples are looked at themselves. Raises UsageError for a file that is not there.
         """
-        if self.files is None:
-            return None
+        named = self.file.data.files
+        if named is None:
+            return None if {"data.train", "data.validate", "data.evaluate"} & {*self.references} else ""
         total = hashlib.sha256()
-        for path in sorted({path for given in self.files for path in _within(given)}):
+        for path in sorted({path for text in named for path in _within(_data(text, self.folder))}):
             stat = path.stat() if path.exists() else path.lstat()
             total.update(f"{os.path.relpath(path, self.folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return total.hexdigest()
@@ -348,12 +347,15 @@ def _data(text: str, folder: Path) -> Path:
 
 
 def _within(path: Path) -> Iterator[Path]:
-    """A file itself; every file in a folder and below. A link counts as what it points to and leads nowhere."""
+    """A file itself; every file in a folder and below, through links too, but into each folder once."""
     if not path.is_dir():
         yield path
-    for folder, names, files in os.walk(path):
-        links = (name for name in names if Path(folder, name).is_symlink())
-        yield from (Path(folder, name) for name in (*files, *links))
+    entered = {os.path.realpath(path)}
+    for folder, names, files in os.walk(path, followlinks=True):
+        places = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names)}
+        names[:] = [name for name, place in places.items() if place not in entered]
+        entered.update(places.values())
+        yield from (Path(folder, name) for name in files)
 
 
 def _folder(text: str, folder: Path) -> Path:

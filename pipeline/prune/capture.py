@@ -84,8 +84,8 @@ def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rul
         for inputs, outputs, share in expected:
             _check_equal(outputs, graph(*inputs), share)
     (shapes, given), (longer, more) = _shapes(graph, example), _shapes(graph, wider)
-    grown = [_grown(*sizes) for sizes in zip(given, more, strict=True)]
-    return Network(graph, example, shapes, leaves, rules, samples=_samples(shapes, longer), answers=tuple(grown))
+    along = tuple(_along(*sizes, len(example[0])) for sizes in zip(given, more, strict=True))
+    return Network(graph, example, shapes, leaves, rules, samples=_samples(shapes, longer), answers=along)
 
 
 def _check_names(model: nn.Module) -> None:
@@ -159,6 +159,12 @@ def _samples(shapes: Mapping[str, tuple[int, ...]], wider: Mapping[str, tuple[in
     """Node name -> the first axis that a sample more makes longer, where that is not axis 0."""
     found = {name: _grown(shape, wider[name]) for name, shape in shapes.items()}
     return {name: axis for name, axis in found.items() if axis}
+
+
+def _along(shape: tuple[int, ...], wider: tuple[int, ...], samples: int) -> int | None:
+    """The axis that holds as many rows for each of the samples, None where none does. wider: with a sample more."""
+    axis = _grown(shape, wider)
+    return axis if axis is not None and shape[axis] * (samples + 1) == wider[axis] * samples else None
 
 
 def _grown(shape: tuple[int, ...], wider: tuple[int, ...]) -> int | None:

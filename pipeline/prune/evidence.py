@@ -88,16 +88,23 @@ def divergence(outputs: Answers, dense: Answers) -> Tensor:
     """How far outputs are from the dense network's, per sample, shape (N,).
 
     Logits (N, K > 1) as the only output: KL(softmax dense ‖ softmax outputs) in nats. Everything else: squared error
-    relative to the variance of the dense output, the mean over outputs where there are several, as in the recovery.
+    relative to the variance of the dense output over all samples that are given at once, the mean over outputs where
+    there are several. Entries that the dense network leaves infinite (masked ones) are left out.
     """
     if len(dense) == 1 and dense[0].dim() == 2 and dense[0].shape[1] > 1:
         (own,), (wanted,) = outputs, dense
         return F.kl_div(F.log_softmax(own, 1), F.log_softmax(wanted, 1), reduction="none", log_target=True).sum(1)
-    errors = [
-        (own - wanted).reshape(len(own), -1).square().mean(1) / wanted.var().clamp_min(1e-12)
-        for own, wanted in zip(outputs, dense, strict=True)
-    ]
-    return torch.stack(errors).mean(0)
+    return torch.stack([_error(own, wanted) for own, wanted in zip(outputs, dense, strict=True)]).mean(0)
+
+
+def _error(own: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of an output, per sample, over its variance; over a millionth of its square where that is more."""
+    known = wanted.isfinite()
+    finite = wanted[known] if not bool(known.all()) else wanted
+    if not finite.numel():
+        return wanted.new_zeros(len(wanted))
+    scale = finite.var(correction=0).clamp_min(1e-6 * float(finite.square().mean())).clamp_min(1e-12)
+    return torch.where(known, own - wanted, 0.0).reshape(len(own), -1).square().mean(1) / scale
 
 
 def joined(batches: Iterable[Answers]) -> Answers:
@@ -207,8 +214,7 @@ def mean_divergence(
 
     axes: `Network.answers`.
     """
-    pairs = zip(outputs_of(model, samples, axes), dense, strict=True)
-    return sum(float(divergence(outputs, wanted).sum()) for outputs, wanted in pairs) / samples.count
+    return float(divergence(joined(outputs_of(model, samples, axes)), joined(dense)).mean())
 
 
 def _gate_gradients(

@@ -32,18 +32,22 @@ def imitation(outputs: Any, teacher: Any, targets: Any, temperature: float) -> T
         student = nn.functional.log_softmax(outputs / temperature, dim=1)
         wanted = nn.functional.log_softmax(teacher / temperature, dim=1)
         return nn.functional.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
-    pairs = list(zip(outputs_of(outputs), outputs_of(teacher), strict=True))
-    terms = [(mine - theirs).square().mean() / theirs.var().clamp_min(1e-12) for mine, theirs in pairs]
+    pairs = zip(outputs_of(outputs), outputs_of(teacher), strict=True)
+    terms = [
+        (mine - theirs).square().mean() / theirs.var().clamp_min(1e-12)
+        for mine, theirs in pairs
+        if theirs.is_floating_point()  # what is chosen by scores has no distance
+    ]
     return torch.stack(terms).mean()
 
 
 def outputs_of(outputs: Any) -> tuple[Tensor, ...]:
-    """The outputs of a network as a tuple, through tuples, lists and dicts."""
+    """The tensors among the outputs of a network as a tuple, through tuples, lists and dicts."""
     if isinstance(outputs, dict):
         outputs = tuple(outputs.values())
     if isinstance(outputs, tuple | list):
         return tuple(each for part in outputs for each in outputs_of(part))
-    return (outputs,)
+    return (outputs,) if isinstance(outputs, Tensor) else ()
 
 
 def _classifies(outputs: Any, targets: Any) -> bool:

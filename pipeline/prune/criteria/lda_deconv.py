@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from pipeline.last_layer import last_layer
 from pipeline.nouns import Ranking
-from pipeline.prune.capture import Network, ancestors
+from pipeline.prune.capture import Network, ancestors, tensors
 from pipeline.prune.criteria._damage import macs
 from pipeline.prune.criteria.base import by_score
 from pipeline.prune.evidence import Evidence, Samples
@@ -72,12 +72,11 @@ def rank(evidence: Evidence) -> list[Ranking]:
     return by_score(evidence.topology, down.utility / count)
 
 
+@torch.no_grad()
 def check(evidence: Evidence) -> tuple[Reader, Tensor]:
     """The last layer, and the class of every sample. Raises UsageError where this is no classification."""
     network = evidence.network
-    top = _last_layer(network)
-    (output,) = network.graph.graph.find_nodes(op="output")
-    return top, _classes(evidence.samples, network.shapes.get(output.all_input_nodes[0].name, ()))
+    return _last_layer(network), _classes(evidence.samples, tensors(network.graph(*network.example))[0].shape)
 
 
 def discriminability(features: Tensor, targets: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from sample_project import TOML
 
+from pipeline import demands
 from pipeline.project import load_project
 from profiles.errors import UsageError
+from profiles.schema import load_profile
 
 
 @pytest.fixture
@@ -26,6 +28,11 @@ def data(world, named: str) -> str | None:
 
 def test_nothing_is_known_of_data_that_nobody_names(world):
     assert data(world, "") is None
+
+
+def test_nothing_has_to_be_known_where_only_calibration_samples_are_read(world):
+    text = TOML.replace('evaluate = "data:evaluate"\n', "")
+    assert load_project(world(text)).data == ""
 
 
 def test_data_that_is_in_no_file_never_changes(world):
@@ -68,13 +75,19 @@ def test_links_count_as_what_they_point_to_and_loops_end(world, images: Path, tm
     (images / "gone").symlink_to(tmp_path / "nowhere")
     (tmp_path / "stored").write_bytes(b"stored")
     (images / "2.png").symlink_to(tmp_path / "stored")
+    (tmp_path / "store" / "deep").mkdir(parents=True)
+    (tmp_path / "store" / "deep" / "3.png").write_bytes(b"three")
+    (images / "store").symlink_to(tmp_path / "store")
     before = data(world, 'files = ["../images"]\n')
     (tmp_path / "stored").write_bytes(b"stored anew")
-    assert before != data(world, 'files = ["../images"]\n')
+    after = data(world, 'files = ["../images"]\n')
+    assert before != after
+    (tmp_path / "store" / "deep" / "3.png").write_bytes(b"three anew")
+    assert after != data(world, 'files = ["../images"]\n')
 
 
 def test_what_is_not_there_is_named(world, tmp_path: Path):
     with pytest.raises(UsageError) as caught:
-        load_project(world(TOML + 'files = ["../images"]\n'))
+        demands.kept(load_project(world(TOML + 'files = ["../images"]\n')), load_profile("local"))
     assert caught.value.message == f"deploy.toml: data.files names '../images', and there is no '{tmp_path}/images'."
     assert caught.value.hint == "name what is there; files = [] where nothing is read."

@@ -7,6 +7,7 @@ import torch
 from prune_nets import Head, conv, example, lived_in
 from torch import Tensor, nn
 
+from pipeline.demands import require_scores
 from pipeline.nouns import KeepUnits, PruningPlan
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Evidence, Samples, answers, divergence, joined, mean_divergence, outputs_of
@@ -92,7 +93,7 @@ def test_a_loss_is_the_mean_over_the_outputs_that_say_something():
     model = prune(network, narrowed(network, "branch.0", 4))
     (dense,), (cut,) = (outputs_of(m, samples, network.answers) for m in (network.graph, model))
     assert [len(each) for each in dense] == [32, 32] and torch.equal(dense[0], cut[0]), "scores and boxes, no anchors"
-    boxes = (cut[1] - dense[1]).square().flatten(1).mean(1) / dense[1].var()
+    boxes = (cut[1] - dense[1]).square().flatten(1).mean(1) / dense[1].var(correction=0)
     assert torch.allclose(divergence(cut, dense), boxes / 2)
 
 
@@ -126,6 +127,58 @@ def test_an_output_with_tokens_first_is_judged_by_sample(count):
     fixed = repair(prune(network, plan), network, plan, samples, "least-squares")
     dense = outputs_of(network.graph, samples, network.answers)
     assert loss > 0 and mean_divergence(fixed, samples, dense, network.answers) < 1
+
+
+class Numbers(nn.Module):
+    """Scores, one number a sample, boxes masked by minus infinity, and rows that are no sample's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = conv(3, 8), Head(8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.head(self.a(x))
+        masked = torch.where(y > 0, y, torch.full_like(y, -torch.inf))
+        return {"y": y, "speed": y[:, :1] * 2, "masked": masked, "with rows": torch.cat([y, torch.ones(3, 5)])}
+
+
+def test_a_loss_does_not_depend_on_how_samples_are_batched_and_infinite_entries_do_not_count():
+    network = network_of(Numbers())
+    assert network.answers == (0, 0, 0, None), "the last one holds no whole number of rows a sample"
+    source, plan = torch.randn(65, 3, 8, 8, generator=torch.Generator().manual_seed(3)), narrowed(network, "a.0", 4)
+    cut, losses = prune(network, plan), []
+    for sizes in ([64, 1], [65], [20, 45]):
+        samples = Samples([(batch,) for batch in source.split(sizes)])
+        dense = outputs_of(network.graph, samples, network.answers)
+        losses.append(mean_divergence(cut, samples, dense, network.answers))
+        assert mean_divergence(network.graph, samples, dense, network.answers) == 0
+    assert losses[0] > 0.01 and losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def test_an_output_that_no_device_gives_by_sample_is_told_before_any_work():
+    with pytest.raises(DeployError, match=r"^output 4 of the network has the shape \[4, 5\] for 1 samples: "):
+        require_scores(network_of(Numbers()))
+    with pytest.raises(DeployError, match=r"^output 1 of the network has the shape \[64, 1, 5\] for 1 samples: "):
+        require_scores(network_of(TokensFirst()))
+
+
+def test_a_network_with_nested_outputs_and_choices_recovers(tmp_path):
+    from pipeline.recover.train import RecoverData, recover
+    from profiles.schema import RecoverSpec
+
+    class Choosing(Detector):
+        def forward(self, x: Tensor) -> dict[str, object]:
+            scores, others = super().forward(x)
+            return {"scores": scores, "others": others, "class": scores.argmax(1)}
+
+    network = network_of(Choosing())
+    cut, batches = prune(network, narrowed(network, "branch.0", 6)), torch.randn(8, 32, 3, 8, 8).unbind()
+    data = RecoverData(
+        lambda epoch, seed: iter([((x,), torch.zeros(32)) for x in batches]), lambda outputs, targets: 0.0, None
+    )
+    spec = RecoverSpec(alpha=1.0, learning_rate=0.02, epochs=4)
+    losses = [epoch.loss for epoch in recover(cut, network.graph, data, spec, tmp_path / "checkpoint").history]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_a_network_that_gives_no_scores_is_refused():

@@ -2,7 +2,7 @@
 
 Names of plug-ins, missing data and missing labels are told from the project file alone. What a hook or a criterion
 needs of the network and its loss shows only when it runs: each is run once, a hook on the first training batch, a
-gradient on a few samples, and a criterion that has a check of its own does that; and the network must give scores.
+gradient on a few samples, and a criterion that has a check of its own does that.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 
-import torch
-
 from pipeline.graph.candidates.base import PACKAGE as CANDIDATES
 from pipeline.project import Project
-from pipeline.prune.capture import Network, tensors
+from pipeline.prune.capture import Network
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
-from pipeline.prune.evidence import Evidence, Samples, answers
+from pipeline.prune.evidence import Evidence, Samples
 from pipeline.prune.ranking import RANK_SAMPLES, require_labels
 from pipeline.prune.repair import NEED_INPUTS
 from pipeline.recover.train import HOOKS, rehearse_hook
@@ -82,20 +80,6 @@ def samples(project: Project, spec: PruneSpec) -> Samples:
     found = Samples(batches.inputs, batches.targets)
     require_labels(spec.criterion, found)
     return found
-
-
-@torch.no_grad()
-def require_scores(network: Network) -> None:
-    """Raise DeployError for outputs that cannot be compared sample by sample with those of a cut network."""
-    outputs, count = network.graph(*network.example), len(network.example[0])
-    answers(outputs, count, network.answers)
-    for number, (each, axis) in enumerate(zip(tensors(outputs), network.answers, strict=True), 1):
-        if axis != 0 and each.shape[:1] != (1,):
-            raise DeployError(
-                f"output {number} of the network has the shape {list(each.shape)} for {count} samples: they do not lie "
-                "along its first axis, as a device gives them.",
-                "return it with the samples first, or leave it out where it is the same for all of them.",
-            )
 
 
 def rehearse(project: Project, profile: Profile, network: Network, samples: Samples) -> None:

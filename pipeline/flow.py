@@ -35,7 +35,7 @@ from pipeline.latency.timing import Tally
 from pipeline.nouns import KeepUnits, LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.prepare import hashes, state
 from pipeline.project import load_project, predict_torch
-from pipeline.prune.evidence import Evidence, mean_divergence, outputs_of
+from pipeline.prune.evidence import Evidence, mean_divergence, outputs_of, require_scores
 from pipeline.prune.hashing import adaptive
 from pipeline.prune.plan import make_plan, resolve
 from pipeline.prune.ranking import RANK_SAMPLES, rank
@@ -99,7 +99,7 @@ def build(request: BuildRequest) -> BuildResult:
         if request.dry_run and profile.prepare.epochs:
             _say(run, "note: a dry run trains nothing: this is the plan for the network as it was given.")
         if timed:
-            demands.require_scores(network)
+            require_scores(network)
             demands.rehearse(project, profile, network, samples)
         samples = samples.first(repair_limit(network))
         notes = (*notes, *(found.notes if timed else ()))

@@ -84,6 +84,20 @@ def answers(outputs: Any, count: int, axes: Sequence[int | None] = ()) -> Answer
     return tuple(found)
 
 
+@torch.no_grad()
+def require_scores(network: Network) -> None:
+    """Raise DeployError for outputs that cannot be compared sample by sample with those of a cut network."""
+    outputs, count = network.graph(*network.example), len(network.example[0])
+    answers(outputs, count, network.answers)
+    for number, (each, axis) in enumerate(zip(tensors(outputs), network.answers, strict=True), 1):
+        if axis != 0 and each.shape[:1] != (1,):
+            raise DeployError(
+                f"output {number} of the network has the shape {list(each.shape)} for {count} samples: they do not lie "
+                "along its first axis, as a device gives them.",
+                "return it with the samples first, or leave it out where it is the same for all of them.",
+            )
+
+
 def divergence(outputs: Answers, dense: Answers) -> Tensor:
     """How far outputs are from the dense network's, per sample, shape (N,).
 

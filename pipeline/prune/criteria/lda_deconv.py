@@ -76,7 +76,9 @@ def rank(evidence: Evidence) -> list[Ranking]:
 def check(evidence: Evidence) -> tuple[Reader, Tensor]:
     """The last layer, and the class of every sample. Raises UsageError where this is no classification."""
     network = evidence.network
-    return _last_layer(network), _classes(evidence.samples, tensors(network.graph(*network.example))[0].shape)
+    (output,) = network.graph.graph.find_nodes(op="output")
+    shape = network.shapes.get(output.all_input_nodes[0].name) or tensors(network.graph(*network.example))[0].shape
+    return _last_layer(network), _classes(evidence.samples, shape)
 
 
 def discriminability(features: Tensor, targets: Tensor) -> Tensor:

@@ -7,10 +7,18 @@ import torch
 from prune_nets import Head, conv, example, lived_in
 from torch import Tensor, nn
 
-from pipeline.demands import require_scores
 from pipeline.nouns import KeepUnits, PruningPlan
 from pipeline.prune.capture import Network, capture
-from pipeline.prune.evidence import Evidence, Samples, answers, divergence, joined, mean_divergence, outputs_of
+from pipeline.prune.evidence import (
+    Evidence,
+    Samples,
+    answers,
+    divergence,
+    joined,
+    mean_divergence,
+    outputs_of,
+    require_scores,
+)
 from pipeline.prune.groups import find_groups
 from pipeline.prune.ranking import rank
 from pipeline.prune.repair import repair

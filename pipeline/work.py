@@ -193,7 +193,7 @@ class Work:
         """
         return Stage(name, always=self.project.data is None)
 
-    @property
+    @cached_property
     def data(self) -> dict[str, str | None]:
         """What the key of such a stage begins with: `source`, and what is known of the data."""
         return {"project": self.source, "data": self.project.data}

@@ -49,7 +49,7 @@ class Samples:
 
     def joined(self) -> tuple[Tensor, ...]:
         """All samples as one batch."""
-        return tuple(torch.cat(column) for column in zip(*self.inputs, strict=True))
+        return joined(self.inputs)
 
     def digest(self) -> str:
         """SHA-256 of the samples and their targets, 64 hex digits; batches do not count."""
@@ -121,8 +121,8 @@ def _error(own: Tensor, wanted: Tensor) -> Tensor:
     return torch.where(known, own - wanted, 0.0).reshape(len(own), -1).square().mean(1) / scale
 
 
-def joined(batches: Iterable[Answers]) -> Answers:
-    """The answers for several batches as those for one."""
+def joined(batches: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The inputs of several batches, or the answers for them, as those of one."""
     return tuple(torch.cat(column) for column in zip(*batches, strict=True))
 
 
@@ -221,9 +221,7 @@ def outputs_of(model: nn.Module, samples: Samples, axes: Sequence[int | None]) -
     return tuple(answers(model(*batch), len(batch[0]), axes) for batch in samples.inputs)
 
 
-def mean_divergence(
-    model: nn.Module, samples: Samples, dense: Sequence[Answers], axes: Sequence[int | None] = ()
-) -> float:
+def mean_divergence(model: nn.Module, samples: Samples, dense: Sequence[Answers], axes: Sequence[int | None]) -> float:
     """Mean over samples of a network's divergence from the dense one. dense: what that says of each batch.
 
     axes: `Network.answers`.

@@ -1,7 +1,7 @@
 """The whole pipeline on one page, read from top to bottom: a trained network becomes a bundle that keeps its budget.
 
     capture → dense ONNX → (grow, train) → rankings → table → values → search (choose, narrow, measure, correct)
-            → repair → recover → export → candidates → measure → gate → bundle
+            → confirm → repair → recover → export → candidates → measure → gate → bundle
 
 Each step is a stage with a key; what is measured is journalled, so a run that was killed ends with the same bundle.
 """
@@ -45,13 +45,14 @@ from pipeline.prune.surgery import prune, restore
 from pipeline.prune.taps import DenseTaps
 from pipeline.recover.train import recover
 from pipeline.run import BuildRequest, Run
-from pipeline.search import Found, Loop, Search
+from pipeline.search import Candidate, Found, Loop, Search
 from pipeline.stage import Outcome, Stage
 from pipeline.work import DENSE, PRUNED, PRUNED_AGAIN, TOOLS, BuildResult, Work, captured, merged
 from profiles import plugins
 from profiles.errors import DeployError
 from profiles.schema import Budget, RecoverSpec, load_profile
 from targets.base import Target, load_target
+from targets.harness.measurement import Judgement, Session
 from targets.runtimes.base import load_runtime
 
 REPORTED = ("none", "bn", "least-squares")
@@ -59,7 +60,7 @@ OWN_GAP = 1e-3
 MOST_OFFERS = 6
 """Rewritten networks that are measured in one session, beside the network without."""
 ATTEMPTS, STEP_BACK = 3, 0.985
-"""Where the accepting measurement does not find the budget kept, the loop goes on with a tighter one, so often."""
+"""Where the accepting protocol does not find the budget kept, the search goes on with a tighter one, so often."""
 log = logging.getLogger(__name__)
 
 
@@ -138,18 +139,53 @@ def _release(work: Work) -> BuildResult:
     probe = losses.probe(work)
     values = losses.values(work, probe, table)
     ratio = budget / work.slower
-    known = ondevice.known_candidates(work, base)
+    known, found, ending = ondevice.known_candidates(work, base), None, None
     for attempt in range(ATTEMPTS):
-        aimed = ratio * STEP_BACK**attempt
-        found = _search(work, base, probe, table, values, aimed, known)
-        if found.chosen is None:
-            return outcome.nothing_fits(work, dense, accuracy_dense, found, ratio)
-        ending = _finish(work, exact, dense, found, accuracy_dense)
-        judged = ending.judged
-        if judged.verdict == "met" or ending.session.contaminated or not math.isfinite(judged.value + judged.high):
-            break  # no tighter plan changes that
-        table, known = found.table, [*known, *found.seen]
-    return outcome.release(work, ending)
+        now = _search(work, base, probe, table, values, ratio * STEP_BACK**attempt, known)
+        if now.chosen is None:
+            if found is None:
+                return outcome.nothing_fits(work, dense, accuracy_dense, now, ratio)
+            break
+        found, ending = now, None
+        told = _confirm(work, dense, base, now.chosen, ratio) if attempt < ATTEMPTS - 1 else None
+        if told is None or _settled(*told):
+            ending = _finish(work, exact, dense, found, accuracy_dense)
+            told = ending.session, ending.judged
+            if _settled(*told):
+                break
+        table, known = found.table, [*known, *_seen(work, found, told[0])]
+    assert found is not None
+    return outcome.release(work, ending or _finish(work, exact, dense, found, accuracy_dense))
+
+
+def _trains(work: Work) -> bool:
+    return work.project.train is not None and work.profile.recover.epochs > 0
+
+
+def _confirm(
+    work: Work, dense: Outcome, base: Outcome, chosen: Candidate, ratio: float
+) -> tuple[Session, Judgement] | None:
+    """What the accepting protocol says of a plan before a recovery, whose hours a missed budget would waste.
+
+    Latency does not hang on what is learnt. None where nothing is trained, or where the short measurements of the
+    search leave no doubt.
+    """
+    assert chosen.measured is not None
+    doubtful = _trains(work) and chosen.measured.high > ratio
+    return ondevice.confirm(work, dense, base, chosen.plan) if doubtful else None
+
+
+def _seen(work: Work, found: Found, session: Session) -> list[Seen]:
+    """What a search measured, the chosen plan as the accepting protocol did, against the network that is pruned."""
+    assert found.chosen is not None
+    now = session.ratio(PRUNED, DENSE, work.budget.percentile).center / work.slower
+    chosen = found.chosen.widths, found.chosen.dropped, now
+    return [chosen, *(seen for seen in found.seen if seen[:2] != chosen[:2])]
+
+
+def _settled(session: Session, judged: Judgement) -> bool:
+    """Whether a tighter plan would change nothing: the budget is kept, or the session cannot say whether it is."""
+    return judged.verdict == "met" or session.contaminated or not math.isfinite(judged.value + judged.high)
 
 
 def _prepared(work: Work, dense: Outcome, budget: float) -> tuple[Work, Outcome]:
@@ -183,7 +219,7 @@ def _finish(work: Work, exact: Outcome, dense: Outcome, found: Found, accuracy_d
     final = precision.lowered(work, _candidates(work, _export(work, plan, recovered)), "pruned")
     accuracy = ondevice.accuracy(work, final.path("onnx"), "pruned")
     agreement = ondevice.agreement(work, exact, final)
-    session, judged = ondevice.accept(work, dense, final)
+    session, judged = ondevice.accept(work, dense, final.path("onnx"))
     return outcome.Ending(
         dense, final, found, plan, recovered, session, judged, accuracy_dense, accuracy, agreement, notes
     )
@@ -409,7 +445,7 @@ def _score(row: Mapping[str, Any]) -> str:
 def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Distillation from the user's network, with notes on it; without training data the repaired network it is."""
     spec = work.profile.recover
-    if work.project.train is None or spec.epochs == 0:
+    if not _trains(work):
         return repaired, ()
 
     def make(folder: Path) -> dict[str, Any]:

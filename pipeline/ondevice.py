@@ -193,18 +193,24 @@ def _measured(session: Session, name: str, budget: Budget) -> Measured:
     return Measured(center, min(one.low, two.low), max(one.high, two.high), dense_ms, device)
 
 
-def accept(work: Work, dense: Outcome, final: Outcome) -> tuple[Session, Judgement]:
+def accept(work: Work, dense: Outcome, model: Path, name: str = "accept") -> tuple[Session, Judgement]:
     """The full accepting protocol; where it leaves the verdict open, once more, judged together with it."""
-    models = {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx"), PRUNED: final.path("onnx")}
+    models = {DENSE: dense.path("onnx"), AGAIN: dense.path("onnx"), PRUNED: model}
     begun = work.run.seconds
-    session = measure(work, "accept", models, "accept")
+    session = measure(work, name, models, "accept")
     judged = judge(session, PRUNED, DENSE, work.budget)
     if judged.verdict == "undecided":
-        more = measure(work, "accept again", models, "accept")
+        more = measure(work, f"{name} again", models, "accept")
         session = more if session.contaminated else session.joined(more)
         judged = judge(session, PRUNED, DENSE, work.budget)
-    work.run.finished("accept", work.run.seconds - begun, f"{judged.verdict}: {judged.reason}")
+    work.run.finished(name, work.run.seconds - begun, f"{judged.verdict}: {judged.reason}")
     return session, judged
+
+
+def confirm(work: Work, dense: Outcome, base: Outcome, plan: PruningPlan) -> tuple[Session, Judgement]:
+    """The same for a plan that is not carried out yet: the network that is pruned, narrowed by it."""
+    cut = resolve(work.topology, plan)
+    return accept(work, dense, narrow_file(base.path("onnx"), cut, work.scratch("confirm.onnx")), "confirm")
 
 
 def known_candidates(work: Work, dense: Outcome) -> list[Seen]:

@@ -28,7 +28,8 @@ from torch.nn import functional
 
 from benchmarks.coupling.steps import CUT, EQUAL, GAIN, difference
 from pipeline.nouns import Topology
-from pipeline.prune.capture import Network, tensors
+from pipeline.outputs import tensors
+from pipeline.prune.capture import Network
 from pipeline.prune.execute import masked_norm
 from pipeline.prune.proof import randomised
 

@@ -22,7 +22,8 @@ from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow_file
 from pipeline.graph.optimize import optimize
 from pipeline.nouns import KeepUnits, PruningPlan
-from pipeline.prune.capture import Network, capture, tensors
+from pipeline.outputs import tensors
+from pipeline.prune.capture import Network, capture
 from pipeline.prune.execute import MaskedRun
 from pipeline.prune.groups import find_groups
 from pipeline.prune.neutral import layers

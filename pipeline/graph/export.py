@@ -26,6 +26,7 @@ from torch import fx, nn
 from pipeline.graph.absorbed import absorb
 from pipeline.graph.passes.base import is_parameter
 from pipeline.graph.verify import compare_outputs, seeded_inputs
+from pipeline.outputs import tensors
 from profiles.errors import DeployError
 from profiles.schema import InputSpec
 
@@ -84,7 +85,7 @@ def _results(model: nn.Module, inputs: Sequence[InputSpec]) -> list[torch.Tensor
     examples = _examples(inputs, model)
     try:
         with torch.no_grad():
-            return _flat(model(*examples))
+            return tensors(model(*examples))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shapes = ", ".join(str(list(spec.shape)) for spec in inputs)
         raise DeployError(f"the network refuses inputs of shape {shapes}: {_first_line(error)}") from error
@@ -203,7 +204,7 @@ def _check_numbers(model: nn.Module, proto: onnx.ModelProto) -> None:
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
     def run(*arrays: Any) -> list[Any]:
-        return [t.cpu().numpy() for t in _flat(model(*(torch.from_numpy(array).to(device) for array in arrays)))]
+        return [t.cpu().numpy() for t in tensors(model(*(torch.from_numpy(array).to(device) for array in arrays)))]
 
     with torch.no_grad():
         gap = compare_outputs(run, proto, feeds)
@@ -250,10 +251,3 @@ def _fix_outputs(proto: onnx.ModelProto, results: Sequence[torch.Tensor]) -> Non
         for size in tensor.shape:
             shape.dim.add().dim_value = int(size)
     del proto.graph.value_info[:]
-
-
-def _flat(result: Any) -> list[torch.Tensor]:
-    if isinstance(result, torch.Tensor):
-        return [result]
-    values = result.values() if isinstance(result, dict) else result
-    return [tensor for value in values for tensor in _flat(value)]

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.outputs import parts, tensors
 from pipeline.project.batches import Batches, TrainBatches, a, collect, declared, grouped, natural_noise, pair
 from pipeline.project.rules import OwnRule, load_rules
 from pipeline.project.schema import FILE, ProjectFile, read_project_file
@@ -133,7 +134,7 @@ class Project:
             text = " ".join(str(error).split()) or type(error).__name__
             hint = "set model.input in deploy.toml to what the network takes, batch axis first."
             raise DeployError(f"the network refuses {what}: {text}", hint) from error
-        outs = _flat(out)
+        outs = parts(out)
         if not outs or not all(isinstance(each, Tensor) for each in outs):
             message = f"the network gives {a(out)}, not a tensor or a tuple of tensors."
             raise DeployError(message, "let forward return tensors, in tuples, lists and dicts as you like.")
@@ -297,17 +298,10 @@ def predict_torch(module: nn.Module, batch: int = 256) -> Predict:
             module.train(training)
         if isinstance(outs[0], Tensor):
             return torch.cat(outs).cpu().numpy()
-        columns = [torch.cat(column).cpu().numpy() for column in zip(*map(_flat, outs), strict=True)]
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*map(tensors, outs), strict=True)]
         return columns[0] if len(columns) == 1 else tuple(columns)
 
     return predict
-
-
-def _flat(value: Any) -> list[Any]:
-    """What an output holds, through tuples, lists and dicts, in order: as the network's ONNX file gives it."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [each for part in value for each in _flat(part)] if isinstance(value, tuple | list) else [value]
 
 
 @contextmanager

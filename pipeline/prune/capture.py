@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipeline.nouns import Topology
+from pipeline.outputs import tensors
 from pipeline.prune import operators
 from pipeline.prune.labels import Reader
 from pipeline.prune.lowering import call_new, lower
@@ -254,15 +255,6 @@ def _skips_first(graph: fx.GraphModule) -> None:
             inputs = [n for n in early.all_input_nodes if n.op != "placeholder"]
             if inputs and early.op not in ("placeholder", "get_attr"):
                 max(inputs).append(early)
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """Every tensor of an output, through tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in tensors(v)] if isinstance(value, tuple | list) else []
 
 
 def _check_equal(expected: Any, got: Any, share: float) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.nouns import Topology
-from pipeline.prune.capture import Network, tensors
+from pipeline.outputs import tensors
+from pipeline.prune.capture import Network
 from pipeline.prune.execute import TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.maps import Gram, Maps, affordable, grams, maps

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pipeline.nouns import Block, ChannelGroup, DropBlock, KeepUnits, PruningPlan, Topology
-from pipeline.prune.capture import Network, tensors
+from pipeline.outputs import tensors
+from pipeline.prune.capture import Network
 from pipeline.prune.execute import MaskedRun, TouchedRun
 from pipeline.prune.labels import Reader
 from pipeline.prune.plan import kept_units, resolve

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.outputs import tensors
+
 TaskLoss = Callable[[Any, Any], Tensor]
 
 
 def distil(outputs: Any, teacher: Any, targets: Any, loss: TaskLoss, *, alpha: float, temperature: float) -> Tensor:
     """Scalar loss of a batch. outputs, teacher: a tensor or a tuple of tensors, of the same shapes."""
-    pull = imitation(outputs, teacher, targets, temperature) if alpha > 0 else outputs_of(outputs)[0].new_zeros(())
+    pull = imitation(outputs, teacher, targets, temperature) if alpha > 0 else tensors(outputs)[0].new_zeros(())
     task = loss(outputs, targets) if alpha < 1 else pull.new_zeros(())
     return alpha * pull + (1 - alpha) * task
 
@@ -32,22 +34,13 @@ def imitation(outputs: Any, teacher: Any, targets: Any, temperature: float) -> T
         student = nn.functional.log_softmax(outputs / temperature, dim=1)
         wanted = nn.functional.log_softmax(teacher / temperature, dim=1)
         return nn.functional.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
-    pairs = zip(outputs_of(outputs), outputs_of(teacher), strict=True)
+    pairs = zip(tensors(outputs), tensors(teacher), strict=True)
     terms = [
         (mine - theirs).square().mean() / theirs.var().clamp_min(1e-12)
         for mine, theirs in pairs
         if theirs.is_floating_point()  # what is chosen by scores has no distance
     ]
     return torch.stack(terms).mean()
-
-
-def outputs_of(outputs: Any) -> tuple[Tensor, ...]:
-    """The tensors among the outputs of a network as a tuple, through tuples, lists and dicts."""
-    if isinstance(outputs, dict):
-        outputs = tuple(outputs.values())
-    if isinstance(outputs, tuple | list):
-        return tuple(each for part in outputs for each in outputs_of(part))
-    return (outputs,) if isinstance(outputs, Tensor) else ()
 
 
 def _classifies(outputs: Any, targets: Any) -> bool:

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.outputs import tensors
 from pipeline.recover import checkpoint as stored
-from pipeline.recover.distil import TaskLoss, distil, outputs_of
+from pipeline.recover.distil import TaskLoss, distil
 from pipeline.recover.hooks.base import TrainHook
 from pipeline.recover.schedule import RISE, learning_rate, plan_steps, waited
 from profiles import plugins
@@ -228,7 +229,7 @@ class _Recovery:
         targets = _on(targets, self.device)
         with torch.inference_mode():
             seen = self.teacher(*inputs)
-        teacher = seen.clone() if isinstance(seen, Tensor) else tuple(each.clone() for each in outputs_of(seen))
+        teacher = seen.clone() if isinstance(seen, Tensor) else tuple(each.clone() for each in tensors(seen))
         outputs = self.student(*inputs)
         spec = self.spec
         loss = distil(outputs, teacher, targets, self.data.loss, alpha=spec.alpha, temperature=spec.temperature)

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from pipeline.last_layer import last_layer
 from pipeline.nouns import Ranking
-from pipeline.prune.capture import Network, ancestors, tensors
+from pipeline.outputs import tensors
+from pipeline.prune.capture import Network, ancestors
 from pipeline.prune.criteria._damage import macs
 from pipeline.prune.criteria.base import by_score
 from pipeline.prune.evidence import Evidence, Samples

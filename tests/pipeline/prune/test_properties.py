@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.nouns import KeepUnits, PruningPlan
+from pipeline.outputs import tensors
 from pipeline.prune import proof
-from pipeline.prune.capture import Network, capture, tensors
+from pipeline.prune.capture import Network, capture
 from pipeline.prune.execute import MaskedRun
 from pipeline.prune.groups import find_groups
 from pipeline.prune.neutral import describe

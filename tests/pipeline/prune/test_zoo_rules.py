@@ -28,8 +28,9 @@ from pipeline.graph.export import export
 from pipeline.graph.narrow import narrow_file
 from pipeline.graph.optimize import optimize
 from pipeline.nouns import DropBlock, KeepUnits, PruningPlan
+from pipeline.outputs import tensors
 from pipeline.prune import proof
-from pipeline.prune.capture import Network, capture, tensors
+from pipeline.prune.capture import Network, capture
 from pipeline.prune.execute import MaskedRun
 from pipeline.prune.groups import find_groups
 from pipeline.prune.operators import InTraining

@@ -3,6 +3,7 @@
     python -m benchmarks.gpp                      all cells that have no result yet (hours)
     python -m benchmarks.gpp --minutes 60         for at most that long
     python -m benchmarks.gpp --epochs 10          other training before pruning (cells of their own)
+    python -m benchmarks.gpp --only "push, lda-deconv"    one arm; may be given several times
     python -m benchmarks.gpp --table              what there is so far
 
 A cell is a whole `deploy build` of an arm at a budget, so its latency is the accepted one and its accuracy that of the
@@ -20,7 +21,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,19 +80,19 @@ def _training(seed: int) -> dict[str, Any]:
     return {**TRAINING, "max_minutes": MINUTES, "patience": 1000, "seed": seed}
 
 
-def cells(epochs: int, seeds: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Name, budget and flags of every cell."""
+def cells(epochs: int, seeds: int, arms: Sequence[str] = ()) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Name, budget and flags of every cell. arms: names of those that are asked for; empty: all."""
     for budget in BUDGETS:
         for arm in ARMS:
-            for seed in range(seeds):
+            for seed in range(seeds if not arms or arm.name in arms else 0):
                 yield f"{budget}/{arm.name}/{epochs}+{AFTER}/{seed}", budget, arm.flags(epochs, seed)
 
 
-def run(project: str, minutes: float, epochs: int, seeds: int) -> None:
+def run(project: str, minutes: float, epochs: int, seeds: int, arms: Sequence[str]) -> None:
     """Cells in turn, until all are done or the time is up."""
     end, results = time.monotonic() + 60 * minutes, read()
     kept = results.setdefault(project, {})
-    for name, budget, flags in cells(epochs, seeds):
+    for name, budget, flags in cells(epochs, seeds, arms):
         if name in kept:
             continue
         if time.monotonic() > end:
@@ -142,12 +143,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e6)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of training before pruning")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", action="append", default=[], choices=[arm.name for arm in ARMS], help="an arm")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     if not asked.table:
         if not (builds.ROOT / "benchmarks" / "projects" / asked.project / "deploy.toml").is_file():
             parser.error(f"there is no benchmarks/projects/{asked.project}/deploy.toml")
-        run(asked.project, asked.minutes, asked.epochs, asked.seeds)
+        run(asked.project, asked.minutes, asked.epochs, asked.seeds, asked.only)
     print(table(read()))
     return 0
 

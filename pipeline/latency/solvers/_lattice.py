@@ -142,9 +142,17 @@ class Lattice:
 
     def loss(self, points: Points) -> Values:
         """Sum of the measured values of each point; what lives inside a removed block adds nothing. Shape (points,)."""
+        return self._summed(points, self.losses, self.block_losses)
+
+    def roots(self, points: Points) -> Values:
+        """Sum of their roots, likewise: the size of the error, where errors of different cuts are alike."""
+        losses, blocks = (np.sqrt(np.maximum(values, 0.0)) for values in (self.losses, self.block_losses))
+        return self._summed(points, losses, blocks)
+
+    def _summed(self, points: Points, losses: Values, block_losses: Values) -> Values:
         groups = len(self.groups)
-        own = self.losses[np.arange(groups), points[:, :groups]]
-        blocks = (points[:, groups:] == 1) @ self.block_losses
+        own = losses[np.arange(groups), points[:, :groups]]
+        blocks = (points[:, groups:] == 1) @ block_losses
         values: Values = np.where(self.inside(points), 0.0, own).sum(axis=1) + blocks
         return values
 

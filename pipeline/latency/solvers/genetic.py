@@ -3,10 +3,16 @@
 Channel pruning by a genetic algorithm (Hu et al., 2018) searches masks of one layer with a fitness cheap enough for
 thousands of chromosomes: the second-order estimate (1 - m)^T G (1 - m) of the layer's output error. Its form for a
 latency budget is a search over ratio vectors: a chromosome holds the index of every group's width and a flag for every
-removable block. Which units stay at a width is the ranking's part. The fitness has no quadratic form: it is the plain
-sum of the measured values (Sensitivity) of the single cuts. A value is the network's loss of a whole cut after repair,
-so that what units of one group do together is in it; what cuts of different groups do to each other is not, since a
-table of pairs would take a measurement for each. That is why the best few are tried as whole networks.
+removable block. Which units stay at a width is the ranking's part. The fitness is a quadratic form again, in the sizes
+of the errors that the cuts j of a chromosome make alone:
+
+    E = sum_ij R_ij e_i e_j,      e_j = sqrt(value of cut j),      R_jj = 1,      R_ij = rho for i != j
+
+A value is the network's loss of a whole cut after repair (Sensitivity), so that what units of one group do together is
+in it. rho is what cuts of different groups do to each other: 0 where their errors are independent and the values add
+up, 1 where they point the same way, above 1 where a cut makes another one worse. One number stands for all pairs, since
+a table of pairs would take a measurement for each. It begins at 0; after each of TURNS evolutions the best few are
+tried as whole networks, and rho becomes what explains all of their losses best (least squares), for the next one.
 
     start      even ratios from the dense to the narrowest network, `uniform`'s answer, the rest random
     selection  roulette by rank: a chance in proportion to the place from the bottom
@@ -17,8 +23,9 @@ table of pairs would take a measurement for each. That is why the best few are t
                parent
     survival   the ELITE best, and the children
 
-The constraint is the table's latency. In the end single moves use what is left of the budget in the JUDGED best, and
-the trial's loss after repair decides between them; without a trial the values do. Seeded by `prune.seed`.
+The constraint is the table's latency. Single moves use what is left of the budget in those that are tried, and the
+trial's loss after repair decides between all of them; without a trial the sum of the values does, after one evolution.
+Seeded by `prune.seed`.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.latency.solvers import uniform
-from pipeline.latency.solvers._lattice import Lattice, Points, Values, losses_of
+from pipeline.latency.solvers._lattice import WORST, Lattice, Points, Values, losses_of
 from pipeline.latency.solvers.base import FIT
 from pipeline.nouns import LatencyTable, Ranking, Sensitivity, Solution, Topology, Trial
 from profiles.errors import MissedError
@@ -45,7 +52,8 @@ PATIENCE = 40
 MUTATED = 2.0
 """Genes that change in a chromosome, on average."""
 ELITE = 6
-JUDGED = 24
+TURNS, JUDGED = 3, 8
+"""Evolutions, and how many of the best are tried after each."""
 MISSES = 8
 """Steps off the grid, one after the other, after which a child that is over the budget is given up."""
 
@@ -67,17 +75,33 @@ def solve(
         even = uniform.solve(rankings, sensitivity, table, topology, budget_ms, spec)
         fit.append(lattice.point(even.widths, even.dropped))
     search = Search(lattice, budget_ms, np.random.default_rng(spec.seed))
-    best = search.run(np.stack(fit))[:JUDGED]
-    best = np.unique(np.stack([lattice.refill(point, budget_ms) for point in best]), axis=0)
-    losses = lattice.loss(best) if trial is None else losses_of(trial.loss, lattice, best)
-    return lattice.solution(best[int(np.lexsort((lattice.ms(best), losses))[0])], start)
+    points, tried, losses = np.stack(fit), np.zeros((0, len(lattice.dense)), dtype=np.int64), np.zeros(0)
+    for _ in range(1 if trial is None else TURNS):
+        points = search.run(points)
+        filled = np.unique(np.stack([lattice.refill(point, budget_ms) for point in points[:JUDGED]]), axis=0)
+        new = filled[~(filled[:, None] == tried).all(axis=2).any(axis=1)]
+        found = lattice.loss(new) if trial is None else losses_of(trial.loss, lattice, new)
+        tried, losses = np.concatenate([tried, new]), np.concatenate([losses, found])
+        search.rho = alikeness(lattice, tried, losses)
+    return lattice.solution(tried[int(np.lexsort((lattice.ms(tried), losses))[0])], start)
+
+
+def alikeness(lattice: Lattice, points: Points, losses: Values) -> float:
+    """The rho that explains the losses of these points best, at least 0; infinite losses say nothing."""
+    known = losses < WORST
+    alone = lattice.loss(points[known])
+    crossed, more = lattice.roots(points[known]) ** 2 - alone, losses[known] - alone
+    return max(0.0, float(crossed @ more) / max(float(crossed @ crossed), 1e-30))
 
 
 class Search:
-    """Generations of points. order: columns as they lie in the network, a block before what is inside it."""
+    """Generations of points. order: columns as they lie in the network, a block before what is inside it.
+
+    rho: how alike the errors of different cuts are.
+    """
 
     def __init__(self, lattice: Lattice, budget_ms: float, rng: np.random.Generator) -> None:
-        self.lattice, self.limit, self.rng = lattice, budget_ms * FIT, rng
+        self.lattice, self.limit, self.rng, self.rho = lattice, budget_ms * FIT, rng, 0.0
         groups = len(lattice.groups)
         columns: dict[int, None] = {}
         for group, home in enumerate(lattice.homes.tolist()):
@@ -95,7 +119,7 @@ class Search:
             first, second = self.rng.choice(len(points), (2, POPULATION), p=places / places.sum())
             children = self._mutated(self._crossed(points[first], points[second]))
             points = self._ranked(np.concatenate([points[:ELITE], self._repaired(children, points[first])]))
-            least = float(self.lattice.loss(points[:1])[0])
+            least = float(self.fitness(points[:1])[0])
             best, since = (least, 0) if least < best else (best, since + 1)
             if since == PATIENCE:
                 break
@@ -103,8 +127,12 @@ class Search:
 
     def _ranked(self, points: Points) -> Points:
         points = np.unique(points, axis=0)
-        ranked: Points = points[np.lexsort((self.lattice.ms(points), self.lattice.loss(points)))]
+        ranked: Points = points[np.lexsort((self.lattice.ms(points), self.fitness(points)))]
         return ranked
+
+    def fitness(self, points: Points) -> Values:
+        """The quadratic form of each point, low where it is fit. Shape (points,)."""
+        return (1 - self.rho) * self.lattice.loss(points) + self.rho * self.lattice.roots(points) ** 2
 
     def _first(self) -> Points:
         """Even ratios and random points, not repaired yet."""

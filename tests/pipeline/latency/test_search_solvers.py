@@ -462,7 +462,7 @@ def test_trying_the_best_few_never_ends_with_a_worse_one_than_the_values_choose(
     budget, device = 0.6 * costs.dense_ms, Device(costs, net, sensitivity, seed)
     blind = genetic.solve([], sensitivity, costs, net, budget, SPEC)
     found = genetic.solve([], sensitivity, costs, net, budget, SPEC, device)
-    assert 1 < len(device.losses) <= genetic.JUDGED
+    assert 1 < len(device.losses) <= genetic.TURNS * genetic.JUDGED
     assert device.loss(found) == min(device.losses.values()) <= device.loss(blind)
 
 
@@ -478,6 +478,34 @@ def test_every_generation_keeps_the_budget_and_improves():
     assert len(np.unique(last, axis=0)) == len(last)
 
 
+class Crossed:
+    """Losses of choices whose cuts hurt each other: the quadratic form with one rho for all pairs."""
+
+    def __init__(self, lattice: Lattice, rho: float) -> None:
+        self.lattice, self.rho, self.seen = lattice, rho, []
+
+    def loss(self, choice) -> float:
+        point = self.lattice.point(choice.widths, choice.dropped)[None]
+        alone, size = float(self.lattice.loss(point)[0]), float(self.lattice.roots(point)[0])
+        self.seen.append((1 - self.rho) * alone + self.rho * size**2)
+        return self.seen[-1]
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.4, 1.0, 1.5])
+def test_how_alike_the_errors_of_cuts_are_is_learnt_from_what_was_tried(rho):
+    costs, net, sensitivity = random_problem(2)
+    lattice = Lattice(sensitivity, costs, net, SPEC)
+    search = genetic.Search(lattice, 0.6 * costs.dense_ms, np.random.default_rng(0))
+    points = search.run(lattice.last_resort(0.6 * costs.dense_ms)[None])[:6]
+    device = Crossed(lattice, rho)
+    losses = np.array([device.loss(lattice.solution(point)) for point in points])
+    assert genetic.alikeness(lattice, points, losses) == pytest.approx(rho, abs=1e-9)
+    search.rho = rho
+    assert search.fitness(points) == pytest.approx(losses)
+    spoilt = np.concatenate([losses[:-1], [WORST]])
+    assert genetic.alikeness(lattice, points, spoilt) == pytest.approx(rho, abs=1e-9)
+
+
 def wide_chain() -> tuple:
     """36 groups of ten widths in a row, 35 sites of two groups each: about ResNet-50's size."""
     rng = np.random.default_rng(0)
@@ -486,6 +514,17 @@ def wide_chain() -> tuple:
     costs = table([site(rng, f"s{i}", [dims[i], dims[i + 1]], choices, 16) for i in range(35)], choices)
     curves = {n: {w: float(rng.lognormal() * (1 - w / 160) ** 1.7) for w in options} for n, options in choices.items()}
     return costs, topology([group(name, 160) for name in choices]), Sensitivity(curves, {})
+
+
+def test_a_fitness_that_knows_how_cuts_hurt_each_other_finds_what_their_sum_does_not(monkeypatch):
+    """Against as many evolutions and tries of what the plain sum ranks first."""
+    costs, net, sensitivity = wide_chain()
+    budget, lattice = 0.5 * costs.dense_ms, Lattice(sensitivity, costs, net, SPEC)
+    learnt, plain = Crossed(lattice, 1.0), Crossed(lattice, 1.0)
+    genetic.solve([], sensitivity, costs, net, budget, SPEC, learnt)
+    monkeypatch.setattr(genetic, "alikeness", lambda *_: 0.0)
+    genetic.solve([], sensitivity, costs, net, budget, SPEC, plain)
+    assert min(learnt.seen) < 0.95 * min(plain.seen)
 
 
 def test_the_seed_of_the_spec_leads_the_genetic_search(monkeypatch):

@@ -213,7 +213,7 @@ class Evidence:
     def task_loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """The project's loss (mean over the batch)."""
         source = torch.Generator().manual_seed(self.seed)
-        return _loss(outputs, targets, self.loss, source, lambda: self.answers(outputs, len(targets)))
+        return _loss(outputs, targets, self.loss, source, len(targets), self.network.answers)
 
 
 @torch.no_grad()
@@ -246,7 +246,7 @@ def _gate_gradients(
         return tapped
 
     outputs = TouchedRun(network.graph, network.readers, tap).run(*batch)
-    value = _loss(outputs, targets, loss, source, lambda: answers(outputs, len(batch[0]), network.answers))
+    value = _loss(outputs, targets, loss, source, len(batch[0]), network.answers)
     gradients = torch.autograd.grad(value, [x for _, x in taken], materialize_grads=True)
     size = len(batch[0])
     result = torch.zeros(size, units + 1)
@@ -262,14 +262,22 @@ def _gate_gradients(
 
 
 def _loss(
-    outputs: Any, targets: Tensor | None, loss: Loss | None, source: torch.Generator, said: Callable[[], Answers]
+    outputs: Any,
+    targets: Tensor | None,
+    loss: Loss | None,
+    source: torch.Generator,
+    count: int,
+    axes: Sequence[int | None],
 ) -> Tensor:
-    """A loss of outputs. said: what they say of the samples, for where there are no targets or no loss for them."""
+    """A loss of outputs of so many samples; of what they say where there are no targets or no loss for them.
+
+    axes: `Network.answers`.
+    """
     if targets is not None and loss is not None:
         return loss(outputs, targets)
     if targets is not None and isinstance(outputs, Tensor):
         return F.cross_entropy(outputs, targets)
-    found = said()
+    found = answers(outputs, count, axes)
     if len(found) == 1 and found[0].dim() == 2 and found[0].shape[1] > 1:
         (logits,) = found
         own = torch.multinomial(logits.detach().softmax(1), 1, generator=source).squeeze(1)

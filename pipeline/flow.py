@@ -1,7 +1,7 @@
 """The whole pipeline on one page, read from top to bottom: a trained network becomes a bundle that keeps its budget.
 
     capture → dense ONNX → (grow, train) → rankings → table → values → search (choose, narrow, measure, correct)
-            → confirm → repair → recover → export → candidates → measure → gate → bundle
+            → accept the plan → repair → recover → export → candidates → measure → gate → bundle
 
 Each step is a stage with a key; what is measured is journalled, so a run that was killed ends with the same bundle.
 """
@@ -28,7 +28,7 @@ from pipeline.graph.optimize import PassLog, optimize
 from pipeline.graph.rewriting import Timing, choose
 from pipeline.graph.rows import Rows
 from pipeline.graph.verify import check_model, compare_outputs, seeded_inputs
-from pipeline.latency.feedback import Seen, recalibrate, remember, residuals
+from pipeline.latency.feedback import Seen, corrected, recalibrate, remember, remember_corrected, residuals
 from pipeline.latency.solvers.base import Solver
 from pipeline.latency.tabulate import tabulate
 from pipeline.latency.timing import Tally
@@ -49,7 +49,7 @@ from pipeline.search import Candidate, Found, Loop, Search
 from pipeline.stage import Outcome, Stage
 from pipeline.work import DENSE, PRUNED, PRUNED_AGAIN, TOOLS, BuildResult, Work, captured, merged
 from profiles import plugins
-from profiles.errors import DeployError
+from profiles.errors import DeployError, MissedError
 from profiles.schema import Budget, RecoverSpec, load_profile
 from targets.base import Target, load_target
 from targets.harness.measurement import Judgement, Session
@@ -141,46 +141,66 @@ def _release(work: Work) -> BuildResult:
     ratio = budget / work.slower
     known, found, ending = ondevice.known_candidates(work, base), None, None
     for attempt in range(ATTEMPTS):
-        now = _search(work, base, probe, table, values, ratio * STEP_BACK**attempt, known)
+        try:
+            now = _search(work, base, probe, table, values, ratio * STEP_BACK**attempt, known)
+        except MissedError:
+            if found is None:
+                raise
+            break
         if now.chosen is None:
             if found is None:
                 return outcome.nothing_fits(work, dense, accuracy_dense, now, ratio)
             break
-        found, ending = now, None
-        told = _confirm(work, dense, base, now.chosen, ratio) if attempt < ATTEMPTS - 1 else None
+        found = now
+        told = None if attempt == ATTEMPTS - 1 else _accept_plan(work, dense, base, now.chosen, ratio)
         if told is None or _settled(*told):
             ending = _finish(work, exact, dense, found, accuracy_dense)
             told = ending.session, ending.judged
             if _settled(*told):
                 break
-        table, known = found.table, [*known, *_seen(work, found, told[0])]
-    assert found is not None
-    return outcome.release(work, ending or _finish(work, exact, dense, found, accuracy_dense))
+        table, known = found.table, [*known, *found.seen]
+        if not work.profile.graph.candidates:  # with these what ships is not what the search measured
+            seen = _seen(work, now.chosen, *told, ratio)
+            known = corrected(known, seen)
+            with ondevice.latency_store(work) as store:
+                remember_corrected(store, *ondevice.identity(work, base), seen)
+    if ending is None:
+        assert found is not None
+        ending = _finish(work, exact, dense, found, accuracy_dense)
+    return outcome.release(work, ending)
 
 
 def _trains(work: Work) -> bool:
     return work.project.train is not None and work.profile.recover.epochs > 0
 
 
-def _confirm(
+def _accept_plan(
     work: Work, dense: Outcome, base: Outcome, chosen: Candidate, ratio: float
 ) -> tuple[Session, Judgement] | None:
     """What the accepting protocol says of a plan before a recovery, whose hours a missed budget would waste.
 
-    Latency does not hang on what is learnt. None where nothing is trained, or where the short measurements of the
-    search leave no doubt.
+    Latency hangs on widths, hardly on what is learnt. None where nothing is trained, where rewrites that are yet to
+    come may make the network faster, or where the short measurements of the search leave no doubt: their upper bound
+    is within a budget that is judged by the same ratio.
     """
-    assert chosen.measured is not None
-    doubtful = _trains(work) and chosen.measured.high > ratio
-    return ondevice.confirm(work, dense, base, chosen.plan) if doubtful else None
+    if not _trains(work) or work.profile.graph.candidates:
+        return None
+    same = work.budget.ratio is not None and work.budget.percentile != "p99" and work.slower == 1.0
+    if same and chosen.measured is not None and chosen.measured.high <= ratio:
+        return None
+    return ondevice.accept_plan(work, dense, base, chosen.plan)
 
 
-def _seen(work: Work, found: Found, session: Session) -> list[Seen]:
-    """What a search measured, the chosen plan as the accepting protocol did, against the network that is pruned."""
-    assert found.chosen is not None
-    now = session.ratio(PRUNED, DENSE, work.budget.percentile).center / work.slower
-    chosen = found.chosen.widths, found.chosen.dropped, now
-    return [chosen, *(seen for seen in found.seen if seen[:2] != chosen[:2])]
+def _seen(work: Work, chosen: Candidate, session: Session, judged: Judgement, ratio: float) -> Seen:
+    """A plan as the accepting protocol measured it, against the network that is pruned.
+
+    An absolute budget is a share of the dense latency of one moment: a plan that takes longer than the limit is beyond
+    that share, whatever the dense network takes now.
+    """
+    now = session.ratio(PRUNED, DENSE, ondevice.short_statistic(work.budget)).center / work.slower
+    if work.budget.ratio is None:
+        now = ratio * judged.value / judged.limit
+    return chosen.widths, chosen.dropped, now
 
 
 def _settled(session: Session, judged: Judgement) -> bool:

@@ -32,7 +32,7 @@ from pipeline.work import AGAIN, DENSE, PRUNED, TOOLS, Work
 from profiles.errors import ScarceError
 from profiles.schema import Budget
 from targets.base import Target
-from targets.harness.measurement import Judgement, Session, judge
+from targets.harness.measurement import Judgement, Session, Statistic, judge
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -180,12 +180,17 @@ def _measure_together(work: Work, dense: Outcome, name: str, plans: Sequence[Pru
     return [_measured(session, f"candidate-{index}", work.budget) for index in range(1, len(plans) + 1)]
 
 
+def short_statistic(budget: Budget) -> Statistic:
+    """What a short session is read by: it has too few inferences for p99."""
+    return "p90" if budget.percentile == "p99" else budget.percentile
+
+
 def _measured(session: Session, name: str, budget: Budget) -> Measured:
     """A candidate's ratio; the dense network stands in the session twice, and both are its reference.
 
-    At p99 a short session has too few samples: p90 stands in, and the accepting measurement judges p99 itself.
+    The accepting measurement judges p99 itself.
     """
-    statistic = "p90" if budget.percentile == "p99" else budget.percentile
+    statistic = short_statistic(budget)
     one, two = session.ratio(name, DENSE, statistic), session.ratio(name, AGAIN, statistic)
     center = float(np.sqrt(one.center * two.center))
     dense_ms = session.measurement(DENSE).p50_ms
@@ -207,10 +212,10 @@ def accept(work: Work, dense: Outcome, model: Path, name: str = "accept") -> tup
     return session, judged
 
 
-def confirm(work: Work, dense: Outcome, base: Outcome, plan: PruningPlan) -> tuple[Session, Judgement]:
+def accept_plan(work: Work, dense: Outcome, base: Outcome, plan: PruningPlan) -> tuple[Session, Judgement]:
     """The same for a plan that is not carried out yet: the network that is pruned, narrowed by it."""
     cut = resolve(work.topology, plan)
-    return accept(work, dense, narrow_file(base.path("onnx"), cut, work.scratch("confirm.onnx")), "confirm")
+    return accept(work, dense, narrow_file(base.path("onnx"), cut, work.scratch("accept-plan.onnx")), "accept plan")
 
 
 def known_candidates(work: Work, dense: Outcome) -> list[Seen]:

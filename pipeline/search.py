@@ -257,16 +257,17 @@ class Search:
     def _starts(self, number: int) -> Iterator[Choice]:
         """What the solver makes of several beliefs, the choice that loses least first."""
         values, table = self.single, self.table
-        found: dict[float, Choice] = {}
+        found: dict[PruningPlan, tuple[float, Choice]] = {}
         for believed, spec in self._beliefs():
             try:
                 choice = Choice.of(self._solve(believed, self._budget_ms(), spec))
             except DeployError:
-                if not found:  # the first of all: nothing fits, and the error says what would
+                if not self.tried:  # the first of all: nothing fits, and the error says what would
                     raise
                 continue
-            found.setdefault(self._loss(number, choice.widths, choice.dropped), choice)
-        for _, choice in sorted(found.items(), key=lambda item: item[0]):
+            plan = self.loop.plan_for(choice.widths, choice.dropped)
+            found[plan] = self._loss(number, choice.widths, choice.dropped), choice
+        for _, choice in sorted(found.values(), key=lambda start: start[0]):
             self.values, self.table = values, table
             yield choice
 
@@ -279,15 +280,18 @@ class Search:
         """
         values, choices, asked = self.single, self.table.choices, self.loop.spec
         roots = Sensitivity(
-            {id: {width: math.sqrt(loss) for width, loss in curve.items()} for id, curve in values.groups.items()},
-            {id: math.sqrt(loss) for id, loss in values.blocks.items()},
+            {id: {width: _root(loss) for width, loss in curve.items()} for id, curve in values.groups.items()},
+            {id: _root(loss) for id, loss in values.blocks.items()},
         )
         alike = Sensitivity(
             {g.id: {w: (1 - w / g.size) ** 2 for w in choices[g.id]} for g in self.loop.topology.offered},
             dict.fromkeys(values.blocks, 1.0),
         )
-        whole = asked.model_copy(update={"drop_blocks": False})
-        return [(values, asked), (roots, asked), (alike, asked), (values, whole), (roots, whole)]
+        beliefs = [(values, asked), (roots, asked), (alike, asked)]
+        if asked.drop_blocks and self.loop.topology.removable:
+            whole = asked.model_copy(update={"drop_blocks": False})
+            beliefs += [(values, whole), (roots, whole)]
+        return beliefs
 
     def _measured_starts(self) -> list[Choice]:
         """The best candidate, and the fastest of those that lose less, which are all above the budget."""
@@ -430,3 +434,8 @@ class Search:
         least = min(c.measured.ratio for c in now if c.measured)
         predicted = min(self._share(c.widths, c.dropped) for c in now)
         return max(AIM, self.aim) if least <= self.ratio * KEEPS else max(0.9 * AIM, AIM * min(1.0, predicted / least))
+
+
+def _root(loss: float) -> float:
+    """Rounding may leave a loss of nothing a little below 0."""
+    return math.sqrt(max(loss, 0.0))

@@ -93,5 +93,20 @@ def remember(store: Store, device: str, protocol: str, dense: str, seen: Sequenc
     store.relearn(device, protocol, _name(dense), joined)
 
 
+def corrected(known: Iterable[Seen], now: Seen) -> list[Seen]:
+    """What was measured, one candidate at last by the accepting protocol: in place of every other reading of it."""
+    plan = dict(now[0]), frozenset(now[1])
+    return [*(seen for seen in known if (dict(seen[0]), frozenset(seen[1])) != plan), now]
+
+
+def remember_corrected(store: Store, device: str, protocol: str, dense: str, now: Seen) -> None:
+    """Keep such a reading for later builds."""
+
+    def joined(old: list[Any] | None) -> list[Any]:
+        return [[dict(w), sorted(d), r] for w, d, r in corrected(map(tuple, old or []), now)][-KEPT:]
+
+    store.relearn(device, protocol, _name(dense), joined)
+
+
 def _name(dense: str) -> str:
     return f"candidates of {dense}"

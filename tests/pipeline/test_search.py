@@ -108,7 +108,12 @@ class Device:
     def search(
         self, ratio: float, rounds: int = 6, effort: float = 1.0, solver: Solver = SOLVER, known=(), drop_blocks=True
     ) -> Found:
-        loop = Loop(
+        return Search(self.search_loop(rounds, effort, solver, drop_blocks), TABLE, single_cuts(), ratio, known).run()
+
+    def search_loop(
+        self, rounds: int = 6, effort: float = 1.0, solver: Solver = SOLVER, drop_blocks: bool = True
+    ) -> Loop:
+        return Loop(
             topology=TOPOLOGY,
             rankings=RANKINGS,
             solver=solver,
@@ -120,7 +125,6 @@ class Device:
             progress=self.told.append,
             effort=effort,
         )
-        return Search(loop, TABLE, single_cuts(), ratio, known).run()
 
     def best_loss(self, ratio: float) -> float:
         """Lowest loss of all choices that truly fit."""
@@ -306,6 +310,24 @@ def test_a_budget_that_no_measurement_keeps_is_said_in_every_round():
     assert device.told and all(", budget 0.500x is not kept yet" in said for said in device.told[: len(device.asked)])
     assert all(name.startswith("round ") for name, _ in device.asked), "nothing to confirm"
     assert device.told[0].startswith("round 1: measured 0.5")
+
+
+@pytest.mark.parametrize(("bias", "ratio"), [(1.1, 0.1249), (1.1, 0.1298), (1.2, 0.136)])
+def test_a_budget_that_the_first_measurements_show_to_be_out_of_reach_is_no_error(bias: float, ratio: float):
+    """By the table as it was something fits, by the corrected one nothing: what was measured is told."""
+    found = Device(bias).search(ratio)
+    assert found.chosen is None and found.seen
+
+
+def test_a_block_that_loses_nothing_but_rounding_is_no_obstacle():
+    values = single_cuts()
+    search = Search(Device().search_loop(), TABLE, replace(values, blocks={"branch": -7e-9}), 0.5)
+    assert [believed.blocks["branch"] for believed, _ in search._beliefs()] == [-7e-9, 0.0, 1.0, -7e-9, 0.0]
+
+
+def test_no_belief_is_asked_twice_where_no_block_may_go():
+    search = Search(Device().search_loop(drop_blocks=False), TABLE, single_cuts(), 0.5)
+    assert len(search._beliefs()) == 3
 
 
 def test_a_budget_below_the_narrowest_network_is_refused_with_both_numbers():

@@ -23,9 +23,9 @@ tried as whole networks, and rho becomes what explains all of their losses best 
                parent
     survival   the ELITE best, and the children
 
-The constraint is the table's latency. Single moves use what is left of the budget in those that are tried, and the
-trial's loss after repair decides between all of them; without a trial the sum of the values does, after one evolution.
-Seeded by `prune.seed`.
+The constraint is the table's latency. Single moves, by the sum of the values, use what is left of the budget in those
+that are tried, and the trial's loss after repair decides between all of them; without a trial the sum of the values
+does, after one evolution. Seeded by `prune.seed`.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def solve(
 
 def alikeness(lattice: Lattice, points: Points, losses: Values) -> float:
     """The rho that explains the losses of these points best, at least 0; infinite losses say nothing."""
-    known = losses < WORST
-    alone = lattice.loss(points[known])
-    crossed, more = lattice.roots(points[known]) ** 2 - alone, losses[known] - alone
+    alone = lattice.loss(points)
+    known = (losses < WORST) & (alone < WORST)
+    crossed, more = (lattice.roots(points) ** 2 - alone)[known], (losses - alone)[known]
     return max(0.0, float(crossed @ more) / max(float(crossed @ crossed), 1e-30))
 
 

@@ -504,6 +504,13 @@ def test_how_alike_the_errors_of_cuts_are_is_learnt_from_what_was_tried(rho):
     assert search.fitness(points) == pytest.approx(losses)
     spoilt = np.concatenate([losses[:-1], [WORST]])
     assert genetic.alikeness(lattice, points, spoilt) == pytest.approx(rho, abs=1e-9)
+    lattice.losses[lattice.losses == lattice.losses[0, 0]] = WORST  # a cut whose own loss is not finite
+    beyond = np.concatenate([points, [[0, *points[0, 1:]]]])
+    assert lattice.loss(beyond[-1:])[0] >= WORST
+    known = lattice.loss(beyond) < WORST
+    assert genetic.alikeness(lattice, beyond[known], np.append(losses, 1.0)[known]) == pytest.approx(
+        genetic.alikeness(lattice, beyond, np.append(losses, 1.0))
+    )
 
 
 def wide_chain() -> tuple:

@@ -13,7 +13,7 @@ from latency_problems import group, topology
 from pipeline.latency import fit
 from pipeline.latency.calibrate import adjust, draw, how_many
 from pipeline.latency.choices import Rule, find_choices
-from pipeline.latency.feedback import KEPT, Residual, near, recalibrate, recall, remember, residuals
+from pipeline.latency.feedback import KEPT, Residual, near, recalibrate, recall, remember, remember_corrected, residuals
 from pipeline.latency.grid import WIDTHS, find_grid, judge
 from pipeline.latency.reference import chain
 from pipeline.latency.store import Store
@@ -312,3 +312,7 @@ def test_candidates_are_remembered_once_by_device_protocol_and_network_and_the_l
         assert recall(store, "device", "p99", "dense") == recall(store, "other", "p50", "dense") == []
         remember(store, "device", "p50", "dense", [({"g": k}, (), 0.5) for k in range(KEPT)])
         assert recall(store, "device", "p50", "dense") == [({"g": k}, (), 0.5) for k in range(KEPT)]
+        remember(store, "device", "p50", "dense", [({"g": 3}, (), 0.45), ({"g": 3}, (), 0.46)])
+        remember_corrected(store, "device", "p50", "dense", ({"g": 3}, frozenset(), 0.6))
+        found = recall(store, "device", "p50", "dense")
+        assert [ratio for widths, _, ratio in found if widths == {"g": 3}] == [0.6] and len(found) == KEPT - 2

@@ -134,11 +134,21 @@ def _release(work: Work) -> BuildResult:
     _compare_precisions(work, exact, dense, accuracy_dense)
     budget = ondevice.relative_budget(work, dense)
     work, base = _prepared(work, dense, budget)
+    return _within(work, exact, dense, base, budget / work.slower, accuracy_dense)
+
+
+def _within(
+    work: Work, exact: Outcome, dense: Outcome, base: Outcome, ratio: float, accuracy_dense: float | None
+) -> BuildResult:
+    """Plans in turn, each for a tighter budget than the last, until the accepting protocol finds it kept.
+
+    ratio: the budget, relative to the network that is pruned. Where no plan is found to keep it, the last one that was
+    carried out is reported, or the last one is carried out for that.
+    """
     _rank(work)
     table = _table(work, base)
     probe = losses.probe(work)
     values = losses.values(work, probe, table)
-    ratio = budget / work.slower
     known, found, ending = ondevice.known_candidates(work, base), None, None
     for attempt in range(ATTEMPTS):
         try:
@@ -158,12 +168,7 @@ def _release(work: Work) -> BuildResult:
             told = ending.session, ending.judged
             if _settled(*told):
                 break
-        table, known = found.table, [*known, *found.seen]
-        if not work.profile.graph.candidates:  # with these what ships is not what the search measured
-            seen = _seen(work, now.chosen, *told, ratio)
-            known = corrected(known, seen)
-            with ondevice.latency_store(work) as store:
-                remember_corrected(store, *ondevice.identity(work, base), seen)
+        table, known = found.table, _learnt(work, base, [*known, *found.seen], now.chosen, told, ratio)
     if ending is None:
         assert found is not None
         ending = _finish(work, exact, dense, found, accuracy_dense)
@@ -191,16 +196,29 @@ def _accept_plan(
     return ondevice.accept_plan(work, dense, base, chosen.plan)
 
 
-def _seen(work: Work, chosen: Candidate, session: Session, judged: Judgement, ratio: float) -> Seen:
-    """A plan as the accepting protocol measured it, against the network that is pruned.
+def _learnt(
+    work: Work,
+    base: Outcome,
+    known: Sequence[Seen],
+    chosen: Candidate,
+    told: tuple[Session, Judgement],
+    ratio: float,
+) -> list[Seen]:
+    """What is known of candidates, the chosen one by what the accepting protocol told, kept for later builds too.
 
     An absolute budget is a share of the dense latency of one moment: a plan that takes longer than the limit is beyond
-    that share, whatever the dense network takes now.
+    that share, whatever the dense network takes now. Rewrites make another network of a plan: nothing is learnt of it.
     """
-    now = session.ratio(PRUNED, DENSE, ondevice.short_statistic(work.budget)).center / work.slower
+    if work.profile.graph.candidates:
+        return list(known)
+    session, judged = told
     if work.budget.ratio is None:
-        now = ratio * judged.value / judged.limit
-    return chosen.widths, chosen.dropped, now
+        return corrected(known, (chosen.widths, chosen.dropped, ratio * judged.value / judged.limit))
+    now = session.ratio(PRUNED, DENSE, ondevice.short_statistic(work.budget)).center / work.slower
+    seen = chosen.widths, chosen.dropped, now
+    with ondevice.latency_store(work) as store:
+        remember_corrected(store, *ondevice.identity(work, base), seen)
+    return corrected(known, seen)
 
 
 def _settled(session: Session, judged: Judgement) -> bool:

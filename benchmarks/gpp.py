@@ -83,8 +83,8 @@ def _training(seed: int) -> dict[str, Any]:
 def cells(epochs: int, seeds: int, arms: Sequence[str] = ()) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Name, budget and flags of every cell. arms: names of those that are asked for; empty: all."""
     for budget in BUDGETS:
-        for arm in ARMS:
-            for seed in range(seeds if not arms or arm.name in arms else 0):
+        for arm in (arm for arm in ARMS if not arms or arm.name in arms):
+            for seed in range(seeds):
                 yield f"{budget}/{arm.name}/{epochs}+{AFTER}/{seed}", budget, arm.flags(epochs, seed)
 
 

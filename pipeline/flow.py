@@ -190,7 +190,8 @@ def _accept_plan(
     """
     if not _trains(work) or work.profile.graph.candidates:
         return None
-    same = work.budget.ratio is not None and work.budget.percentile != "p99" and work.slower == 1.0
+    budget = work.budget
+    same = budget.ratio is not None and ondevice.short_statistic(budget) == budget.percentile and work.slower == 1.0
     if same and chosen.measured is not None and chosen.measured.high <= ratio:
         return None
     return ondevice.accept_plan(work, dense, base, chosen.plan)

@@ -173,9 +173,7 @@ def _measure_together(work: Work, dense: Outcome, name: str, plans: Sequence[Pru
     model = dense.path("onnx")
     artifacts = {DENSE: model, AGAIN: model}
     for index, plan in enumerate(plans, 1):
-        cut = resolve(work.topology, plan)
-        file = work.scratch(f"{name}-{index}.onnx".replace(" ", "-"))
-        artifacts[f"candidate-{index}"] = narrow_file(model, cut, file)
+        artifacts[f"candidate-{index}"] = _narrowed(work, dense, plan, f"{name}-{index}")
     session = measure(work, name, artifacts, "rank")
     return [_measured(session, f"candidate-{index}", work.budget) for index in range(1, len(plans) + 1)]
 
@@ -214,8 +212,14 @@ def accept(work: Work, dense: Outcome, model: Path, name: str = "accept") -> tup
 
 def accept_plan(work: Work, dense: Outcome, base: Outcome, plan: PruningPlan) -> tuple[Session, Judgement]:
     """The same for a plan that is not carried out yet: the network that is pruned, narrowed by it."""
-    cut = resolve(work.topology, plan)
-    return accept(work, dense, narrow_file(base.path("onnx"), cut, work.scratch("accept-plan.onnx")), "accept plan")
+    name = "accept plan"
+    return accept(work, dense, _narrowed(work, base, plan, name), name)
+
+
+def _narrowed(work: Work, base: Outcome, plan: PruningPlan, name: str) -> Path:
+    """The ONNX file of the network that is pruned, narrowed by a plan."""
+    file = work.scratch(f"{name}.onnx".replace(" ", "-"))
+    return narrow_file(base.path("onnx"), resolve(work.topology, plan), file)
 
 
 def known_candidates(work: Work, dense: Outcome) -> list[Seen]:

@@ -85,7 +85,7 @@ def recall(store: Store, device: str, protocol: str, dense: str) -> list[Seen]:
 
 def remember(store: Store, device: str, protocol: str, dense: str, seen: Sequence[Seen]) -> None:
     """Keep what was measured for later builds, beside what earlier ones did; a run that is resumed says it twice."""
-    new = [[dict(widths), sorted(dropped), ratio] for widths, dropped, ratio in seen]
+    new = _rows(seen)
 
     def joined(old: list[Any] | None) -> list[Any]:
         return [*(row for row in old or [] if row not in new), *new][-KEPT:]
@@ -103,9 +103,14 @@ def remember_corrected(store: Store, device: str, protocol: str, dense: str, now
     """Keep such a reading for later builds."""
 
     def joined(old: list[Any] | None) -> list[Any]:
-        return [[dict(w), sorted(d), r] for w, d, r in corrected(map(tuple, old or []), now)][-KEPT:]
+        return _rows(corrected(map(tuple, old or []), now))[-KEPT:]
 
     store.relearn(device, protocol, _name(dense), joined)
+
+
+def _rows(seen: Iterable[Seen]) -> list[Any]:
+    """Candidates as a store keeps them."""
+    return [[dict(widths), sorted(dropped), ratio] for widths, dropped, ratio in seen]
 
 
 def _name(dense: str) -> str:

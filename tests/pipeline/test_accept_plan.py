@@ -14,7 +14,6 @@ from tiny_project import replace, request, run_of, write_project
 
 from pipeline import flow, ondevice
 from pipeline.flow import BuildResult, build
-from pipeline.graph.narrow import narrow_file
 from pipeline.journal import Journal
 from pipeline.latency.feedback import corrected
 from pipeline.run import BuildRequest
@@ -182,14 +181,8 @@ def test_a_build_killed_after_its_plan_was_accepted_does_not_measure_it_again(
             build(request(project, tmp_path / "root"))
     [run] = (tmp_path / "root" / "runs").iterdir()
     assert len(Journal(run / "journal").entries("session accept plan")) == 1
-    monkeypatch.setattr(ondevice, "narrow_file", lambda *given: given[-1] if _same(*given) else 1 / 0)
     result = build(BuildRequest.again(run, Console(file=io.StringIO(), width=200)))
     assert result.exit_code == 0 and sessions(result, "accept plan") == 1 and recoveries(result) == 1
-
-
-def _same(model: Path, cut: Any, file: Path) -> bool:
-    """Narrow as ever: a resumed build writes the same file."""
-    return narrow_file(model, cut, file) == file
 
 
 def test_a_plan_is_known_by_what_the_accepting_protocol_said_of_it_and_not_by_what_was_said_before():

@@ -141,6 +141,12 @@ def kept(found: Found, ratio: float) -> list[Candidate]:
     return [c for c in found.tried if c.measured is not None and c.measured.ratio <= ratio]
 
 
+@pytest.mark.parametrize(("bias", "ratio"), [(0.9, 0.65), (1.0, 0.5), (1.05, 0.7), (1.12, 0.55)])
+def test_a_search_finds_the_best_of_all_choices(bias: float, ratio: float):
+    found = Device(bias).search(ratio).chosen
+    assert found is not None and found.loss == pytest.approx(Device(bias).best_loss(KEEPS * ratio))
+
+
 @pytest.mark.parametrize(("bias", "ratio"), [(0.9, 0.65), (1.0, 0.5), (1.12, 0.55)])
 def test_looks_from_far_to_near_find_the_best_of_all_choices(monkeypatch, bias: float, ratio: float):
     found, best = Device(bias).search(ratio).chosen, Device(bias).best_loss(KEEPS * ratio)

@@ -24,6 +24,7 @@ from pipeline.nouns import Topology
 from pipeline.outputs import tensors
 from pipeline.prune import operators
 from pipeline.prune.labels import Reader
+from pipeline.prune.layout import channels_first, channels_last
 from pipeline.prune.lowering import call_new, lower
 from pipeline.prune.naming import kind_of_node
 from pipeline.prune.proxy import numbers
@@ -81,9 +82,12 @@ def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rul
     graph.graph.lint()
     graph.delete_all_unused_submodules()
     graph.recompile()
-    with torch.no_grad():
-        for inputs, outputs, share in expected:
-            _check_equal(outputs, graph(*inputs), share)
+    channels_last(graph)
+    try:
+        _check(graph, expected)
+    except Exception:  # noqa: BLE001  what stays whole may want tensors as torch makes them, as .view does
+        channels_first(graph)
+        _check(graph, expected)
     (shapes, given), (longer, more) = _shapes(graph, example), _shapes(graph, wider)
     along = tuple(_along(*sizes, len(example[0])) for sizes in zip(given, more, strict=True))
     return Network(graph, example, shapes, leaves, rules, samples=_samples(shapes, longer), answers=along)
@@ -255,6 +259,13 @@ def _skips_first(graph: fx.GraphModule) -> None:
             inputs = [n for n in early.all_input_nodes if n.op != "placeholder"]
             if inputs and early.op not in ("placeholder", "get_attr"):
                 max(inputs).append(early)
+
+
+@torch.no_grad()
+def _check(graph: fx.GraphModule, expected: Iterable[tuple[tuple[Tensor, ...], Any, float]]) -> None:
+    """Raise DeployError where the graph does not give these outputs for these inputs."""
+    for inputs, outputs, share in expected:
+        _check_equal(outputs, graph(*inputs), share)
 
 
 def _check_equal(expected: Any, got: Any, share: float) -> None:

@@ -31,6 +31,7 @@ from pipeline.nouns import ChannelGroup, Constant, ConstantValue, Cut, Units
 from pipeline.prune import operators
 from pipeline.prune.capture import Network, ancestors
 from pipeline.prune.labels import Op
+from pipeline.prune.layout import as_before
 from pipeline.prune.neutral import describe
 from pipeline.prune.proof import randomised
 from pipeline.prune.surgery import carry_out
@@ -384,4 +385,4 @@ def _extend(module: nn.Module, more: int) -> None:
 
 def _longer(value: Tensor, more: Tensor, axis: int = 0) -> nn.Parameter:
     """A parameter with more entries, frozen where it was."""
-    return nn.Parameter(torch.cat([value, more], axis), value.requires_grad)
+    return nn.Parameter(as_before(torch.cat([value, more], axis), value), value.requires_grad)

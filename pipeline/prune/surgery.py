@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from pipeline.nouns import Cut, PruningPlan
 from pipeline.prune import operators
 from pipeline.prune.capture import Network
+from pipeline.prune.layout import as_before
 from pipeline.prune.plan import resolve
 from profiles.errors import DeployError
 
@@ -69,9 +70,9 @@ def _slice(pruned: fx.GraphModule, name: str, axes: dict[int, Tensor], shared: S
     for axis, kept in axes.items():
         cut = cut.index_select(axis, kept)
     if isinstance(value, nn.Parameter):
-        made: Tensor = nn.Parameter(cut.clone(), requires_grad=value.requires_grad)
+        made: Tensor = nn.Parameter(as_before(cut, value), requires_grad=value.requires_grad)
     else:
-        made = cut.clone()
+        made = as_before(cut, value)
     shared[id(value)] = (value, made)
     setattr(owner, leaf, made)
 

@@ -15,7 +15,7 @@ and ONNX Runtime session, so that only the network differs. Test accuracy is tak
 Before the recovery, accuracies are those on the validation split. Then the finalists of a network and budget are
 measured in one interleaved session with the dense network, which is where a cell's ratio and its interval come from.
 Each cell is a line of benchmarks/results/frontier.jsonl; what they leave behind is in runs/frontier. Dense weights that
-are not in the data are trained first (runs/trained). Contestants, as their users would run them:
+are in neither data nor benchmarks/trained are trained first. Contestants, as their users would run them:
 
     ours                        `deploy build` as it is (ours-solver-NAME, ours-criterion-NAME: with another method)
     torch-pruning-METHOD-N      Torch-Pruning 1.6.1, widths rounded to N, its ratio searched likewise: depgraph.py;

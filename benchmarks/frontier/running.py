@@ -21,7 +21,7 @@ from benchmarks.lines import Row
 if TYPE_CHECKING:
     from benchmarks.frontier.arena import Arena, Entry, Pace
 
-TRAINED = ROOT / "runs" / "trained"
+TRAINED = ROOT / "benchmarks" / "trained"
 
 
 @dataclass(frozen=True)

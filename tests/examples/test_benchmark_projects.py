@@ -70,7 +70,7 @@ def test_a_copy_of_a_project_finds_what_the_project_finds_and_accepts_any_accura
     copied = read_project_file(builds.accepting("mobilenetv2_gtsrb", tmp_path / "copied"))
     assert copied.accuracy.max_drop == 1.0 and copied.recover.epochs == 1
     assert [Path(folder) for folder in copied.path] == [BENCHMARKS, BENCHMARKS / "projects" / "resnet20_gtsrb"]
-    assert f":-{BENCHMARKS.parent}/runs/trained}}/mobilenetv2_gtsrb.safetensors" in copied.model.weights
+    assert f":-{BENCHMARKS}/trained}}/mobilenetv2_gtsrb.safetensors" in copied.model.weights
     assert (builds.accepting("resnet20_gtsrb", tmp_path / "other") / "task.py").is_file()
 
 

@@ -10,6 +10,7 @@ RECOVERS = True (False where it says nothing) tells that its trials are trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -80,9 +81,10 @@ def infeasible(
     hint: str = "lower prune.min_width or raise the budget.",
 ) -> MissedError:
     """The error for a budget below what the narrowest network needs. narrowest: of those that the solver may choose."""
-    for digits in (1, 2, 3, 4, 5):
-        budget, least = f"{budget_ms:.{digits}f}", f"{narrowest_ms:.{digits}f}"
-        if budget != least and float(budget) > 0:
+    digits = max(1, 1 - math.floor(math.log10(max(1e-6, min(budget_ms, narrowest_ms)))))  # two figures of the smaller
+    for places in range(digits, digits + 4):
+        budget, least = f"{budget_ms:.{places}f}", f"{narrowest_ms:.{places}f}"
+        if budget != least:
             break
     return MissedError(
         f"budget {budget} ms cannot be met: {narrowest} is predicted at {least} ms.",

@@ -198,6 +198,12 @@ def test_an_infeasible_budget_close_to_the_floor_is_told_with_enough_digits():
         exact.solve([], sensitivity, costs, net, 0.401, SPEC)
 
 
+def test_an_infeasible_budget_of_a_small_network_is_told_with_two_figures():
+    costs, net, sensitivity = chain({16: 0.1642, 32: 0.25}, {16: 1.0, 32: 0.0})
+    with pytest.raises(MissedError, match=r"budget 0\.13 ms cannot be met: .* predicted at 0\.16 ms\."):
+        exact.solve([], sensitivity, costs, net, 0.1283, SPEC)
+
+
 def test_between_equal_losses_the_faster_network_wins():
     costs, net, sensitivity = chain({16: 1.0, 32: 2.0, 48: 3.0}, {16: 0.5, 32: 0.5, 48: 0.0})
     assert exact.solve([], sensitivity, costs, net, 2.5, SPEC).widths == {"g": 16}

@@ -122,13 +122,16 @@ def _share(value: float | None) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """All cells, and what they were taken on."""
+    """All cells, those of each machine and versions together: widths that pay are others on other devices."""
     lines = []
     for project, rows in results.items():
-        first: dict[str, Any] = next(iter(rows.values()), {})
-        dense = first.get("summary", {}).get("accuracy_dense")
-        lines.append(f"{project} at {BUDGET}, dense {_share(dense)}: {first.get('machine')} {first.get('versions')}")
-        lines += [line(name, row) for name, row in sorted(rows.items())]
+        taken: dict[str, list[str]] = {}
+        for name, row in sorted(rows.items()):
+            taken.setdefault(f"{row.get('machine')} {row.get('versions')}", []).append(name)
+        for where, names in taken.items():
+            dense = rows[names[0]].get("summary", {}).get("accuracy_dense")
+            lines.append(f"{project} at {BUDGET}, dense {_share(dense)}: {where}")
+            lines += [line(name, rows[name]) for name in names]
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """RED, which sees no data: how much it removes before half a point is lost, and whether separation is ever faster.
 
-    python -m benchmarks.red                     what has no result yet (about half an hour)
+    python -m benchmarks.red                     what has no result yet (about an hour and a half)
     python -m benchmarks.red --only merge        one part: merge, hash, separate
     python -m benchmarks.red --table             what there is so far
 

@@ -8,7 +8,8 @@
 A cell is a whole `deploy build` at 0.5x on the ResNet-20 of GTSRB or the ResNet-56 of JPEG-re-encoded CIFAR-10, so its
 latency is the accepted one; it ends at its budget whatever it loses. Criteria are compared without the removal of
 blocks, which would leave them little to order; solvers, hooks and repairs with it. What is random has three seeds.
-Cells are kept one by one in benchmarks/results/methods.json; benchmarks/results/methods.png draws them.
+Cells are kept one by one in benchmarks/results/methods.json; benchmarks/results/methods.png draws them. Those that are
+to be taken again on another machine keep the old one's name behind theirs: `criteria/obs/0 (AMD EPYC)`.
 """
 
 from __future__ import annotations

@@ -2,34 +2,34 @@
 
     python -m benchmarks.methods                       all cells that have no result yet (hours)
     python -m benchmarks.methods --minutes 60          for at most that long
-    python -m benchmarks.methods --only criteria       one family: criteria, solvers, hooks, repairs
+    python -m benchmarks.methods --only '*/criteria/*' shell patterns of PROJECT/FAMILY/METHOD/SEED
     python -m benchmarks.methods --table               what there is so far, and the picture
 
 A cell is a whole `deploy build` at 0.5x on the ResNet-20 of GTSRB or the ResNet-56 of JPEG-re-encoded CIFAR-10, so its
 latency is the accepted one; it ends at its budget whatever it loses. Criteria are compared without the removal of
 blocks, which would leave them little to order; solvers, hooks and repairs with it. What is random has three seeds.
-Cells are kept one by one in benchmarks/results/methods.json; benchmarks/results/methods.png draws them. Those that are
-to be taken again on another machine keep the old one's name behind theirs: `criteria/obs/0 (AMD EPYC)`.
+Families: criteria, solvers, hooks, repairs. Cells are kept one by one in benchmarks/results/methods.jsonl, each
+processor's apart, since the widths that pay are others there; benchmarks/results/methods.png draws them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from benchmarks import builds
+from benchmarks import builds, lines
+from benchmarks.lines import Row
 from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from pipeline.prune.repair import MODES
 from pipeline.recover.train import HOOKS
 from profiles import plugins
 
-RESULTS = Path(__file__).resolve().parent / "results" / "methods.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "methods.jsonl"
 PICTURE = RESULTS.with_suffix(".png")
 SOLVERS = "pipeline.latency.solvers"
 PROJECTS = ("resnet20_gtsrb", "resnet56_cifar10_jpeg")
@@ -77,22 +77,25 @@ def cells() -> Iterator[Cell]:
         yield Cell("repairs", mode, 0, ("--repair", mode, "--criterion", "qsfm-psnr"))
 
 
-def run(minutes: float, families: tuple[str, ...]) -> None:
+Results = dict[tuple[str, str], dict[str, Row]]
+"""(project, processor) -> cell -> its row."""
+
+
+def run(minutes: float, patterns: Sequence[str]) -> None:
     """Cells in turn, until all are done or the time is up."""
-    end, results = time.monotonic() + 60 * minutes, read()
+    end, processor = time.monotonic() + 60 * minutes, builds.machine()["cpu"]
     for project in PROJECTS:
-        kept = results.setdefault(project, {})
         for cell in sorted(cells(), key=_turn):
-            if cell.family not in families or cell.name in kept:
+            asked = not patterns or any(fnmatch(f"{project}/{cell.name}", pattern) for pattern in patterns)
+            if not asked or cell.name in read().get((project, processor), {}):
                 continue
             if time.monotonic() > end:
                 return
             print(f"== {project} {cell.name}", flush=True)
             place = builds.accepting(project, builds.WORK / "accepting" / project)
-            kept[cell.name] = builds.deploy(place, BUDGET, cell.flags, builds.WORK)
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            print(line(cell.name, kept[cell.name]), flush=True)
+            row = builds.deploy(place, BUDGET, cell.flags, builds.WORK)
+            lines.append(RESULTS, {"project": project, "cell": cell.name, **row})
+            print(line(cell.name, row), flush=True)
 
 
 def _turn(cell: Cell) -> tuple[int, int]:
@@ -100,13 +103,15 @@ def _turn(cell: Cell) -> tuple[int, int]:
     return cell.seed, FIRST.index(cell.method) if cell.method in FIRST else len(FIRST)
 
 
-def read() -> dict[str, dict[str, Any]]:
-    """What there is so far: project -> cell -> row."""
-    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+def read() -> Results:
+    """What there is so far; the last row of a cell counts."""
+    found: Results = {}
+    for row in lines.read(RESULTS):
+        found.setdefault((row["project"], row["machine"]["cpu"]), {})[row["cell"]] = row
     return found
 
 
-def line(name: str, row: dict[str, Any]) -> str:
+def line(name: str, row: Row) -> str:
     """One cell in a line: latency, validation accuracy after each repair, test accuracy after the epoch, seconds."""
     summary = row["summary"]
     if summary.get("latency_ratio") is None:
@@ -122,22 +127,22 @@ def _share(value: float | None) -> str:
     return "   -" if value is None else f"{100 * value:5.1f}"
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """All cells, those of each machine and versions together: widths that pay are others on other devices."""
-    lines = []
-    for project, rows in results.items():
+def table(results: Results) -> str:
+    """All cells, those of a machine and its versions together."""
+    told = []
+    for (project, _), rows in results.items():
         taken: dict[str, list[str]] = {}
         for name, row in sorted(rows.items()):
-            taken.setdefault(f"{row.get('machine')} {row.get('versions')}", []).append(name)
+            taken.setdefault(f"{row['machine']} {row.get('versions')}", []).append(name)
         for where, names in taken.items():
             dense = rows[names[0]].get("summary", {}).get("accuracy_dense")
-            lines.append(f"{project} at {BUDGET}, dense {_share(dense)}: {where}")
-            lines += [line(name, rows[name]) for name in names]
-    return "\n".join(lines)
+            told.append(f"{project} at {BUDGET}, dense {_share(dense)}: {where}")
+            told += [line(name, rows[name]) for name in names]
+    return "\n".join(told)
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Accuracy of each cell after each step, one panel a project and family."""
+def draw(results: Results, path: Path) -> None:
+    """Accuracy of each cell after each step, one panel a project, processor and family."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,10 +153,10 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         return
     figure, panels = plt.subplots(len(shown), 1, figsize=(9, 4 * len(shown)), squeeze=False, layout="constrained")
     steps = {"none": "o", "bn": "s", "merge": "v", "layerwise": "^", "least-squares": "D", "epoch": "*"}
-    for (project, family), panel in zip(shown, panels[:, 0], strict=True):
+    for (where, family), panel in zip(shown, panels[:, 0], strict=True):
         rows = {
             name: row
-            for name, row in sorted(results[project].items())
+            for name, row in sorted(results[where].items())
             if name.startswith(family) and row["summary"].get("latency_ratio") is not None
         }
         labels = [name.removeprefix(f"{family}/") for name in rows]
@@ -165,7 +170,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
                 panel.plot(*zip(*known, strict=True), marker, label=step)
         panel.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
         panel.set_ylabel("accuracy, %")
-        panel.set_title(f"{project}: {family}, all at {BUDGET} of the dense latency as measured")
+        panel.set_title(f"{' on '.join(where)}: {family}, all at {BUDGET} of the dense latency as measured")
         panel.legend(ncols=6, fontsize="small")
         panel.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)
@@ -176,12 +181,11 @@ def main() -> int:
     """Run, then print the table and draw it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--only", help=f"families, divided by commas: {', '.join(FAMILIES)}")
+    parser.add_argument("--only", nargs="+", default=(), metavar="PROJECT/FAMILY/METHOD/SEED", help="shell patterns")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
-    families = tuple(asked.only.split(",")) if asked.only else FAMILIES
     if not asked.table:
-        run(asked.minutes, families)
+        run(asked.minutes, asked.only)
     print(table(read()))
     draw(read(), PICTURE)
     return 0

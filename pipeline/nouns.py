@@ -110,6 +110,7 @@ class Topology:
 
     params: parameter or buffer name -> axis -> units, for every axis that can be cut.
     leaves: captured modules whose channels stay, with the reason. layers: convolutions and linear layers, in order.
+    made: (parameter, axis) on which a layer or a product makes its channels; depthwise layers only pass theirs.
     count: of all units, with those that are in no group (of a constant alone); their ids run from 0 to count - 1.
     """
 
@@ -120,6 +121,7 @@ class Topology:
     leaves: tuple[tuple[str, str], ...] = ()
     layers: tuple[Layer, ...] = ()
     count: int = 0
+    made: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def offered(self) -> tuple[ChannelGroup, ...]:

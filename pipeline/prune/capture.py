@@ -45,6 +45,7 @@ class Network:
     (units where channels are mixed): empty until `find_groups` fills them. samples: node name -> the axis along which
     the samples lie, where that is not the first (tokens first, as in nn.TransformerEncoderLayer). answers: the same for
     each tensor that it gives, None for one that is as long for any number of samples (fixed anchors); empty: all first.
+    stacked: names of nodes in whose first axis all samples lie once, then all again (torch.cat([x, y], 0)).
     """
 
     graph: fx.GraphModule
@@ -56,6 +57,7 @@ class Network:
     readers: tuple[Reader, ...] = ()
     samples: Mapping[str, int] = field(default_factory=dict)
     answers: tuple[int | None, ...] = ()
+    stacked: frozenset[str] = frozenset()
 
 
 def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rule] | None = None) -> Network:
@@ -90,7 +92,8 @@ def capture(model: nn.Module, example: Sequence[Tensor], rules: Mapping[str, Rul
         _check(graph, expected)
     (shapes, given), (longer, more) = _shapes(graph, example), _shapes(graph, wider)
     along = tuple(_along(*sizes, len(example[0])) for sizes in zip(given, more, strict=True))
-    return Network(graph, example, shapes, leaves, rules, samples=_samples(shapes, longer), answers=along)
+    axes, stacked = _samples(shapes, longer), _stacked(graph, example, shapes, longer)
+    return Network(graph, example, shapes, leaves, rules, samples=axes, answers=along, stacked=stacked)
 
 
 def _check_names(model: nn.Module) -> None:
@@ -164,6 +167,49 @@ def _samples(shapes: Mapping[str, tuple[int, ...]], wider: Mapping[str, tuple[in
     """Node name -> the first axis that a sample more makes longer, where that is not axis 0."""
     found = {name: _grown(shape, wider[name]) for name, shape in shapes.items()}
     return {name: axis for name, axis in found.items() if axis}
+
+
+class _Rows(fx.Interpreter):
+    """Runs a graph and keeps a random sum of each row of some nodes; rows that differ have other sums."""
+
+    def __init__(self, graph: fx.GraphModule, wanted: frozenset[str]) -> None:
+        super().__init__(graph)
+        self.wanted, self.sums = wanted, dict[str, Tensor]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.wanted:
+            rows = value.reshape(len(value), -1).double()
+            weights = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            self.sums[n.name] = rows @ weights
+        return value
+
+
+@torch.no_grad()
+def _stacked(
+    graph: fx.GraphModule, example: tuple[Tensor, ...], shapes: Mapping[str, tuple[int, ...]],
+    wider: Mapping[str, tuple[int, ...]],
+) -> frozenset[str]:  # fmt: skip
+    """Nodes in whose first axis several runs of all samples lie one behind the other.
+
+    Asked of the graph: of two samples the second is changed, and every second row changes with it instead of the
+    second half. Most networks have no node with more rows than samples, and nothing is run for them.
+    """
+    count = len(example[0])
+    folded = frozenset(name for name, shape in shapes.items() if _grown(shape, wider[name]) == 0 and shape[0] > count)
+    if not folded:
+        return folded
+    first, second = _Rows(graph, folded), _Rows(graph, folded)
+    two = tuple(x[:1].repeat(2, *[1] * (x.dim() - 1)) for x in example)
+    first.run(*two)
+    second.run(*(torch.cat([x[:1], x[1:] * -1.5]) if x.is_floating_point() else x for x in two))
+    found = set()
+    for name, sums in first.sums.items():
+        changed = sums != second.sums[name]
+        behind = torch.arange(len(changed)) % 2 == 1
+        if len(changed) > 2 and bool((changed == behind).all()):
+            found.add(name)
+    return frozenset(found)
 
 
 def _along(shape: tuple[int, ...], wider: tuple[int, ...], samples: int) -> int | None:

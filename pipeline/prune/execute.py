@@ -19,8 +19,8 @@ class TouchedRun(fx.Interpreter):
     """Runs a graph; the input of every reader passes through `touch` first.
 
     What `touch` is given has the samples first: where they lie along another axis (tokens first), it is moved for it,
-    and where they are folded into the leading axis (windows of attention), they are unfolded. skip: additions that give
-    one operand only.
+    and where they are folded into the leading axis (windows of attention, frames joined along it), they are unfolded.
+    skip: additions that give one operand only.
     """
 
     def __init__(
@@ -58,6 +58,9 @@ class TouchedRun(fx.Interpreter):
         if not folded:
             return self.touch(reader, x)
         open_ = dataclasses.replace(reader, axis=reader.axis + 1)
+        if reader.stacked:
+            apart = x.reshape(-1, self.samples, *x.shape[1:]).transpose(0, 1)
+            return self.touch(open_, apart).transpose(0, 1).flatten(0, 1)
         return self.touch(open_, x.reshape(self.samples, -1, *x.shape[1:])).flatten(0, 1)
 
 

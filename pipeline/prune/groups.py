@@ -134,13 +134,15 @@ def _topology(network: Network, space: LabelSpace, component: Ids) -> tuple[Topo
     groups = tuple(g for g in found if not g.frozen or set(g.members) - direct)
     read = {node.name: node.all_input_nodes[:1] for node in network.graph.graph.nodes}
     along = {name: network.samples.get(sources[0].name, 0) for name, sources in read.items() if sources}
+    stacked = {name for name, sources in read.items() if sources and sources[0].name in network.stacked}
     readers = tuple(
-        dataclasses.replace(r, ids=units(r.ids), samples=along[r.op])  # type: ignore[arg-type]
+        dataclasses.replace(r, ids=units(r.ids), samples=along[r.op], stacked=r.op in stacked)  # type: ignore[arg-type]
         for r in space.readers
     )
     leaves = tuple(network.leaves.items())
     count = int(component.max(initial=-1)) + 1
-    return Topology(groups, blocks, dict(params), constants, leaves, layers(network), count), readers
+    made_by = frozenset(space.produced)
+    return Topology(groups, blocks, dict(params), constants, leaves, layers(network), count, made_by), readers
 
 
 def _is_weight(name: str) -> bool:

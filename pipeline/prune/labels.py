@@ -85,6 +85,7 @@ class Reader:
     how: what stands for a channel that is gone. "zero" almost everywhere; "statistics" where mean and variance are
     taken over the rest, "softmax" and "amax" where it is minus infinity, "amin" infinity, "mean" where the mean is
     over the rest. over: the axes of a statistic or a reduction. samples: the axis of the samples in what it reads.
+    stacked: they lie there several times, all of them once and then all of them again (two frames joined along it).
     """
 
     op: str
@@ -94,6 +95,7 @@ class Reader:
     how: str = "zero"
     over: tuple[int, ...] = ()
     samples: int = 0
+    stacked: bool = False
 
 
 @dataclass(frozen=True)

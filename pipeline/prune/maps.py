@@ -109,7 +109,8 @@ def grams(network: Network, inputs: tuple[Tensor, ...]) -> dict[str, Gram]:
             layer = network.graph.get_submodule(name)
             if layer.weight[0].numel() > GRAM_COLUMNS:  # type: ignore[index]
                 return x
-            seen = patches(layer, x, GRAM_ROWS)
+            folded = 0 if isinstance(layer, nn.Linear) else x.dim() - layer.weight.dim()  # type: ignore[operator]
+            seen = patches(layer, x.flatten(0, folded), GRAM_ROWS)
             mean = seen.mean(0)
             centred = (seen - mean).transpose(0, 1)
             covariance = centred.transpose(1, 2) @ centred / len(seen)

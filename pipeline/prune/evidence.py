@@ -159,8 +159,10 @@ class Evidence:
         logits, and several outputs, each on its own scale, take a random read-out of unit variance.
         """
         source = torch.Generator().manual_seed(self.seed)
+        told = self.samples.targets is not None and self.loss is not None
+        scales = () if told or len(self.network.answers) < 2 else _scales(joined(self.outputs))
         rows = [
-            _gate_gradients(self.network, batch, targets, self.loss, self.units, source)
+            _gate_gradients(self.network, batch, targets, self.loss, self.units, source, scales)
             for batch, targets in self.batches()
         ]
         return torch.cat(rows)
@@ -198,6 +200,8 @@ class Evidence:
         """
 
         def touch(reader: Reader, x: Tensor) -> Tensor:
+            if reader.how == "statistics":  # gated where the norm's channels are mixed
+                return x
             ids = torch.from_numpy(reader.ids).long()
             own = torch.where(ids < 0, torch.ones((), dtype=gates.dtype), gates[..., ids.clamp_min(0)])
             view = [len(own) if gates.dim() == 2 else 1] + [1] * (x.dim() - 1)
@@ -237,16 +241,19 @@ def _gate_gradients(
     loss: Loss | None,
     units: int,
     source: torch.Generator,
+    scales: Sequence[float],
 ) -> Tensor:
     taken: list[tuple[Reader, Tensor]] = []
 
     def tap(reader: Reader, x: Tensor) -> Tensor:
+        if reader.how == "statistics":  # a gate behind the norm, where its channels are mixed, is the whole gate
+            return x
         tapped = x.detach().requires_grad_() if not x.requires_grad else x.view_as(x)
         taken.append((reader, tapped))
         return tapped
 
     outputs = TouchedRun(network.graph, network.readers, tap).run(*batch)
-    value = _loss(outputs, targets, loss, source, len(batch[0]), network.answers)
+    value = _loss(outputs, targets, loss, source, len(batch[0]), network.answers, scales)
     gradients = torch.autograd.grad(value, [x for _, x in taken], materialize_grads=True)
     size = len(batch[0])
     result = torch.zeros(size, units + 1)
@@ -261,6 +268,13 @@ def _gate_gradients(
     return result[:, :units]
 
 
+def _scales(found: Answers) -> tuple[float, ...]:
+    """Standard deviation of each output, of what is finite of it; 1 for one that is constant."""
+    finite = [each.detach()[each.isfinite()] for each in found]
+    spread = [float(each.std(correction=0)) if each.numel() else 0.0 for each in finite]
+    return tuple(each if each > 1e-6 else 1.0 for each in spread)
+
+
 def _loss(
     outputs: Any,
     targets: Tensor | None,
@@ -268,10 +282,11 @@ def _loss(
     source: torch.Generator,
     count: int,
     axes: Sequence[int | None],
+    scales: Sequence[float] = (),
 ) -> Tensor:
     """A loss of outputs of so many samples; of what they say where there are no targets or no loss for them.
 
-    axes: `Network.answers`.
+    axes: `Network.answers`. scales: of several outputs; left out, those of these samples.
     """
     if targets is not None and loss is not None:
         return loss(outputs, targets)
@@ -283,6 +298,7 @@ def _loss(
         own = torch.multinomial(logits.detach().softmax(1), 1, generator=source).squeeze(1)
         return F.cross_entropy(logits, own)
     if len(found) > 1:
-        found = tuple(each / each.detach().std().clamp_min(1e-6) for each in found)
-    read = [(each * torch.randn(each.shape, generator=source)).flatten(1).sum(1) for each in found]
+        found = tuple(each / scale for each, scale in zip(found, scales or _scales(found), strict=True))
+    drawn = [torch.randn(each.shape, generator=source).masked_fill(~each.isfinite(), 0.0) for each in found]
+    read = [(each.nan_to_num() * weight).flatten(1).sum(1) for each, weight in zip(found, drawn, strict=True)]
     return torch.stack(read).sum(0).mean()

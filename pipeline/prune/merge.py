@@ -324,6 +324,7 @@ def _average(network: Network, graph: fx.GraphModule, layers: Sequence[Mixer], m
     def slots(module: str | None, *parts: str, axis: int = 0) -> set[tuple[int, int]]:
         return {(id(tensors[f"{module}.{part}"]), axis) for part in parts if f"{module}.{part}" in tensors}
 
+    along = {layer.weight: layer.axis for layer in network.topology.layers}
     uses = Counter(node.target for node in graph.graph.nodes)
     done = {slot for layer in layers for slot in slots(layer.target, "weight", axis=layer.axis)}  # handed over
     for node in graph.graph.nodes:
@@ -336,8 +337,11 @@ def _average(network: Network, graph: fx.GraphModule, layers: Sequence[Mixer], m
             continue
         name = _maker(graph, node) if uses[node.target] == 1 else None
         maker = None if name is None else graph.get_submodule(name)
-        made = slots(name, "weight", axis=1 if isinstance(maker, TRANSPOSED) else 0)
-        _average_norm(norm, units, clusters, None if made & done else maker)
+        axis = along.get(f"{name}.weight", 0)
+        if maker is not None and maker.weight.shape[axis] != len(units):  # type: ignore[index]
+            name = maker = None  # of a grouped transposed convolution: the outputs of one group
+        made = slots(name, "weight", axis=axis)
+        _average_norm(norm, units, clusters, None if made & done else maker, axis)
         done |= own | made | slots(name, "bias")
     for name, axes in params.items():
         for axis, units in axes.items():
@@ -368,10 +372,11 @@ def _average_norm(
     units: NDArray[np.int32],
     clusters: Mapping[int, list[int]],
     maker: nn.Module | None,
+    axis: int,
 ) -> None:
     """The mean of s (of s W with a maker) and of h, s = γ / σ and h = β + s (b - μ), written into the twin's γ and β.
 
-    The twin's γ stays where W can take the mean.
+    axis: of W, on which the maker's outputs lie. The twin's γ stays where W can take the mean.
     """
     assert norm.running_mean is not None and norm.running_var is not None
     deviation = torch.sqrt(norm.running_var + norm.eps)
@@ -384,7 +389,7 @@ def _average_norm(
         kept = scale[at].mean(0)
         if maker is not None:
             weight: Tensor = maker.weight.data  # type: ignore[assignment]
-            weight = weight.movedim(1 if isinstance(maker, TRANSPOSED) else 0, 0)
+            weight = weight.movedim(axis, 0)
             view = [*at.shape, *[1] * (weight.dim() - 1)]
             dead = scale[twin].abs() < 1e-6  # comes alive with the mean of the others
             kept = torch.where(dead, 1.0, scale[twin])

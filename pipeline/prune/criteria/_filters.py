@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.nouns import ChannelGroup
+from pipeline.nouns import ChannelGroup, Topology
 from pipeline.prune.capture import Network
 from pipeline.prune.merge import CONVOLUTIONS, TRANSPOSED
 
@@ -59,6 +59,7 @@ def filters(parts: Sequence[Part], group: ChannelGroup) -> Floats:
 def parts(network: Network) -> list[Part]:
     """Every part of the filters of all groups, in execution order; a layer used again counts once."""
     graph, params = network.graph, network.topology.params
+    along, named = outputs(network.topology), dict(graph.named_parameters(remove_duplicate=False))
     found: dict[str, Part] = {}
     for node in graph.graph.nodes:
         name = str(node.target)
@@ -67,7 +68,7 @@ def parts(network: Network) -> list[Part]:
             continue
         module = graph.get_submodule(name)
         layer = isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
-        axis = 1 if isinstance(module, (*TRANSPOSED, nn.Embedding)) else 0
+        axis = along.get(f"{name}.weight", 0)
         if axis in axes:
             weight: Tensor = module.weight  # type: ignore[assignment]
             bias: Tensor | None = getattr(module, "bias", None)
@@ -75,4 +76,14 @@ def parts(network: Network) -> list[Part]:
             numbers = weight if bias is None or len(bias) != len(weight) else torch.cat([weight, bias[:, None]], 1)
             units = axes[axis]
             found[name] = Part(numbers.detach().double().numpy(), units, not layer)
+    for name, axis in sorted(network.topology.made):  # `self.w` in `x @ self.w`
+        value = named.get(name)
+        if value is not None and name.removesuffix(".weight") not in found and axis in params.get(name, {}):
+            rows = value.detach().double().movedim(axis, 0)
+            found[name] = Part(rows.reshape(len(rows), -1).numpy(), params[name][axis], False)
     return list(found.values())
+
+
+def outputs(topology: Topology) -> dict[str, int]:
+    """Name of every weight that makes or passes channels -> the axis on which they lie."""
+    return {**dict(sorted(topology.made)), **{layer.weight: layer.axis for layer in topology.layers}}

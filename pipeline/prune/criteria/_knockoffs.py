@@ -134,6 +134,8 @@ def _keep(into: dict[str, Tensor]) -> Callable[[Reader, Tensor], Tensor]:
 
 def _mix(unmixed: dict[str, Tensor], trust: Tensor) -> Callable[[Reader, Tensor], Tensor]:
     def touch(reader: Reader, x: Tensor) -> Tensor:
+        if reader.how == "statistics":  # mixed behind the norm
+            return x
         ids = torch.from_numpy(reader.ids).long()
         own = torch.where(ids < 0, torch.ones(()), trust[ids.clamp_min(0)])
         view = [1] * x.dim()
@@ -170,9 +172,11 @@ def _scale(evidence: Evidence, spread: Tensor) -> Tensor:
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or not isinstance(evidence.network.graph.get_submodule(path), NORMS):
             continue
-        scale = evidence.network.graph.get_parameter(name).detach().abs()
-        here = np.flatnonzero(axes[0] >= 0)
-        ids = torch.from_numpy(axes[0][here]).long()
-        total.index_add_(0, ids, scale[torch.from_numpy(here)])
-        count.index_add_(0, ids, torch.ones(len(ids)))
+        value = evidence.network.graph.get_parameter(name).detach().abs()
+        for axis, units in axes.items():
+            scale = value.movedim(axis, 0).flatten(1).mean(1) if value.dim() > 1 else value
+            here = np.flatnonzero(units >= 0)
+            ids = torch.from_numpy(units[here]).long()
+            total.index_add_(0, ids, scale[torch.from_numpy(here)])
+            count.index_add_(0, ids, torch.ones(len(ids)))
     return torch.where(count > 0, total / count.clamp_min(1), spread)

@@ -1,6 +1,6 @@
 """Activation rank: the mean numerical rank of a unit's maps, as in HRank.
 
-    s_i = mean over readers and images of rank(F_i) / min(H, W),      rank = number of σ > max(H, W) ε σ_max
+    s_i = mean over readers, images and channels of rank(F_i) / min(H, W),      rank = number of σ > max(H, W) ε σ_max
 
 F_i is the map H × W of one image as a layer that mixes channels reads it, ε that of float32 (Lin et al., HRank, CVPR
 2020). A group that several layers read takes the mean over them. Where a layer reads a flattened map, its height and
@@ -48,14 +48,18 @@ def map_ranks(evidence: Evidence, group: ChannelGroup) -> Floats:
     ranks = np.zeros(group.size)
     for reader, maps in zip(readers, seen, strict=True):
         height, width = _spatial(nodes[reader.op], network.shapes, reader, maps)
-        ranks += _ranks(maps.reshape(*maps.shape[:2], height, width)).numpy() / len(seen)
+        apart = maps.reshape(*maps.shape[:2], -1, height, width).transpose(1, 2).flatten(0, 1)
+        ranks += _ranks(apart).numpy() / len(seen)
     return ranks
 
 
 def _spatial(node: fx.Node, shapes: dict[str, tuple[int, ...]], reader: Reader, maps: Tensor) -> tuple[int, int]:
-    """Height and width of what a reader flattened: those of the tensor before, where they make up its positions."""
+    """Height and width of a channel's map at a reader, before it was flattened: a unit may have several channels."""
     flat, width = maps.shape[2:]
     source = node.all_input_nodes[0]
+    rest = [n for axis, n in enumerate(shapes[source.name]) if axis not in (reader.samples, reader.axis)]
+    if len(rest) == 2:
+        return rest[0], rest[1]
     while width == 1 and flat > 1 and source.all_input_nodes:
         source = source.all_input_nodes[0]
         shape = shapes.get(source.name, ())

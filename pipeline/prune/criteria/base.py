@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from pipeline.nouns import ChannelGroup, Ranking, Topology
 from pipeline.prune.evidence import Evidence
+from profiles.errors import DeployError
 
 PACKAGE = "pipeline.prune.criteria"
 
@@ -43,5 +44,11 @@ def by_score(topology: Topology, scores: ArrayLike) -> list[Ranking]:
 def ordered(group: ChannelGroup, scores: ArrayLike, weight: float = 1.0) -> Ranking:
     """The ranking of one group from a score a unit, in the group's order: the lowest goes first, ties by position."""
     own = np.asarray(scores, dtype=np.float64)
+    if not np.isfinite(own).all():
+        count = int((~np.isfinite(own)).sum())
+        raise DeployError(
+            f"the scores of {count} of the {group.size} units of '{group.name}' are not finite.",
+            "look for infinite or NaN values in the calibration data or the weights, or take another --criterion.",
+        )
     order = np.argsort(own, kind="stable")
     return Ranking(group.id, tuple(int(i) for i in order), tuple(float(v) for v in own[order]), weight=weight)

@@ -14,16 +14,14 @@ The two are of one kind but not of one scale, so compare such groups across a ne
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.nouns import Ranking, Units
-from pipeline.prune.criteria._filters import NORMS, Floats
+from pipeline.prune.criteria._filters import NORMS, Floats, outputs
 from pipeline.prune.criteria.base import by_score
 from pipeline.prune.evidence import Evidence
 
 NEEDS: tuple[str, ...] = ()
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def rank(evidence: Evidence) -> list[Ranking]:
@@ -31,17 +29,17 @@ def rank(evidence: Evidence) -> list[Ranking]:
     size = evidence.units + 1
     scales, norms, filters, layers = (np.zeros(size) for _ in range(4))
     modules, named = dict(evidence.network.graph.named_modules()), dict(evidence.network.graph.named_parameters())
+    along = outputs(evidence.topology)
     for name, axes in evidence.topology.params.items():
         owner, _, role = name.rpartition(".")
-        if role != "weight" or name not in named:
+        norm = role == "weight" and isinstance(modules[owner], NORMS)
+        if name not in named or not (norm or name in along):
             continue
-        module = modules[owner]
-        made = 1 if isinstance(module, _TRANSPOSED) else 0
         for axis, units in axes.items():
             squares = named[name].detach().double().square().movedim(axis, 0).reshape(len(units), -1)
-            if isinstance(module, NORMS):
+            if norm:
                 _add(scales, norms, squares.mean(1), units)
-            elif axis == made:
+            elif axis == along[name]:
                 _add(filters, layers, squares.sum(1), units)
     means = np.where(norms > 0, scales / np.maximum(norms, 1), filters / np.maximum(layers, 1))
     return by_score(evidence.topology, np.sqrt(means[:-1]))

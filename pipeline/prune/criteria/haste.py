@@ -48,7 +48,7 @@ def _rank(group: ChannelGroup, maps: tuple[Tensor, ...], seed: int) -> Ranking:
     equal, alive = torch.zeros(group.size, group.size), torch.zeros(group.size, group.size)
     worse = torch.zeros(group.size, group.size)
     for shown in maps:
-        same, seen = agreements(patches(shown, group.size), seed)
+        same, seen = agreements(patches(shown, group.size, seed), seed)
         equal, alive = equal + same, alive + seen
         line = lines(shown)
         level = line.variance / line.variance.mean().clamp_min(1e-12)
@@ -62,10 +62,11 @@ def _rank(group: ChannelGroup, maps: tuple[Tensor, ...], seed: int) -> Ranking:
     return dataclasses.replace(found, twin=twins)
 
 
-def patches(maps: Tensor, units: int) -> Tensor:
+def patches(maps: Tensor, units: int, seed: int = 0) -> Tensor:
     """Square tiles of about TILE x TILE of maps (samples, units, height, width): (patches, units, positions).
 
-    Maps of one position have no tiles: their samples are taken TILE x TILE at a time.
+    Where there are too many, some are drawn. Maps of one position have no tiles: their samples are taken TILE x TILE at
+    a time.
     """
     samples, _, height, width = maps.shape
     if height * width == 1:
@@ -75,7 +76,9 @@ def patches(maps: Tensor, units: int) -> Tensor:
         down, across = (max(1, size // max(1, size // TILE)) for size in (height, width))
         tiles = maps.unfold(2, down, down).unfold(3, across, across).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(2)
     limit = max(16, min(PATCHES, PAIRS // units**2))
-    return tiles[:: -(-len(tiles) // limit)]
+    if len(tiles) <= limit:
+        return tiles
+    return tiles[torch.randperm(len(tiles), generator=torch.Generator().manual_seed(seed))[:limit]]
 
 
 def agreements(tiles: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What is asked for is held against what the project gives, before any work is done.
 
-Names of plug-ins, missing data and missing labels are told from the project file alone. What a hook or a criterion
-needs of the network and its loss shows only when it runs: each is run once, a hook on the first training batch, a
+Names of plug-ins, missing data and missing labels are told from the project file alone. What a hook, a criterion or the
+loss needs of the network shows only when it runs: each is run once, hooks and the loss on the first training batch, a
 gradient on a few samples, and a criterion that has a check of its own does that.
 """
 
@@ -17,7 +17,7 @@ from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from pipeline.prune.evidence import Evidence, Samples
 from pipeline.prune.ranking import RANK_SAMPLES, require_labels
 from pipeline.prune.repair import NEED_INPUTS
-from pipeline.recover.train import HOOKS, rehearse_hook
+from pipeline.recover.train import HOOKS, rehearse_hook, rehearse_loss
 from profiles import plugins
 from profiles.errors import DeployError, UsageError
 from profiles.schema import PrepareSpec, Profile, PruneSpec, RecoverSpec
@@ -96,19 +96,38 @@ def rehearse(project: Project, profile: Profile, network: Network, samples: Samp
         for table, spec in specs.items():
             for name in spec.hooks if spec.epochs else ():
                 _rehearse_hook(project, network, table, name)
+        if any(spec.epochs and spec.alpha < 1 for spec in specs.values()):
+            _rehearse_loss(project, network)
 
 
 def _rehearse_gradients(evidence: Evidence, criterion: str) -> None:
     try:
-        finite = bool(evidence.gate_gradients.isfinite().all())
+        gradients = evidence.gate_gradients
     except DeployError:
         raise
     except Exception as error:  # the user's loss, or its shapes: whatever it raises is what is wrong with it
         message = f"the criterion '{criterion}' needs the gradient of the loss, which fails: {_first_line(error)}"
         raise UsageError(message, "let data.calibration yield targets that data.loss takes.") from error
-    if not finite:
-        message = f"the criterion '{criterion}' needs the gradient of the loss, which is not finite."
+    wrong = "not finite" if not bool(gradients.isfinite().all()) else "zero for every unit"
+    if wrong == "not finite" or not bool(gradients.any()):
+        message = f"the criterion '{criterion}' needs the gradient of the loss, which is {wrong}."
         raise UsageError(message, "mend data.loss, or --criterion obs, which needs none.")
+
+
+def _rehearse_loss(project: Project, network: Network) -> None:
+    """Hold the loss against the first training batch: what a recovery would trip over after the whole search."""
+    assert project.train is not None
+    batch = next(iter(project.train(0, 0)), None)
+    if batch is None:
+        return  # a training without batches is told by the training
+    inputs, targets = batch
+    try:
+        rehearse_loss(network.graph, inputs, targets, project.loss)
+    except DeployError:
+        raise
+    except Exception as error:  # the user's loss, or its shapes: whatever it raises is what is wrong with it
+        message = f"the loss fails on the first training batch: {_first_line(error)}"
+        raise UsageError(message, "let data.train yield targets that data.loss takes.") from error
 
 
 def _rehearse_hook(project: Project, network: Network, table: str, name: str) -> None:

@@ -179,7 +179,7 @@ class Project:
         """(outputs, targets) -> scalar tensor: the user's, else cross-entropy."""
         reference = self.references.get("data.loss")
         if reference is None:
-            return nn.functional.cross_entropy
+            return _cross_entropy
 
         def scalar(outputs: Any, targets: Any) -> Tensor:
             value = self._call(reference, outputs, targets)
@@ -357,3 +357,14 @@ def _folder(text: str, folder: Path) -> Path:
     if not path.is_dir():
         raise UsageError(f"deploy.toml: path names '{text}', and there is no folder '{path}'.")
     return path
+
+
+def _cross_entropy(outputs: Any, targets: Any) -> Tensor:
+    """The loss of a project that names none. Raises DeployError for one score a sample, of which it is always zero."""
+    if isinstance(outputs, Tensor) and outputs.dim() > 1 and outputs.shape[1] == 1:
+        raise DeployError(
+            f"the loss is cross-entropy where deploy.toml names none, and outputs of shape {list(outputs.shape)} have "
+            "one class, of which it is zero whatever the target.",
+            "name data.loss in deploy.toml.",
+        )
+    return nn.functional.cross_entropy(outputs, targets)

@@ -144,6 +144,12 @@ def rehearse_hook(name: str, module: nn.Module, dense: nn.Module, inputs: tuple[
             hook.stop()
 
 
+@torch.no_grad()
+def rehearse_loss(module: nn.Module, inputs: tuple[Tensor, ...], targets: Any, loss: TaskLoss) -> None:
+    """Ask for the loss of one batch: what it cannot work with, it raises."""
+    loss(module(*inputs), targets)
+
+
 class _Recovery:
     """The networks, the optimizer and the story of one recovery."""
 

@@ -102,6 +102,32 @@ def test_a_loss_that_the_calibration_labels_do_not_fit_is_told_to_a_criterion_of
     assert error.message.startswith("the criterion 'taylor' needs the gradient of the loss, which fails: ")
 
 
+def test_a_loss_that_the_training_targets_do_not_fit_is_told_before_the_search(tmp_path: Path):
+    project = write_project(tmp_path / "tiny")
+    replace(project / "tinydata.py", "labels[i : i + 32]) for", "images[i : i + 32, 0, :, 0]) for")
+    error = refused(project, tmp_path / "root", recover={"epochs": 1})
+    assert error.message.startswith("the loss fails on the first training batch: ")
+
+
+@pytest.mark.parametrize("criterion", ["obs", "taylor"])
+def test_cross_entropy_of_one_score_a_sample_is_refused(tmp_path: Path, criterion: str):
+    project = write_project(tmp_path / "tiny")
+    replace(project / "tinynet.py", "flatten(1))\n", "flatten(1))[:, :1]\n")
+    with pytest.raises(DeployError, match="outputs of shape .* have one class") as caught:
+        build(request(project, tmp_path / "root", overrides={"prune": {"criterion": criterion}}))
+    assert not (tmp_path / "root" / ".deploy" / "keys").exists()
+    assert caught.value.hint == "name data.loss in deploy.toml."
+
+
+def test_a_gradient_that_is_zero_everywhere_is_told(tmp_path: Path):
+    project = write_project(tmp_path / "tiny")
+    replace(project / "deploy.toml", 'train = "tinydata:train"', 'loss = "tinydata:nothing"')
+    with (project / "tinydata.py").open("a") as file:
+        file.write("\n\ndef nothing(outputs, targets):\n    return outputs.sum() * 0\n")
+    error = refused(project, tmp_path / "root", prune={"criterion": "taylor"}, recover={"epochs": 0})
+    assert error.message == "the criterion 'taylor' needs the gradient of the loss, which is zero for every unit."
+
+
 YIELDED = "yield images[start : start + 32], labels[start : start + 32]"
 
 

@@ -107,6 +107,13 @@ def cifar10_jpeg(split: str) -> tuple[Bytes, Labels]:
     return np.stack(images), index[f"y_{split}"].astype(np.int64)[chosen]
 
 
+def cifar10_jpeg_half(half: int) -> tuple[Bytes, Labels]:
+    """Half of the test images: 0 validates, 1 judges, since the network has seen all training images."""
+    images, labels = cifar10_jpeg("test")
+    chosen = np.split(np.random.RandomState(0).permutation(len(images)), 2)[half]
+    return images[chosen], labels[chosen]
+
+
 @cache
 def keywords() -> tuple[Floats, Labels]:
     """The keyword test set: 1,000 MFCC (N, 1, 49, 10) and 12 words."""

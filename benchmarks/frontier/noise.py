@@ -30,10 +30,10 @@ def mistakes(net: str, test: NDArray[Any], held: NDArray[Any]) -> Row:
     signs = net.endswith("_gtsrb")
     if not signs and not net.endswith("_cifar10_jpeg"):
         return {}
-    read = data.gtsrb if signs else data.cifar10_jpeg
-    found: Row = {"wrong": np.flatnonzero(test != read("test")[1]).tolist()}
+    _, labels = data.gtsrb("test") if signs else data.cifar10_jpeg_half(1)
+    found: Row = {"wrong": np.flatnonzero(test != labels).tolist()}
     if signs:
-        found["design"] = effect(held == read("validate")[1], data.tracks())
+        found["design"] = effect(held == data.gtsrb("validate")[1], data.tracks())
     return found
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.frontier import noise
 from pipeline.project import load_project, predict_torch
 from pipeline.project.schema import read_project_file
 from profiles.errors import UsageError
@@ -165,3 +166,25 @@ def test_the_published_cifar_weights_fit_our_definitions(name):
         pytest.skip(f"no weights in {path}; set EDGE_DATA")
     network = nets.resnet20(10) if "20-" in name else nets.resnet56(10)
     load_weights(network, read_weights(path), name, "nets")
+
+
+@pytest.mark.parametrize(
+    ("net", "classes"),
+    [
+        pytest.param("resnet20_gtsrb", 43, marks=needs("gtsrb32")),
+        pytest.param("resnet56_cifar10_jpeg", 10, marks=needs("cifar10_jpeg")),
+    ],
+)
+def test_the_mistakes_of_a_file_are_those_that_its_test_accuracy_counts(net: str, classes: int):
+    project, parts = load_project(BENCHMARKS / "projects" / net), []
+
+    def predict(inputs):
+        parts.append(np.arange(len(inputs)) % classes)
+        return np.eye(classes, dtype=np.float32)[parts[-1]]
+
+    accuracy = project.evaluate(predict)
+    test = np.concatenate(parts)
+    parts.clear()
+    project.validate(predict)
+    row = noise.mistakes(net, test, np.concatenate(parts))
+    assert 1 - len(row["wrong"]) / len(test) == pytest.approx(accuracy)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import data
-import numpy as np
 
 
 def _form(images: data.Bytes) -> data.Floats:
@@ -33,6 +32,5 @@ def evaluate(predict: data.Predict) -> float:
 
 
 def _half(predict: data.Predict, half: int) -> float:
-    images, labels = data.cifar10_jpeg("test")
-    chosen = np.split(np.random.RandomState(0).permutation(len(images)), 2)[half]
-    return data.accuracy(predict, _form(images[chosen]), labels[chosen])
+    images, labels = data.cifar10_jpeg_half(half)
+    return data.accuracy(predict, _form(images), labels)

@@ -3,9 +3,10 @@
 SGD with Nesterov momentum over one cycle of the learning rate (schedule.py) on the distillation loss (distil.py).
 After each epoch the network is scored, on `validate` or on batches held out of the training data, never on what the
 gate asks; the best epoch is kept, and the start where no epoch beats it (or, with an `allowed_drop`, the latest that
-falls no further). A loss that is not finite sends it back to the start once, with half the learning rate. At each
-epoch's end everything is stored, and since every epoch seeds its own randomness, a recovery that was killed ends on the
-CPU bit for bit as one that was not.
+falls no further). Epochs that never beat the start are gone through once more from there, in what time is left, with a
+tenth of the learning rate: a rate that mends a damaged network undoes one that the repair left good. A loss that is not
+finite sends it back to the start once, with half the rate. At each epoch's end everything is stored, and since every
+epoch seeds its own randomness, a recovery that was killed ends on the CPU bit for bit as one that was not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from profiles.schema import RecoverSpec
 
 HOOKS = "pipeline.recover.hooks"
 HOLD_OUT_EVERY, HOLD_OUT_SAMPLES = 10, 1024
+GENTLE = 0.1
+"""Share of the learning rate of a second cycle, where the first ended no better than it began."""
+LEAST_GENTLY = 0.25
+"""Share of the wanted steps that has to fit into the time left for one."""
 _LARGEST_GRADIENT = 5.0
 _TIMED_STEPS = 3
 
@@ -59,7 +64,7 @@ class RecoverData:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass. loss: mean over its steps. validate: score at its end. attempt: 1 after a divergence."""
+    """One pass. loss: mean over its steps. validate: score at its end. attempt: how often it went back to the start."""
 
     epoch: int
     attempt: int
@@ -88,7 +93,10 @@ class Recovered:
 
 @dataclass
 class _Story:
-    """What has happened so far; goes into the checkpoint as JSON."""
+    """What has happened so far; goes into the checkpoint as JSON. rate: share of the learning rate that is taken.
+
+    diverged, gentle: it went back to the start after a loss that was not finite, after epochs that were no better.
+    """
 
     wanted: int
     steps: int
@@ -98,6 +106,9 @@ class _Story:
     attempt: int = 0
     epoch: int = 0
     step: int = 0
+    rate: float = 1.0
+    diverged: bool = False
+    gentle: bool = False
     seconds: float = 0.0
     best_epoch: int | None = None
     stopped: Stopped | None = None
@@ -221,7 +232,7 @@ class _Recovery:
         for inputs, targets in self._batches(story.epoch):
             if story.step >= story.steps or self._time_is_up():
                 break
-            rate = learning_rate(story.step, story.steps, self.spec.learning_rate / 2**story.attempt)
+            rate = learning_rate(story.step, story.steps, self.spec.learning_rate * story.rate)
             loss = self._step(self.optimizer, inputs, targets, rate)
             if not math.isfinite(loss):
                 return math.nan, steps
@@ -278,6 +289,9 @@ class _Recovery:
             story.stopped = "time"
         elif waited(self._scores_past_peak()) >= self.spec.patience:
             story.stopped = "patience"
+        if story.stopped in ("finished", "patience") and self._may_go_gently():
+            story.gentle, story.stopped = True, None
+            self._back_to_start(GENTLE)
 
     def _keeps(self, score: float) -> bool:
         if self.allowed_drop is None:
@@ -298,12 +312,32 @@ class _Recovery:
 
     def _step_back(self) -> None:
         """Back to the start with half the learning rate; the second time it is over."""
+        if self.story.diverged:
+            self.story.stopped = "diverged"
+        self.story.diverged = True
+        self._back_to_start(0.5)
+
+    def _back_to_start(self, share: float) -> None:
+        """To the start again, with this share of the learning rate."""
+        story = self.story
         self.student.load_state_dict(self.start)
         self.optimizer = self._optimizer()
-        if self.story.attempt:
-            self.story.stopped = "diverged"
-        else:
-            self.story.attempt, self.story.epoch, self.story.step = 1, 0, 0
+        story.rate *= share
+        story.attempt, story.epoch, story.step = story.attempt + 1, 0, 0
+
+    def _may_go_gently(self) -> bool:
+        """Whether no epoch beat the start and there is time for as many with a smaller rate; plans their steps."""
+        story = self.story
+        if self.allowed_drop is not None or story.gentle or story.best_epoch is not None or not story.history:
+            return False
+        past = [epoch for epoch in story.history if epoch["attempt"] == story.attempt]
+        step_s = sum(epoch["seconds"] - story.score_s for epoch in past) / sum(epoch["steps"] for epoch in past)
+        left = self.spec.max_minutes - self._elapsed() / 60
+        steps = plan_steps(story.wanted, max(step_s, 0.0), story.score_s, self.spec.epochs, left)
+        if steps < LEAST_GENTLY * story.wanted:
+            return False
+        story.steps = steps
+        return True
 
     def _score(self) -> float:
         self.student.eval()

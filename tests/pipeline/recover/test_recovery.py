@@ -218,9 +218,9 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path):
 
 
 def test_a_recovery_that_only_gets_worse_keeps_the_start(tmp_path):
-    validate, _ = scripted([0.5, 0.4, 0.3, 0.5])
+    validate, _ = scripted([0.5, 0.4, 0.3, 0.5, 0.4, 0.5, 0.5])
     recovered = run(tmp_path, RecoverData(digits.train, digits.loss, validate))
-    assert recovered.best_epoch is None
+    assert (recovered.stopped, recovered.best_epoch, len(recovered.history)) == ("finished", None, 6)
     assert recovered.best_score == recovered.start_score == 0.5
     assert same(recovered.module, digits.damaged())
 
@@ -347,6 +347,67 @@ def test_a_second_divergence_ends_it_and_the_repaired_network_is_kept(tmp_path):
     assert (recovered.stopped, recovered.best_epoch, recovered.history) == ("diverged", None, ())
     assert same(recovered.module, digits.damaged())
     assert digits.accuracy(recovered.module) == recovered.start_score
+
+
+# --- no better than it began ---
+
+
+def recorded_peaks(monkeypatch) -> list[float]:
+    peaks: list[float] = []
+
+    def recorded(step, steps, peak):
+        peaks.append(peak)
+        return learning_rate(step, steps, peak)
+
+    monkeypatch.setattr(training, "learning_rate", recorded)
+    return peaks
+
+
+def test_epochs_that_never_beat_the_start_are_tried_once_more_with_a_tenth_of_the_rate(tmp_path, monkeypatch):
+    peaks = recorded_peaks(monkeypatch)
+    validate, shown = scripted([0.9, 0.5, 0.6, 0.7, 0.91, 0.8, 0.85])
+    recovered = run(tmp_path, RecoverData(digits.train, digits.loss, validate))
+    assert [epoch.attempt for epoch in recovered.history] == [0, 0, 0, 1, 1, 1]
+    assert peaks == [0.05] * 60 + [pytest.approx(0.005)] * 60
+    assert (recovered.stopped, recovered.best_epoch, recovered.best_score) == ("finished", 3, 0.91)
+    assert same(recovered.module, shown[4])
+
+
+def test_a_good_network_is_bettered_by_the_smaller_rate_and_not_by_one_that_undoes_it(tmp_path):
+    good = run(tmp_path / "first").module
+    spec = RecoverSpec(epochs=1, learning_rate=1.0, seed=1)
+    again = recover(good, digits.dense(), RecoverData(digits.train, digits.loss), spec, tmp_path / "second")
+    first, second = again.history
+    assert (first.attempt, second.attempt) == (0, 1)
+    assert first.validate < again.start_score < second.validate == again.best_score
+
+
+def test_there_is_no_second_cycle_without_the_time_for_it(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, [1.0])
+    validate, _ = scripted([0.9, *[0.5] * 50])
+    recovered = run(
+        tmp_path, RecoverData(clock.train, digits.loss, validate), RecoverSpec(epochs=1, max_minutes=30 / 60)
+    )
+    assert len(recovered.history) == 1
+    assert clock.now <= 30
+
+
+def test_a_recovery_that_is_killed_in_its_second_cycle_ends_as_one_that_was_not(tmp_path):
+    scores = [0.9, 0.5, 0.6, 0.7, 0.91, 0.8, 0.95]
+    count = itertools.count(1)
+
+    def interrupt(done: int, planned: int) -> None:
+        if next(count) == 90:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "torn", RecoverData(digits.train, digits.loss, scripted(scores)[0]), progress=interrupt)
+    rest = RecoverData(digits.train, digits.loss, scripted(scores[5:])[0])
+    torn = run(tmp_path / "torn", rest)
+    whole = run(tmp_path / "whole", RecoverData(digits.train, digits.loss, scripted(scores)[0]))
+    assert torn.resumed_epochs == 1
+    assert same(torn.module, whole.module)
+    assert [e.validate for e in torn.history] == [e.validate for e in whole.history]
 
 
 # --- without validate ---

@@ -82,8 +82,11 @@ def samples(project: Project, spec: PruneSpec) -> Samples:
     return found
 
 
-def rehearse(project: Project, profile: Profile, network: Network, samples: Samples) -> None:
-    """Run once what the criterion and the hooks run later. Raises UsageError for what they cannot do here."""
+def rehearse(project: Project, profile: Profile, network: Network, samples: Samples, *, trains: bool = True) -> None:
+    """Run once what criterion, hooks and loss run later. Raises UsageError for what they cannot do here.
+
+    trains=False: of a run that ends before any training, so that the loss is not asked for.
+    """
     criterion, seed = profile.prune.criterion, profile.prune.seed
     chosen = plugins.load(CRITERIA, criterion)
     if samples.count and "gradients" in chosen.NEEDS:
@@ -96,7 +99,7 @@ def rehearse(project: Project, profile: Profile, network: Network, samples: Samp
         for table, spec in specs.items():
             for name in spec.hooks if spec.epochs else ():
                 _rehearse_hook(project, network, table, name)
-        if any(spec.epochs and spec.alpha < 1 for spec in specs.values()):
+        if trains and any(spec.epochs and spec.alpha < 1 for spec in specs.values()):
             _rehearse_loss(project, network)
 
 

@@ -101,7 +101,7 @@ def build(request: BuildRequest) -> BuildResult:
             _say(run, "note: a dry run trains nothing: this is the plan for the network as it was given.")
         if timed:
             require_scores(network)
-            demands.rehearse(project, profile, network, samples)
+            demands.rehearse(project, profile, network, samples, trains=not request.dry_run)
         samples = samples.first(repair_limit(network))
         notes = (*notes, *(found.notes if timed else ()))
         work = Work(run, profile, budget or Budget(), target, project, network, samples, notes)

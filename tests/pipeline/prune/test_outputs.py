@@ -185,7 +185,8 @@ def test_a_network_with_nested_outputs_and_choices_recovers(tmp_path):
         lambda epoch, seed: iter([((x,), torch.zeros(32)) for x in batches]), lambda outputs, targets: 0.0, None
     )
     spec = RecoverSpec(alpha=1.0, learning_rate=0.02, epochs=4)
-    losses = [epoch.loss for epoch in recover(cut, network.graph, data, spec, tmp_path / "checkpoint").history]
+    history = recover(cut, network.graph, data, spec, tmp_path / "checkpoint").history
+    losses = [epoch.loss for epoch in history if epoch.attempt == 0]  # the score says nothing, so it tries once more
     assert losses[-1] < 0.7 * losses[0]
 
 

@@ -328,10 +328,13 @@ class _Recovery:
     def _may_go_gently(self) -> bool:
         """Whether no epoch beat the start and there is time for as many with a smaller rate; plans their steps."""
         story = self.story
-        if self.allowed_drop is not None or story.gentle or story.best_epoch is not None or not story.history:
+        if self.allowed_drop is not None or story.gentle or story.best_epoch is not None:
             return False
         past = [epoch for epoch in story.history if epoch["attempt"] == story.attempt]
-        step_s = sum(epoch["seconds"] - story.score_s for epoch in past) / sum(epoch["steps"] for epoch in past)
+        taken = sum(epoch["steps"] for epoch in past)
+        if not taken:
+            return False
+        step_s = sum(epoch["seconds"] - story.score_s for epoch in past) / taken
         left = self.spec.max_minutes - self._elapsed() / 60
         steps = plan_steps(story.wanted, max(step_s, 0.0), story.score_s, self.spec.epochs, left)
         if steps < LEAST_GENTLY * story.wanted:

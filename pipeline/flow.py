@@ -498,7 +498,7 @@ def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> tuple[f
             "stopped": done.stopped, "from": done.start_score, "to": done.best_score,
         }  # fmt: skip
 
-    inputs = {**work.data, "plan": plan.to_json(), "start": hashes(repaired)}
+    inputs = {**work.taught, "plan": plan.to_json(), "start": hashes(repaired)}
     done = work.run.stage(
         work.by_data("recover"), spec, inputs, make, tools=TOOLS,
         detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",

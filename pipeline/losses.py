@@ -98,7 +98,7 @@ def remembered(
         return {"loss": loss if math.isfinite(loss) else None}
 
     stage = work.by_data(name) if trained else Stage(name)
-    inputs = {**(work.data if trained else {}), **work.sampled, "plan": plan.to_json()}
+    inputs = {**(work.taught if trained else {}), **work.sampled, "plan": plan.to_json()}
 
     def found() -> float | None:
         if stage.always:  # the journal below has what this run knows

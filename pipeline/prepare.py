@@ -113,7 +113,7 @@ def trained(work: Work, grown: Grown) -> Work:
             "stopped": done.stopped, "kept": done.best_epoch, "from": done.start_score, "to": done.best_score,
         }  # fmt: skip
 
-    inputs = {**work.data, "growth": PruningPlan(grown.growth).to_json(), "start": hashes(start)}
+    inputs = {**work.taught, "growth": PruningPlan(grown.growth).to_json(), "start": hashes(start)}
     done = work.run.stage(
         work.by_data("prepare"), spec, inputs, make, tools=TOOLS,
         detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",

@@ -198,6 +198,11 @@ class Work:
         """What the key of such a stage begins with: `source`, and what is known of the data."""
         return {"project": self.source, "data": self.project.data}
 
+    @cached_property
+    def taught(self) -> dict[str, str | None]:
+        """What the key of a trained network begins with: `data`, and the code that trains it."""
+        return {**self.data, "training": code_digest("pipeline.recover")}
+
     def scratch(self, name: str) -> Path:
         """A file of this run that is not a result."""
         return self.run.folder("work") / name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_project import write_project
 
-from pipeline import flow, losses
+from pipeline import flow, losses, prepare
 from pipeline.nouns import KeepUnits, PruningPlan, Ranking
 from pipeline.project import load_project
 from pipeline.prune import repair as repair_module
@@ -96,6 +96,34 @@ def test_rankings_of_other_code_are_made_again(work: Work, monkeypatch: pytest.M
     monkeypatch.setattr("pipeline.work.code_digest", lambda package: f"another {package}")
     assert replace(work).sampled["code"] != keys["code"] == code_digest("pipeline.prune")
     assert not ranked(replace(work))[1]
+
+
+def test_what_other_code_trained_is_trained_again(work: Work, monkeypatch: pytest.MonkeyPatch):
+    plan = halved(work)
+    fixed = repair(prune(work.network, plan), work.network, plan, work.samples)
+
+    def reused(training: str) -> list[bool]:
+        digests = {"pipeline.recover": training, "pipeline.prune": "the same"}
+        monkeypatch.setattr("pipeline.work.code_digest", digests.__getitem__)
+        fresh = replace(work)
+        flow._recover(fresh, plan, fixed)
+        prepare.trained(fresh, prepare.Grown(work.network))
+        return [bool(fresh.run.stages[name]["reused"]) for name in ("recover", "prepare")]
+
+    assert [reused("one"), reused("one"), reused("two")] == [[False] * 2, [True] * 2, [False] * 2]
+
+
+def test_losses_after_a_recovery_by_other_code_are_measured_again(work: Work, monkeypatch: pytest.MonkeyPatch):
+    found: list[int] = []
+
+    def loss(training: str) -> float:
+        digests = {"pipeline.recover": training, "pipeline.prune": "the same"}
+        monkeypatch.setattr("pipeline.work.code_digest", digests.__getitem__)
+        return losses.remembered(
+            replace(work), "loss", {}, halved(work), lambda: found.append(0) or len(found), trained=True
+        )
+
+    assert [loss("one"), loss("one"), loss("two")] == [1, 1, 2]
 
 
 def test_the_digest_of_code_is_of_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

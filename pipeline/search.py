@@ -208,9 +208,12 @@ class Search:
         return Found(self.best, tuple(self.rounds), tuple(self.tried.values()), self.table)
 
     def _turn(self, number: int) -> list[Candidate]:
+        """Candidates that were measured for the first time, those that a solver measured itself among them."""
+        before = {key for key, c in self.tried.items() if c.measured}
         most = EVALUATIONS[0] if number == 1 else EVALUATIONS[1]
         self._explore(number, round(most * min(1.0, max(0.25, self.loop.effort))))
-        return self._measure(number)
+        self._measure(number)
+        return [c for key, c in self.tried.items() if c.measured and key not in before]
 
     @property
     def best(self) -> Candidate | None:
@@ -235,7 +238,12 @@ class Search:
         loop = self.loop
         if loop.solver.TRIES or not loop.solver.VALUES:
             trials = Trials(self, number) if loop.solver.TRIES else None
-            choice = self._solve(self.values, self._budget_ms(), trials=trials)
+            try:
+                choice = self._solve(self.values, self._budget_ms(), trials=trials)
+            except DeployError:
+                if number == 1:  # later it means that the corrected table has nothing more that fits
+                    raise
+                return
             self._loss(number, choice.widths, choice.dropped)
             return
         before = len(self.asked)
@@ -382,7 +390,7 @@ class Search:
     def _share(self, widths: Mapping[str, int], dropped: frozenset[str]) -> float:
         return near(self.table, self.residuals, widths, dropped).predict(widths, dropped).ms / self.table.dense_ms
 
-    def _measure(self, number: int) -> list[Candidate]:
+    def _measure(self, number: int) -> None:
         """Measure the candidates of lowest loss that are predicted to fit and have not been measured.
 
         Where one is known to keep the budget, only such as lose less.
@@ -395,12 +403,10 @@ class Search:
                 fitting.append(replace(c, predicted_ratio=share, round=number))
         chosen = sorted(fitting, key=lambda c: c.loss)[:MEASURED]
         results = self.loop.measure(f"round {number}", [c.plan for c in chosen]) if chosen else ()
-        now = {c.plan.to_json(): replace(c, measured=m) for c, m in zip(chosen, results, strict=True)}
-        self.tried.update(now)
+        self.tried |= {c.plan.to_json(): replace(c, measured=m) for c, m in zip(chosen, results, strict=True)}
         while (best := self.best) is not None and (key := best.plan.to_json()) not in self.confirmed:
             self.confirmed.add(key)
             self.tried[key] = self._confirmed(number, best)
-        return [self.tried[key] for key in now]
 
     def _confirmed(self, number: int, best: Candidate) -> Candidate:
         """Measure the best candidate once more: the fastest of several short measurements flatters itself."""
@@ -414,7 +420,8 @@ class Search:
     def _verdict(self, now: Sequence[Candidate]) -> tuple[str, bool]:
         if not now:
             return "no plan that is predicted to fit loses less; the search has settled", True
-        told = ", ".join(f"{c.measured.ratio:.3f}x" for c in now if c.measured)
+        ratios = [f"{c.ratio:.3f}x" for c in now]
+        told = ", ".join(ratios) if len(now) <= 2 * MEASURED else f"{len(now)} from {min(ratios)} to {max(ratios)}"
         best = self.best
         if best is None:
             return f"measured {told}, budget {self.ratio:.3f}x is not kept yet", False

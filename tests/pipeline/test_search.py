@@ -325,6 +325,16 @@ def test_a_budget_that_the_first_measurements_show_to_be_out_of_reach_is_no_erro
     assert found.chosen is None and found.seen
 
 
+@pytest.mark.parametrize("name", plugins.names("pipeline.latency.solvers"))
+@pytest.mark.parametrize(("bias", "share"), [(1.1, 1.03), (1.1, 1.08), (1.2, 1.15)])
+def test_no_solver_ends_with_an_error_where_only_the_corrected_table_has_nothing_that_fits(name, bias, share):
+    """share: the budget over what the table says of the narrowest network that the solver knows."""
+    dropped = frozenset[str]() if name == "uniform" else frozenset({"branch"})
+    ratio = share * TABLE.predict({"stem": 8, "mid": 8, "inside": 8}, dropped).ms / TABLE.dense_ms
+    found = Device(bias).search(ratio, rounds=3, solver=cast(Solver, plugins.load("pipeline.latency.solvers", name)))
+    assert found.chosen is None and found.seen
+
+
 def test_a_block_that_loses_nothing_but_rounding_is_no_obstacle():
     values = single_cuts()
     search = Search(Device().search_loop(), TABLE, replace(values, blocks={"branch": -7e-9}), 0.5)
@@ -454,6 +464,23 @@ def test_a_solver_that_tries_is_asked_once_a_round_and_nothing_is_measured_or_tr
     ratios = [ms / TABLE.dense_ms for ms in solver.answers[0]]
     assert ratios == pytest.approx([device.true_ratio(PruningPlan.from_json(text)) for text in trials])
     assert found.chosen is not None and found.chosen.measured is not None
+
+
+def test_what_a_solver_measured_belongs_to_its_round():
+    device = Device(1.1)
+    found = device.search(0.5, rounds=1, solver=Trying())
+    (first,) = found.rounds
+    assert {c.plan for c in first.candidates} == {plan for _, plans in device.asked for plan in plans}
+    assert all(c.measured for c in first.candidates)
+
+
+@pytest.mark.parametrize(("name", "bias"), [("netadapt", 0.67), ("genetic", 0.67), ("beam", 0.8)])
+def test_a_solver_that_tries_is_asked_again_while_much_of_the_budget_is_unused(name, bias):
+    """Everything is faster than the table says, which a later round knows from the start."""
+    found = Device(bias).search(0.5, solver=cast(Solver, plugins.load("pipeline.latency.solvers", name)))
+    first = min((c for c in found.rounds[0].candidates if c.ratio <= 0.5 * KEEPS), key=lambda c: c.loss)
+    assert 1 - first.ratio / 0.5 > SLACK
+    assert found.chosen is not None and found.chosen.loss < first.loss and found.chosen.ratio > first.ratio
 
 
 @pytest.mark.parametrize("name", ["uniform", "threshold", "cumulative"])

@@ -128,7 +128,7 @@ def after_recovery(work: Work, probe: Probing) -> Callable[[PruningPlan], float]
 
     def loss(plan: PruningPlan) -> float:
         file.unlink(missing_ok=True)
-        done = recover(judge().repaired(plan), work.given.graph, data, spec, file)
+        done = recover(judge().repaired(plan), work.given.graph, data, spec, file, again=False)
         return judge().judged(cast(fx.GraphModule, done.module))
 
     return loss

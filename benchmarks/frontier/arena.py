@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.builds import TARGET, accepting
 from benchmarks.frontier.bisection import Steps
@@ -98,14 +98,6 @@ class NeverMet(Exception):
     def __init__(self, reason: str, seconds: Mapping[str, float], sittings: int) -> None:
         super().__init__(reason)
         self.seconds, self.sittings = dict(seconds), sittings
-
-
-class Unasked(nn.Module):
-    """The place of a teacher in a training that has none."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Nothing that costs."""
-        return x.new_zeros(1)
 
 
 class Arena:
@@ -253,9 +245,8 @@ class Arena:
             changes["hooks"] = tuple(hooks)
         assert self.project.train is not None
         data = RecoverData(self.project.train, self.project.loss, self.validated)
-        teacher = self.dense.graph if distilled else Unasked()
         checkpoint = self.folder / "recover.checkpoint"
         checkpoint.unlink(missing_ok=True)
-        done = recover(model, teacher, data, spec.model_copy(update=changes), checkpoint)
+        done = recover(model, self.dense.graph, data, spec.model_copy(update=changes), checkpoint)
         checkpoint.unlink(missing_ok=True)
         return done

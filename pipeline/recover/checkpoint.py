@@ -19,7 +19,7 @@ from torch import Tensor
 
 from profiles.errors import DeployError
 
-_VERSION = 2
+_VERSION = 3
 
 
 def write(path: Path, groups: Mapping[str, Mapping[str, Tensor]], story: Mapping[str, Any]) -> None:

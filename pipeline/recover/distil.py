@@ -22,7 +22,10 @@ TaskLoss = Callable[[Any, Any], Tensor]
 
 
 def distil(outputs: Any, teacher: Any, targets: Any, loss: TaskLoss, *, alpha: float, temperature: float) -> Tensor:
-    """Scalar loss of a batch. outputs, teacher: a tensor or a tuple of tensors, of the same shapes."""
+    """Scalar loss of a batch. outputs, teacher: a tensor or a tuple of tensors, of the same shapes.
+
+    teacher: not looked at where alpha is 0.
+    """
     pull = imitation(outputs, teacher, targets, temperature) if alpha > 0 else tensors(outputs)[0].new_zeros(())
     task = loss(outputs, targets) if alpha < 1 else pull.new_zeros(())
     return alpha * pull + (1 - alpha) * task

@@ -3,10 +3,11 @@
 SGD with Nesterov momentum over one cycle of the learning rate (schedule.py) on the distillation loss (distil.py).
 After each epoch the network is scored, on `validate` or on batches held out of the training data, never on what the
 gate asks; the best epoch is kept, and the start where no epoch beats it (or, with an `allowed_drop`, the latest that
-falls no further). Epochs that never beat the start are gone through once more from there, in what time is left, with a
-tenth of the learning rate: a rate that mends a damaged network undoes one that the repair left good. A loss that is not
-finite sends it back to the start once, with half the rate. At each epoch's end everything is stored, and since every
-epoch seeds its own randomness, a recovery that was killed ends on the CPU bit for bit as one that was not.
+falls no further). Epochs that close less than half of the gap between the start's score and the dense network's are
+gone through once more from the start, in what time is left, with a tenth of the learning rate, and the best of both is
+kept: a rate that mends a damaged network undoes one that the repair left good. A loss that is not finite sends it back
+to the start once, with half the rate. At each epoch's end everything is stored, and since every epoch seeds its own
+randomness, a recovery that was killed ends on the CPU bit for bit as one that was not.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from profiles.schema import RecoverSpec
 HOOKS = "pipeline.recover.hooks"
 HOLD_OUT_EVERY, HOLD_OUT_SAMPLES = 10, 1024
 GENTLE = 0.1
-"""Share of the learning rate of a second cycle, where the first ended no better than it began."""
+"""Share of the learning rate that a second cycle takes."""
+ENOUGH = 0.5
+"""Share of the gap between the start's score and the dense network's; a first cycle that closes less has a second."""
 LEAST_GENTLY = 0.25
 """Share of the wanted steps that has to fit into the time left for one."""
 _LARGEST_GRADIENT = 5.0
@@ -95,7 +98,7 @@ class Recovered:
 class _Story:
     """What has happened so far; goes into the checkpoint as JSON. rate: share of the learning rate that is taken.
 
-    diverged, gentle: it went back to the start after a loss that was not finite, after epochs that were no better.
+    diverged, gentle: it went back to the start after a loss that was not finite, after epochs that gained too little.
     """
 
     wanted: int
@@ -124,17 +127,19 @@ def recover(
     progress: Progress | None = None,
     *,
     allowed_drop: float | None = None,
+    again: bool = True,
 ) -> Recovered:
     """Train a copy of `pruned` to follow `dense`; both stay as they are. Goes on from `checkpoint` where it fits.
 
     allowed_drop: left out, the best epoch is kept; else the latest that scores at most so much below the start, which
-    is for training whose worth the score does not show. The start is kept where no epoch does.
+    is for training whose worth the score does not show. The start is kept where no epoch does. again: a first cycle
+    that gains too little has a second, never with an allowed_drop.
 
     Raises DeployError for training data without batches, an unknown hook, a checkpoint that cannot be written.
     """
     hooks: list[TrainHook] = [plugins.load(HOOKS, name).Hook() for name in spec.hooks]
     with _own_randomness(), ExitStack() as stack:
-        run = _Recovery(pruned, dense, data, spec, checkpoint, progress, hooks, allowed_drop)
+        run = _Recovery(pruned, dense, data, spec, checkpoint, progress, hooks, allowed_drop, again)
         for hook in hooks:
             stack.callback(hook.stop)
             hook.start(run.student, run.teacher)
@@ -174,6 +179,7 @@ class _Recovery:
         progress: Progress | None,
         hooks: list[TrainHook],
         allowed_drop: float | None,
+        again: bool,
     ) -> None:
         self.began = monotonic()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,7 +188,7 @@ class _Recovery:
         if not any(p.requires_grad for p in self.student.parameters()):
             self.student.requires_grad_(True)
         self.data, self.spec, self.hooks, self.progress = data, spec, hooks, progress
-        self.checkpoint, self.allowed_drop = checkpoint, allowed_drop
+        self.checkpoint, self.allowed_drop, self.again = checkpoint, allowed_drop, again and allowed_drop is None
         kept = "" if allowed_drop is None else f" latest within {allowed_drop!r}"
         self.origin = stored.origin(spec.model_dump_json() + kept, pruned.state_dict(), dense.state_dict())
         self.start = self._weights()
@@ -244,12 +250,10 @@ class _Recovery:
     def _step(self, optimizer: torch.optim.SGD, inputs: tuple[Tensor, ...], targets: Any, rate: float) -> float:
         inputs = tuple(x.to(self.device) for x in inputs)
         targets = _on(targets, self.device)
-        with torch.inference_mode():
-            seen = self.teacher(*inputs)
-        teacher = seen.clone() if isinstance(seen, Tensor) else tuple(each.clone() for each in tensors(seen))
-        outputs = self.student(*inputs)
         spec = self.spec
-        loss = distil(outputs, teacher, targets, self.data.loss, alpha=spec.alpha, temperature=spec.temperature)
+        wanted = self._taught(inputs) if spec.alpha > 0 else None
+        outputs = self.student(*inputs)
+        loss = distil(outputs, wanted, targets, self.data.loss, alpha=spec.alpha, temperature=spec.temperature)
         for name, hook in zip(spec.hooks, self.hooks, strict=True):
             strength = spec.strengths.get(name, hook.strength)
             loss = loss + strength * hook.extra_loss(self.student, inputs, outputs, targets)
@@ -262,6 +266,12 @@ class _Recovery:
                 group["lr"] = rate
             optimizer.step()
         return value
+
+    def _taught(self, inputs: tuple[Tensor, ...]) -> Any:
+        """What the dense network says of them."""
+        with torch.inference_mode():
+            seen = self.teacher(*inputs)
+        return seen.clone() if isinstance(seen, Tensor) else tuple(each.clone() for each in tensors(seen))
 
     def _batches(self, epoch: int) -> Iterator[Pair]:
         """The training batches of an epoch without those held out; a last batch of one sample is left out."""
@@ -277,7 +287,7 @@ class _Recovery:
     def _close_epoch(self, loss: float, steps: int, before: float) -> None:
         story = self.story
         if steps:
-            score = self._score()
+            score = self._score(self.student)
             epoch = Epoch(story.epoch, story.attempt, steps, loss, score, self._elapsed() - before)
             story.history.append(asdict(epoch))
             if self._keeps(score):
@@ -326,30 +336,36 @@ class _Recovery:
         story.attempt, story.epoch, story.step = story.attempt + 1, 0, 0
 
     def _may_go_gently(self) -> bool:
-        """Whether no epoch beat the start and there is time for as many with a smaller rate; plans their steps."""
+        """Whether the epochs gained too little and there is time for as many with a smaller rate; plans their steps."""
         story = self.story
-        if self.allowed_drop is not None or story.gentle or story.best_epoch is not None:
+        if not self.again or story.gentle:
             return False
         past = [epoch for epoch in story.history if epoch["attempt"] == story.attempt]
         taken = sum(epoch["steps"] for epoch in past)
         if not taken:
             return False
         step_s = sum(epoch["seconds"] - story.score_s for epoch in past) / taken
-        left = self.spec.max_minutes - self._elapsed() / 60
+        left = self.spec.max_minutes - (self._elapsed() + story.score_s) / 60  # the dense network is scored first
         steps = plan_steps(story.wanted, max(step_s, 0.0), story.score_s, self.spec.epochs, left)
-        if steps < LEAST_GENTLY * story.wanted:
+        if steps < LEAST_GENTLY * story.wanted or self._gained_enough():
             return False
         story.steps = steps
         return True
 
-    def _score(self) -> float:
-        self.student.eval()
+    def _gained_enough(self) -> bool:
+        story = self.story
+        if story.best_epoch is None:
+            return False
+        return story.best_score - story.start_score >= ENOUGH * (self._score(self.teacher) - story.start_score)
+
+    def _score(self, network: nn.Module) -> float:
+        network.eval()
         if self.data.validate:
-            return float(self.data.validate(self.student))
+            return float(self.data.validate(network))
         total, samples = 0.0, 0
         with torch.inference_mode():
             for inputs, targets in self.held_out:
-                outputs = self.student(*(x.to(self.device) for x in inputs))
+                outputs = network(*(x.to(self.device) for x in inputs))
                 total += float(self.data.loss(outputs, _on(targets, self.device))) * len(inputs[0])
                 samples += len(inputs[0])
         return -total / samples if math.isfinite(total) else -math.inf
@@ -369,7 +385,7 @@ class _Recovery:
     def _fresh(self) -> _Story:
         """Score the start, count the batches of an epoch, time a few steps, and plan."""
         spec, before = self.spec, monotonic()
-        score = self._score()
+        score = self._score(self.student)
         story = _Story(0, 0, score, score)
         story.score_s = monotonic() - before
         if spec.epochs == 0 or spec.max_minutes == 0:

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks import nets
 from benchmarks.frontier import __main__ as frontier
 from benchmarks.frontier import cells, contest, depgraph, finals, noise, ours, running, scratch, shortcuts, table
-from benchmarks.frontier.arena import FULL, QUICK, NeverMet, Unasked
+from benchmarks.frontier.arena import FULL, QUICK, NeverMet
 from benchmarks.frontier.bisection import RETRIES, STEP_BACK, Steps, accepted, search, settled
 from benchmarks.frontier.cells import Store, Unit
 from benchmarks.frontier.drawing import draw, family
@@ -534,10 +534,6 @@ def test_layers_on_padded_residual_streams_are_ignored_and_others_are_not():
     assert padded.conv1 in kept and padded.layer2[0].conv2 in kept and padded.layer2[0].conv1 not in kept
     assert len(kept) == 2 + 9
     assert depgraph.ignored(plain, 43) == [plain.fc]
-
-
-def test_a_training_without_a_teacher_asks_none():
-    assert Unasked()(torch.randn(3, 2)).shape == (1,)
 
 
 def made_up(model, example):

@@ -33,11 +33,16 @@ def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def scripted(scores: list[float]):
-    """A `validate` that gives these scores in turn, the first for the start, and keeps what it was shown."""
+def scripted(scores: list[float], dense: float = 0.0):
+    """A `validate` that gives these scores in turn, the first for the start, and keeps what it was shown.
+
+    dense: the score of the dense network; no gain is too small for 0.
+    """
     shown: list[torch.nn.Module] = []
 
     def validate(network: torch.nn.Module) -> float:
+        if same(network, digits.dense()):
+            return dense
         shown.append(copy.deepcopy(network))
         return scores[len(shown) - 1]
 
@@ -314,6 +319,17 @@ def test_the_minutes_hold_with_the_last_score_counted_in(tmp_path, monkeypatch):
     assert clock.now <= 90
 
 
+def recorded_peaks(monkeypatch) -> list[float]:
+    peaks: list[float] = []
+
+    def recorded(step, steps, peak):
+        peaks.append(peak)
+        return learning_rate(step, steps, peak)
+
+    monkeypatch.setattr(training, "learning_rate", recorded)
+    return peaks
+
+
 # --- divergence ---
 
 
@@ -327,13 +343,7 @@ def nan_at(*calls: int):
 
 
 def test_a_loss_that_is_not_finite_sends_it_back_once_with_half_the_learning_rate(tmp_path, monkeypatch):
-    peaks = []
-
-    def recorded(step, steps, peak):
-        peaks.append(peak)
-        return learning_rate(step, steps, peak)
-
-    monkeypatch.setattr(training, "learning_rate", recorded)
+    peaks = recorded_peaks(monkeypatch)
     recovered = run(tmp_path, RecoverData(digits.train, nan_at(34), digits.accuracy))
     assert recovered.stopped == "finished"
     assert [epoch.attempt for epoch in recovered.history] == [0, 1, 1, 1]
@@ -349,18 +359,7 @@ def test_a_second_divergence_ends_it_and_the_repaired_network_is_kept(tmp_path):
     assert digits.accuracy(recovered.module) == recovered.start_score
 
 
-# --- no better than it began ---
-
-
-def recorded_peaks(monkeypatch) -> list[float]:
-    peaks: list[float] = []
-
-    def recorded(step, steps, peak):
-        peaks.append(peak)
-        return learning_rate(step, steps, peak)
-
-    monkeypatch.setattr(training, "learning_rate", recorded)
-    return peaks
+# --- little better than it began ---
 
 
 def test_epochs_that_never_beat_the_start_are_tried_once_more_with_a_tenth_of_the_rate(tmp_path, monkeypatch):
@@ -371,6 +370,36 @@ def test_epochs_that_never_beat_the_start_are_tried_once_more_with_a_tenth_of_th
     assert peaks == [0.05] * 60 + [pytest.approx(0.005)] * 60
     assert (recovered.stopped, recovered.best_epoch, recovered.best_score) == ("finished", 3, 0.91)
     assert same(recovered.module, shown[4])
+
+
+def test_epochs_that_close_less_than_half_of_the_gap_are_tried_once_more_and_the_best_of_both_is_kept(tmp_path):
+    for second, best in ((0.7, 3), (0.55, 1)):
+        validate, _ = scripted([0.5, 0.54, 0.59, 0.58, second, 0.52, 0.53], dense=0.7)
+        recovered = run(tmp_path / f"{best}", RecoverData(digits.train, digits.loss, validate))
+        assert [epoch.attempt for epoch in recovered.history] == [0, 0, 0, 1, 1, 1]
+        assert (recovered.stopped, recovered.best_epoch) == ("finished", best)
+        assert recovered.best_score == max(second, 0.59)
+
+
+def test_epochs_that_close_half_of_the_gap_are_enough(tmp_path):
+    validate, _ = scripted([0.5, 0.54, 0.625, 0.58], dense=0.75)
+    assert len(run(tmp_path, RecoverData(digits.train, digits.loss, validate)).history) == 3
+
+
+def test_a_second_cycle_is_taken_only_where_it_is_asked_for(tmp_path):
+    validate, _ = scripted([0.5, 0.4, 0.4, 0.4], dense=0.75)
+    recovered = run(tmp_path, RecoverData(digits.train, digits.loss, validate), again=False)
+    assert (recovered.stopped, len(recovered.history)) == ("finished", 3)
+
+
+def test_without_distillation_the_dense_network_is_not_asked(tmp_path):
+    class Asked(torch.nn.Module):
+        def forward(self, *inputs):
+            raise AssertionError("the dense network was asked")
+
+    spec = SPEC.model_copy(update={"alpha": 0.0})
+    recovered = recover(digits.damaged(), Asked(), DATA, spec, tmp_path / "checkpoint", again=False)
+    assert digits.accuracy(recovered.module) > 0.95
 
 
 def test_a_good_network_is_bettered_by_the_smaller_rate_and_not_by_one_that_undoes_it(tmp_path):

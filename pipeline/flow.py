@@ -61,6 +61,7 @@ MOST_OFFERS = 6
 """Rewritten networks that are measured in one session, beside the network without."""
 ATTEMPTS, STEP_BACK = 3, 0.985
 """Where the accepting protocol does not find the budget kept, the search goes on with a tighter one, so often."""
+RUINED = "the loss of this plan is infinite: the network overflows after some of its cuts."
 log = logging.getLogger(__name__)
 
 
@@ -304,6 +305,9 @@ def _dry(work: Work) -> BuildResult:
     table = recalibrate(table, residuals(table, ondevice.known_candidates(work, dense)), ratio)
     budget_ms, spec = ratio * table.dense_ms, work.profile.prune
     solution = _solver(work).solve(list(work.rankings.values()), values, table, work.topology, budget_ms, spec, None)
+    if math.isinf(solution.loss):
+        work = replace(work, notes=(*work.notes, RUINED))
+        _say(work.run, f"note: {RUINED}")
     return outcome.dry(work, table, solution, ratio)
 
 
@@ -463,7 +467,7 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
             )
             accuracy = work.project.validate(predict_torch(fixed))
             loss = mean_divergence(fixed, work.loss_samples, dense, work.network.answers)
-            told[mode] = {"loss": loss, "accuracy": accuracy}
+            told[mode] = {"loss": loss if math.isfinite(loss) else None, "accuracy": accuracy}
             if mode == chosen:
                 (folder / "repaired.safetensors").write_bytes(save(state(fixed)))
         return {"weights": folder / "repaired.safetensors", "told": told}
@@ -478,7 +482,9 @@ def _repair(work: Work, plan: PruningPlan) -> fx.GraphModule:
 
 
 def _score(row: Mapping[str, Any]) -> str:
-    return f"{row['accuracy']:.3f}" if row["accuracy"] is not None else f"loss {row['loss']:.3g}"
+    if row["accuracy"] is not None:
+        return f"{row['accuracy']:.3f}"
+    return "loss infinite" if row["loss"] is None else f"loss {row['loss']:.3g}"
 
 
 def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ...]]:

@@ -321,37 +321,52 @@ class Sensitivity:
     """Calibration loss added by single cuts after local repair, measured.
 
     groups: group id -> {width: added loss}; the full width (loss 0) is in it. blocks: block id -> added loss of
-    removing the whole branch. Widths between the measured ones are interpolated by the solver's caller.
+    removing the whole branch. Widths between the measured ones are interpolated by the solver's caller. A loss is
+    infinite where the network overflows after the cut.
     """
 
     groups: Mapping[str, Mapping[int, float]]
     blocks: Mapping[str, float]
 
     def loss(self, group: str, width: int) -> float:
-        """Added loss of a group at a width, linear between measured widths, flat outside them."""
+        """Added loss of a group at a width, linear between measured widths, flat outside them.
+
+        Infinite between an infinite loss and a finite one.
+        """
         curve = sorted(self.groups[group].items())
         return float(np.interp(width, [w for w, _ in curve], [v for _, v in curve]))
 
-    def finite(self) -> Sensitivity:
-        """The same with every infinite loss worth more than all finite ones together."""
-        known = [v for curve in self.groups.values() for v in curve.values()] + list(self.blocks.values())
+    def finite(self, choices: Mapping[str, Iterable[int]]) -> Sensitivity:
+        """The same with every infinite loss worth more than all finite ones together, at these widths of groups too."""
+        widths = {id: {*curve, *choices.get(id, ())} for id, curve in self.groups.items()}
+        curves = {id: {width: self.loss(id, width) for width in known} for id, known in widths.items()}
+        known = [v for curve in curves.values() for v in curve.values()] + list(self.blocks.values())
         worst = 10 * (1.0 + sum(abs(v) for v in known if math.isfinite(v)))
 
         def least(value: float) -> float:
             return value if math.isfinite(value) else worst
 
-        groups = {id: {width: least(v) for width, v in curve.items()} for id, curve in self.groups.items()}
+        groups = {id: {width: least(v) for width, v in curve.items()} for id, curve in curves.items()}
         return Sensitivity(groups, {id: least(v) for id, v in self.blocks.items()})
 
     def to_table(self) -> dict[str, Any]:
-        """Plain data from which `from_table` makes an equal one."""
-        return {"groups": {id: sorted(curve.items()) for id, curve in self.groups.items()}, "blocks": dict(self.blocks)}
+        """Plain data from which `from_table` makes an equal one; JSON has no infinity, so that such a loss is None."""
+
+        def writable(loss: float) -> float | None:
+            return loss if math.isfinite(loss) else None
+
+        groups = {id: [(w, writable(loss)) for w, loss in sorted(curve.items())] for id, curve in self.groups.items()}
+        return {"groups": groups, "blocks": {id: writable(loss) for id, loss in self.blocks.items()}}
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Sensitivity:
         """Inverse of `to_table`."""
-        groups = {id: {int(width): float(loss) for width, loss in curve} for id, curve in table["groups"].items()}
-        return cls(groups, {id: float(loss) for id, loss in table["blocks"].items()})
+
+        def read(loss: float | None) -> float:
+            return math.inf if loss is None else float(loss)
+
+        groups = {id: {int(width): read(loss) for width, loss in curve} for id, curve in table["groups"].items()}
+        return cls(groups, {id: read(loss) for id, loss in table["blocks"].items()})
 
 
 # --- latency -------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def nothing_fits(work: Work, dense: Outcome, accuracy_dense: float | None, found
 
 
 def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float) -> BuildResult:
-    """What a dry run found, as a summary; there is no report to keep."""
+    """What a dry run found, as a summary; there is no report to keep. Its loss is None where it is infinite."""
     groups = {
         g.name: {
             "width": g.size,
@@ -171,7 +171,8 @@ def dry(work: Work, table: LatencyTable, solution: Solution, ratio: float) -> Bu
         "groups": groups, "removed_blocks": sorted(solution.dropped), "sites": len(table.sites),
         "table_rows": sum(len(site.ms) + len(site.dropped_ms) for site in table.sites),
         "predicted_ratio": solution.predicted_ms / table.dense_ms, "budget_ratio": ratio,
-        "loss": solution.loss, "gap": solution.gap, "seconds": round(work.run.seconds, 1), "notes": list(work.notes),
+        "loss": solution.loss if math.isfinite(solution.loss) else None, "gap": solution.gap,
+        "seconds": round(work.run.seconds, 1), "notes": list(work.notes),
     }  # fmt: skip
     work.run.finish("done", told)
     return BuildResult(told, None, None, 0)
@@ -468,7 +469,8 @@ def _distribution(measured: Measurement) -> Distribution:
 def _repairs(work: Work) -> tuple[RepairRow, ...]:
     chosen = work.profile.prune.repair
     return tuple(
-        RepairRow(name, row["loss"], row["accuracy"], chosen=name == chosen) for name, row in work.repairs.items()
+        RepairRow(name, math.inf if row["loss"] is None else row["loss"], row["accuracy"], chosen=name == chosen)
+        for name, row in work.repairs.items()
     )
 
 

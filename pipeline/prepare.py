@@ -190,7 +190,7 @@ def propose(network: Network, table: LatencyTable, values: Sensitivity, limit: f
     """
     shares = (0.0, *SHARES, max(SHARES[-1], math.sqrt(limit) - 1))
     groups = {group.id: group for group in network.topology.offered}
-    units = {id: known for id, group in groups.items() if (known := _unit(group, table, values.finite())) is not None}
+    units = {id: known for id, group in groups.items() if (known := _unit(group, table, values.finite({}))) is not None}
     found: list[tuple[int, Proposal]] = []
     for id, (worth, ms) in units.items():
         size, name = groups[id].size, groups[id].name

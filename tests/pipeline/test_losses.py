@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -11,8 +13,8 @@ import pytest
 import torch
 from tiny_project import write_project
 
-from pipeline import flow, losses, prepare
-from pipeline.nouns import KeepUnits, PruningPlan, Ranking
+from pipeline import flow, losses, outcome, prepare
+from pipeline.nouns import KeepUnits, LatencyTable, PruningPlan, Ranking, Sensitivity
 from pipeline.project import load_project
 from pipeline.prune import repair as repair_module
 from pipeline.prune import sensitivity
@@ -68,6 +70,51 @@ def test_short_recoveries_share_what_does_not_depend_on_the_plan(work: Work, mon
     monkeypatch.setattr(repair_module, "DenseTaps", Counted)
     loss = losses.after_recovery(work, losses.probe(work))
     assert 0 < loss(halved(work)) < loss(halved(work, 8)) and len(made) == 1
+
+
+# --- losses that are infinite ---------------------------------------------------------------------------------------
+
+
+class Overflowing:
+    """A probe of a network that overflows after every cut of more than half of a group, and without any block."""
+
+    def __init__(self, work: Work) -> None:
+        self.network = work.network
+
+    def loss(self, plan: PruningPlan) -> float:
+        sizes = {group.id: group.size for group in self.network.topology.groups}
+        ruined = plan.dropped or any(2 * len(kept) < sizes[id] for id, kept in plan.kept.items())
+        return math.inf if ruined else 0.125
+
+
+def test_infinite_values_of_single_cuts_are_kept_and_known_again(work: Work):
+    flow._rank(work)
+    offered = [group for group in work.topology.offered if group.size >= 4]
+    choices = {group.id: (group.size // 4, group.size // 2, group.size) for group in offered}
+    table = LatencyTable((), choices, 1, 1.0)
+    first, again = (losses.values(work, lambda: Overflowing(work), table) for _ in range(2))
+    assert offered and first == again and work.run.stages["values"]["reused"]
+    for group in offered:
+        assert list(first.groups[group.id].values()) == [math.inf, 0.125, 0.0]
+    assert set(first.blocks.values()) <= {math.inf}
+
+
+def test_a_dry_run_whose_plan_ruins_the_network_says_so(work: Work, monkeypatch: pytest.MonkeyPatch):
+    def ruined(probe: object, rankings: dict[str, Ranking], *_: object, **__: object) -> Sensitivity:
+        sizes = {group.id: group.size for group in work.topology.offered}
+        return Sensitivity({id: {1: math.inf, sizes[id] - 1: math.inf, sizes[id]: 0.0} for id in rankings}, {})
+
+    monkeypatch.setattr(losses, "measure", ruined)
+    told = flow._dry(work).summary
+    assert told["loss"] is None and json.loads(json.dumps(told, allow_nan=False))["loss"] is None
+    assert flow.RUINED in told["notes"] and f"note: {flow.RUINED}" in (work.run.path / "log").read_text()
+
+
+def test_a_way_of_repairing_that_ruins_the_network_is_told_as_infinite(work: Work, monkeypatch: pytest.MonkeyPatch):
+    flow._rank(work)
+    monkeypatch.setattr(flow, "mean_divergence", lambda *_: math.inf)
+    flow._repair(work, halved(work))
+    assert {row.loss for row in outcome._repairs(work)} == {math.inf}
 
 
 # --- what is remembered ---------------------------------------------------------------------------------------------

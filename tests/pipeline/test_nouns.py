@@ -1,8 +1,9 @@
 """What the shared nouns answer."""
 
 import json
+import math
 
-from pipeline.nouns import AddBranch, DropBlock, KeepUnits, PruningPlan, Ranking, Widen
+from pipeline.nouns import AddBranch, DropBlock, KeepUnits, PruningPlan, Ranking, Sensitivity, Widen
 
 
 def test_a_removed_unit_is_stood_in_for_by_the_first_twin_of_its_chain_that_stays():
@@ -33,3 +34,17 @@ def test_a_plan_keeps_what_the_network_grew_by_before_its_cuts():
     assert again == plan and again.growth == growth
     assert again.kept == {"g": (0, 2)} and again.dropped == {"b"}
     assert PruningPlan((KeepUnits("g", (0, 2)),)).growth == ()
+
+
+def test_values_come_back_from_json_as_they_were_and_what_is_infinite_is_written_as_null():
+    values = Sensitivity({"g": {8: math.inf, 16: 0.25, 32: 0.0}}, {"b": math.inf, "c": 0.5})
+    text = json.dumps(values.to_table(), allow_nan=False)
+    assert json.loads(text) == {"groups": {"g": [[8, None], [16, 0.25], [32, 0.0]]}, "blocks": {"b": None, "c": 0.5}}
+    assert Sensitivity.from_table(json.loads(text)) == values
+
+
+def test_infinite_values_made_finite_outweigh_all_others_at_every_width_that_may_be_chosen():
+    values = Sensitivity({"g": {8: math.inf, 256: 0.0}, "h": {8: 5.0, 256: 0.0}}, {"b": math.inf})
+    finite = values.finite({"g": (8, 16, 248, 256)})
+    assert all(5.0 < value < math.inf for value in (*(finite.loss("g", w) for w in (8, 16, 248)), finite.blocks["b"]))
+    assert finite.loss("g", 256) == 0.0 and finite.groups["h"] == values.groups["h"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -414,6 +415,60 @@ def test_a_removed_block_keeps_the_values_of_its_groups_and_is_valued_by_putting
     assert values.groups["inside"] == before.groups["inside"]
     back = true_loss(HERE, dropped) - true_loss(HERE, frozenset())
     assert back > 0 and values.blocks["branch"] == pytest.approx(back)
+
+
+def ruined_by(*cuts: str) -> Any:
+    """The loss of choices, infinite where any of these is below its size, or gone."""
+
+    def loss(widths: Mapping[str, int], dropped: frozenset[str]) -> float:
+        kept = {**widths, "branch": 0 if dropped else 1}
+        lost = any(kept[name] < {**SIZES, "branch": 1}[name] for name in cuts)
+        return math.inf if lost else true_loss(widths, dropped)
+
+    return loss
+
+
+def test_where_two_cuts_ruin_the_network_neither_looks_free():
+    values = around(ruined_by("stem", "mid"), TOPOLOGY, CHOICES, HERE, frozenset(), single_cuts())
+    assert values == single_cuts()  # no edit by itself mends it: what was believed before is all that is known
+
+
+def test_the_cut_that_ruins_the_network_is_infinite_and_the_others_are_as_before():
+    values = around(ruined_by("stem"), TOPOLOGY, CHOICES, HERE, frozenset(), single_cuts())
+    assert values.groups["stem"] == {8: math.inf, 24: math.inf, 40: math.inf, 48: 0.0}
+    assert {name: values.groups[name] for name in ("mid", "inside")} == {
+        name: single_cuts().groups[name] for name in ("mid", "inside")
+    }
+    assert values.blocks == single_cuts().blocks
+
+
+def test_a_block_that_ruins_the_network_is_infinite_and_one_that_mends_it_is_not():
+    kept = around(ruined_by("branch"), TOPOLOGY, CHOICES, HERE, frozenset(), single_cuts())
+    gone = around(ruined_by("branch"), TOPOLOGY, CHOICES, HERE, frozenset({"branch"}), single_cuts())
+    assert kept.blocks == gone.blocks == {"branch": math.inf}
+
+    def overflows_inside(widths: Mapping[str, int], dropped: frozenset[str]) -> float:
+        return math.inf if widths["inside"] < 64 and not dropped else true_loss(widths, dropped)
+
+    cut = {**HERE, "inside": 16}
+    mended = around(overflows_inside, TOPOLOGY, CHOICES, cut, frozenset(), single_cuts())
+    assert mended.groups["inside"][16] == math.inf
+    assert mended.blocks == {"branch": true_loss(cut, frozenset({"branch"}))}
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.5])
+def test_a_search_never_chooses_what_ruins_the_network(ratio: float):
+    def loss(widths: Mapping[str, int], dropped: frozenset[str]) -> float:
+        narrow = widths.get("stem", 48) < 32 or (widths.get("mid", 64) < 40 and widths.get("stem", 48) < 48)
+        return math.inf if narrow else true_loss(widths, dropped)
+
+    groups = {name: {w: loss({name: w}, frozenset()) for w in CHOICES[name]} for name in SIZES}
+    values = Sensitivity(groups, {"branch": loss({}, frozenset({"branch"}))})
+    found = Search(
+        replace(Device().search_loop(), loss=lambda plan: loss(plan.widths(TOPOLOGY.groups), plan.dropped)),
+        TABLE, values, ratio,
+    ).run()  # fmt: skip
+    assert found.chosen is not None and math.isfinite(found.chosen.loss)
 
 
 def test_values_never_rise_with_width_and_are_never_below_zero():

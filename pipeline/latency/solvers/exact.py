@@ -2,13 +2,15 @@
 
 The programme is that of `pipeline.latency.program`. A greedy answer bounds it first: a single cut that alone costs more
 than the whole greedy answer is left out, and the objective is scaled by that answer so that tolerances mean something.
-Between equal losses the lower latency wins. Stopped by its time limit, the better of the two answers is returned.
+Between equal losses the lower latency wins. An infinite loss counts more than all finite ones together. Stopped by its
+time limit, the better of the two answers is returned.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,27 +42,29 @@ def solve(
 
     Raises MissedError, naming the narrowest latency that can be had, when nothing fits.
     """
-    start, sensitivity = time.perf_counter(), sensitivity.finite()
-    least, largest = _loss_range(sensitivity, table, topology, spec)
+    start, values = time.perf_counter(), sensitivity.finite(table.choices)
+    least, largest = _loss_range(values, table, topology, spec)
     try:
         bound = greedy.solve(rankings, sensitivity, table, topology, budget_ms, spec)
+        bound = replace(bound, loss=added_loss(values, topology, bound.widths, bound.dropped))
     except MissedError:
         bound = None
     ceiling = (bound.loss - least) * (1 + 1e-9) if bound else np.inf
     span = max(bound.loss - least if bound else largest - least, 1e-12)
-    program = formulate(table, topology, spec, sensitivity, ceiling)
+    program = formulate(table, topology, spec, values, ceiling)
     objective = np.array(program.loss) / span + TIE * np.array(program.latency) / budget_ms
     known = _value(bound, table, program, budget_ms, span) if bound else np.inf
     left = max(spec.solver_seconds - (time.perf_counter() - start), 0.1)
     answer = program.minimise(objective, budget_ms=budget_ms / table.correction, seconds=left, incumbent=known)
-    found = _decoded(program, answer, sensitivity, table, topology)
+    found = _decoded(program, answer, values, table, topology)
     fits = [s for s in (found, bound) if s is not None and s.predicted_ms <= budget_ms * FIT]
     if not fits:
         raise infeasible(budget_ms, narrowest(table, topology, spec, sensitivity).predicted_ms)
     best = min(fits, key=lambda s: _value(s, table, program, budget_ms, span))
     value = _value(best, table, program, budget_ms, span)
     gap = 0.0 if answer.done else float(np.clip((value - answer.bound) / max(abs(value), 1e-12), 0.0, 1.0))
-    return Solution(best.widths, best.dropped, best.predicted_ms, best.loss, gap, time.perf_counter() - start)
+    loss = added_loss(sensitivity, topology, best.widths, best.dropped)
+    return Solution(best.widths, best.dropped, best.predicted_ms, loss, gap, time.perf_counter() - start)
 
 
 def _loss_range(

@@ -98,22 +98,25 @@ class Descent:
         return self.known[cut]
 
     def _gain(self, cut: Cut) -> Gain | None:
-        widths, dropped, added = dict(self.widths), set(self.dropped), 0.0
+        widths, dropped, lost, losing = dict(self.widths), set(self.dropped), 0.0, 0.0
         for name, width in cut:
             if width < 0:
                 dropped.add(name)
                 inner = [group for group, home in self.homes.items() if home == name]
-                added += self.block_loss[name] - sum(self.losses[g].get(self.widths[g], 0.0) for g in inner)
+                lost += sum(self.losses[g].get(self.widths[g], 0.0) for g in inner)
+                losing += self.block_loss[name]
                 widths.update({group: self.choices[group][-1] for group in inner})
             else:
                 widths[name] = width
-                added += self.losses[name][width] - self.losses[name][self.widths[name]]
+                lost += self.losses[name][self.widths[name]]
+                losing += self.losses[name][width]
         saved = 0.0
         for cost in {id(c): c for name, _ in cut for c in self.sites[name]}.values():
             before, after = self.ms(cost, self.widths, self.dropped), self.ms(cost, widths, dropped)
             if before is None or after is None:
                 return None
             saved += before - after
+        added = losing - lost if losing != lost else 0.0  # both may be infinite
         return Gain(saved, added) if saved > 0 else None
 
     def apply(self, cut: Cut) -> None:

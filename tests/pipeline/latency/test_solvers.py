@@ -7,7 +7,7 @@ import pytest
 from latency_problems import Device, block, brute_force, group, random_problem, rankings, site, table, topology
 
 from pipeline.latency.program import narrowest
-from pipeline.latency.solvers import exact
+from pipeline.latency.solvers import exact, greedy
 from pipeline.latency.solvers.base import added_loss
 from pipeline.nouns import Dim, LatencyTable, Sensitivity, Site, SiteCost, Topology
 from profiles import plugins
@@ -272,3 +272,50 @@ def test_a_loss_that_is_infinite_is_avoided(name):
     assert found.predicted_ms <= budget * (1 + 1e-6)
     if name not in ("threshold", "cumulative", "uniform"):  # these do not look at the values
         assert np.isfinite(found.loss)
+
+
+def broken(seed: int) -> tuple:
+    """A problem some of whose narrower widths and blocks have infinite losses; not every width was measured."""
+    costs, net, sensitivity = random_problem(seed)
+    rng = np.random.default_rng(seed)
+    curves = {}
+    for name, curve in sensitivity.groups.items():
+        between, ruined = sorted(curve)[1:-1], rng.integers(0, len(curve))
+        known = {w: curve[w] if at >= ruined else float("inf") for at, w in enumerate(sorted(curve))}
+        left_out = rng.choice(between) if between and rng.random() < 0.5 else None
+        curves[name] = {w: loss for w, loss in known.items() if w != left_out}
+    blocks = {name: float("inf") if rng.random() < 0.4 else loss for name, loss in sensitivity.blocks.items()}
+    return costs, net, Sensitivity(curves, blocks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.4, 0.65])
+@pytest.mark.parametrize("name", [name for name in NAMES if SOLVERS[name].VALUES])
+def test_an_infinite_loss_is_chosen_only_where_no_other_fits_and_told_as_infinite(name, share, seed):
+    problem = costs, net, sensitivity = broken(seed)
+    budget = costs.dense_ms * share
+    truth = brute_force(problem, budget)
+    assert truth is not None
+    found = SOLVERS[name].solve(rankings(net, random_problem(seed)[2]), sensitivity, costs, net, budget, SPEC)
+    assert found.predicted_ms <= budget * (1 + 1e-6)
+    assert found.loss == pytest.approx(added_loss(sensitivity, net, found.widths, found.dropped))
+    assert np.isfinite(found.loss) == np.isfinite(truth.loss)
+
+
+def test_the_exact_solver_takes_no_width_between_an_infinite_loss_and_a_finite_one():
+    widths, sites = tuple(range(8, 257, 8)), []
+    for name, ms in {"g": 100.0, "h": 1.0}.items():  # one step of g saves as much as all of h
+        only = Site(name, "test", (Dim(((name, 1),)),), (name,))
+        sites.append(SiteCost(only, {(width,): ms * width / 256 for width in widths}))
+    costs, net = table(sites, {"g": widths, "h": widths}, 8), topology([group("g", 256), group("h", 256)])
+    values = Sensitivity({"g": {8: float("inf"), 256: 0.0}, "h": {8: 5.0, 256: 0.0}}, {})
+    found = exact.solve([], values, costs, net, costs.dense_ms - 0.5, SPEC)
+    assert found.widths == {"g": 256, "h": 128} and found.loss == pytest.approx(values.loss("h", 128))
+
+
+def test_a_cut_of_what_is_lost_already_adds_nothing_in_greedy_descent():
+    costs, net, values = chain({16: 1.0, 32: 2.0, 48: 3.0}, {16: float("inf"), 32: float("inf"), 48: 0.0})
+    state = greedy.Descent(values, costs, net, SPEC)
+    assert state.gain((("g", 32),)) == greedy.Gain(1.0, float("inf"))
+    state.apply((("g", 32),))
+    assert state.gain((("g", 16),)) == greedy.Gain(1.0, 0.0)

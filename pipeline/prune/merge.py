@@ -70,7 +70,7 @@ def merge(
     seen = reads or (channel_grams(network, inputs) if inputs is not None and plan.kept else {})
     _average(network, graph, layers, means)
     shifts = {layer.target: _absorb(network, layer, gone, seen.get(layer.target)) for layer in layers}
-    return _shifted(graph, resolve(network.topology, plan), shifts)
+    return _shifted(network, graph, resolve(network.topology, plan), shifts)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def layerwise(network: Network, plan: PruningPlan, grams: Mapping[str, Gram]) ->
         flat[:, :, stays] += step
         weight.copy_(flat.reshape(weight.shape).float())
         shifts[mixer.target] = lost.reshape(-1).float()
-    return _shifted(graph, resolve(network.topology, plan), shifts)
+    return _shifted(network, graph, resolve(network.topology, plan), shifts)
 
 
 # --- layers that mix channels ---------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def mixers(network: Network, graph: fx.GraphModule) -> list[Mixer]:
     return found
 
 
-def _shifted(graph: fx.GraphModule, cut: Cut, shifts: Mapping[str, Tensor]) -> fx.GraphModule:
+def _shifted(network: Network, graph: fx.GraphModule, cut: Cut, shifts: Mapping[str, Tensor]) -> fx.GraphModule:
     """The graph cut, and a constant added to each output of some layers: to a bias, or in the norm behind it."""
     pruned = carry_out(graph, cut)
     done = {node.name for node in pruned.graph.nodes}
@@ -177,7 +177,7 @@ def _shifted(graph: fx.GraphModule, cut: Cut, shifts: Mapping[str, Tensor]) -> f
             groups = layer.groups if isinstance(layer, TRANSPOSED) else 1
             by = by.reshape(groups, -1)[:, torch.from_numpy(kept)].reshape(-1)
         if bool(by.any()):
-            norm = find_tap(pruned, nodes[0], done).norm if len(nodes) == 1 else None
+            norm = find_tap(network, pruned, nodes[0], done).norm if len(nodes) == 1 else None
             bias: Tensor | None = layer.bias  # type: ignore[assignment]
             before = torch.zeros_like(by) if bias is None else bias.detach()
             set_bias(layer, pruned.get_submodule(norm) if norm else None, before + by, before)

@@ -153,15 +153,15 @@ class SequentialFit(fx.Interpreter):
         super().__init__(pruned)
         self.pruned, self.taps, self.cut = pruned, taps, cut
         self.turns, self.progress = turns, progress
-        self.aimed = self._aimed(aims(network, cut.dropped), set(known))
+        self.aimed = self._aimed(network, aims(network, cut.dropped), set(known))
         self.layers = [node for node in self.aimed if only is None or node in only]
 
-    def _aimed(self, aim: Mapping[str, str], done: set[str]) -> dict[fx.Node, tuple[Tap, str]]:
+    def _aimed(self, network: Network, aim: Mapping[str, str], done: set[str]) -> dict[fx.Node, tuple[Tap, str]]:
         """Each layer's tap when all before it is computed, and the dense node whose value is wanted there."""
         found: dict[fx.Node, tuple[Tap, str]] = {}
         for node in self.pruned.graph.nodes:
             if is_layer(self.pruned, node):
-                tap = find_tap(self.pruned, node, done)
+                tap = find_tap(network, self.pruned, node, done)
                 found[node] = tap, aim.get(tap.node, tap.node)
             done.add(node.name)
         return found

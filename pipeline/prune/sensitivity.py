@@ -193,15 +193,15 @@ def _changed(network: Network, pruned: fx.GraphModule, cut: Cut, whole: Cut) -> 
             changed.add(node.name)
     for block in cut.dropped:
         changed |= _behind(network, pruned, block.add)
-    return frozenset(changed | _aimed_layers(pruned, set(aims(network, cut.dropped))))
+    return frozenset(changed | _aimed_layers(network, pruned, set(aims(network, cut.dropped))))
 
 
-def _aimed_layers(pruned: fx.GraphModule, adds: set[str]) -> set[str]:
+def _aimed_layers(network: Network, pruned: fx.GraphModule, adds: set[str]) -> set[str]:
     """The layers whose output lands in one of these additions."""
     found: set[str] = set()
     done: set[str] = set()
     for node in pruned.graph.nodes:
-        if is_layer(pruned, node) and find_tap(pruned, node, done).node in adds:
+        if is_layer(pruned, node) and find_tap(network, pruned, node, done).node in adds:
             found.add(node.name)
         done.add(node.name)
     return found

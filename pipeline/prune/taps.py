@@ -33,8 +33,8 @@ RELUS = {F.relu, torch.relu}
 class Tap:
     """Where the output of a layer lands.
 
-    node: last node of the chain. norm: its batch norm. other: the addition's second operand. relu: everything that
-    reads `node` is a ReLU.
+    node: last node of the chain. norm: its batch norm, along the layer's own channels. other: the addition's second
+    operand. relu: everything that reads `node` is a ReLU.
     """
 
     layer: str
@@ -60,11 +60,17 @@ def is_relu(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in RELUS or (node.op == "call_method" and node.target == "relu")
 
 
-def find_tap(graph: fx.GraphModule, layer: fx.Node, done: set[str]) -> Tap:
-    """The tap of a layer when the nodes in `done` have been computed."""
+def find_tap(network: Network, graph: fx.GraphModule, layer: fx.Node, done: set[str]) -> Tap:
+    """The tap of a layer when the nodes in `done` have been computed. graph: the network's, or what a cut left of it.
+
+    A batch norm lies along axis 1, and what a linear layer gives has its channels last: behind (samples, …, channels)
+    the norm is of something else, and the layer lands before it.
+    """
     node, norm, other = layer, None, None
+    linear = isinstance(graph.get_submodule(str(layer.target)), nn.Linear)
+    along = not linear or len(network.shapes[layer.name]) == 2
     following = _only_user(node)
-    if following is not None and following.op == "call_module":
+    if following is not None and following.op == "call_module" and along:
         module = graph.get_submodule(str(following.target))
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
             node, norm = following, str(following.target)
@@ -191,7 +197,7 @@ class DenseTaps:
         self.inputs, self.limit, self.samples = inputs, limit, network.samples
         self.count = len(inputs[0])
         self.fitted = self.count if fitted is None else fitted
-        run = _Sampling(network.graph, _wanted(network.graph), self.rows)
+        run = _Sampling(network.graph, _wanted(network), self.rows)
         with torch.no_grad():
             run.run(*inputs)
         self._values = run.taken
@@ -213,14 +219,15 @@ class DenseTaps:
         return rows(self.part(node, x), self.limit, last=last)
 
 
-def _wanted(graph: fx.GraphModule) -> dict[str, bool]:
+def _wanted(network: Network) -> dict[str, bool]:
     """Taps of layers, and additions, at which removed blocks may be aimed: node -> channels are the last axis."""
+    graph = network.graph
     names: dict[str, bool] = {}
     done = {node.name for node in graph.graph.nodes}
     for node in graph.graph.nodes:
         if is_layer(graph, node):
             last = isinstance(graph.get_submodule(str(node.target)), nn.Linear)
-            tap = find_tap(graph, node, done)
+            tap = find_tap(network, graph, node, done)
             names |= {tap.node: last, (node.name if tap.norm is None else _norm_node(graph, tap.norm)): last}
         elif _is_addition(graph, node):
             names.setdefault(node.name, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,11 +18,12 @@ from pipeline.prune.criteria import _knockoffs, scop_generator
 from pipeline.prune.criteria.activation_rank import map_ranks
 from pipeline.prune.criteria.base import PACKAGE, ordered
 from pipeline.prune.criteria.haste import agreements, patches
-from pipeline.prune.evidence import Evidence, Samples
+from pipeline.prune.evidence import Evidence, Samples, divergence
 from pipeline.prune.groups import find_groups
 from pipeline.prune.merge import merge
 from pipeline.prune.ranking import rank
 from pipeline.prune.repair import MODES, repair
+from pipeline.prune.sensitivity import LossProbe
 from pipeline.prune.surgery import prune
 from profiles import plugins
 from profiles.errors import DeployError, UsageError
@@ -90,6 +92,19 @@ class NormOfMaps(nn.Module):
         return self.head(self.norm(self.a(x.mean(1))).mean(1))
 
 
+class NormOfTokens(nn.Module):
+    """A linear layer to so many channels, and a batch norm over its eight tokens, which lie on axis 1."""
+
+    def __init__(self, width: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(8, width, bias), nn.BatchNorm1d(8), nn.Linear(width, 5)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.uniform_(self.norm.bias, -0.3, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.a(x.mean(1)))).mean(1))
+
+
 class TwoHeads(nn.Module):
     """Five scores and one value."""
 
@@ -105,6 +120,7 @@ class TwoHeads(nn.Module):
 NETS: dict[str, Callable[[], nn.Module]] = {
     "frames": Frames, "pair": Pair, "up depthwise": Up, "up grouped": lambda: Up(2), "up": lambda: Up(1),
     "product": Product, "norm of maps": NormOfMaps, "two heads": TwoHeads,
+    "norm of tokens": lambda: NormOfTokens(12), "norm of as many tokens as stay": lambda: NormOfTokens(10),
 }  # fmt: skip
 
 
@@ -164,6 +180,23 @@ def test_every_repair_takes_the_plan(name: str, mode: str):
     fixed = repair(prune(network, plan), network, plan, evidence.samples, mode, rankings=rankings)
     outputs = fixed(some(4))
     assert all(bool(each.isfinite().all()) for each in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+@pytest.mark.parametrize("mode", ["layerwise", "least-squares"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [12, 10], ids=["more channels than tokens", "as many as stay"])
+def test_a_norm_along_another_axis_than_the_channels_of_its_layer_is_no_part_of_it(width: int, bias: bool, mode: str):
+    torch.manual_seed(0)
+    network = find_groups(capture(lived_in(NormOfTokens(width, bias=bias)).eval(), example()))
+    evidence = evidence_of(network, targets=False)
+    plan = without_first(network, rank(evidence, "magnitude"))
+    cut = prune(network, plan)
+    fixed = repair(cut, network, plan, evidence.samples, mode)
+    with torch.no_grad():
+        before, after = (float(divergence((net(some()),), (network.graph(some()),)).mean()) for net in (cut, fixed))
+    assert after < 0.7 * before
+    assert torch.equal(fixed.norm.running_mean, network.graph.norm.running_mean)
+    assert 0 <= LossProbe(network, evidence.samples).loss(plan) < math.inf
 
 
 @pytest.mark.parametrize("name", ["frames", "pair"])

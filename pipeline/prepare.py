@@ -247,8 +247,8 @@ def _stepped(channels: float, grid: int) -> int:
 
 
 def _regrown(work: Work, growth: Sequence[Growth]) -> Network:
-    spec = work.profile.prune
-    return regrow(work.network, growth, lambda graph: captured(work.project, graph, spec).network)
+    spec, seed = work.profile.prune, work.profile.prepare.seed
+    return regrow(work.network, growth, lambda graph: captured(work.project, graph, spec).network, seed=seed)
 
 
 def _built(work: Work, proposals: Sequence[Proposal], name: str) -> Path:

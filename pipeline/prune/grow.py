@@ -55,14 +55,16 @@ def widen(network: Network, widths: Mapping[str, int], *, noise: float = 0.05, s
     """A copy of the network whose groups have these widths (units), which computes what the network computes.
 
     widths: group id -> new width, at least the old one. noise: on the producers of new units, as a share of the
-    standard deviation of the tensor. Refuses with a UsageError: an unknown group, a width below the present one; with a
-    DeployError: a frozen group, one that is read by a norm over channels or by anything else that has no columns for a
-    layer to keep at zero, and one whose growth is found to change the outputs.
+    standard deviation of the tensor. seed: of the noise alone; which units are copied is drawn alike for every seed,
+    since pads and gathers follow from it, and what is grown again takes its weights from a file and knows no seed.
+    Refuses with a UsageError: an unknown group, a width below the present one; with a DeployError: a frozen group, one
+    that is read by a norm over channels or by anything else that has no columns for a layer to keep at zero, and one
+    whose growth is found to change the outputs.
     """
     topology = network.topology
     groups = {group.id: group for group in topology.groups}
     times = np.ones(topology.count + 1, dtype=np.int64)
-    source = np.random.default_rng(seed)
+    source = np.random.default_rng(0)
     for id, width in widths.items():
         if id not in groups:
             raise UsageError(f"the network has no group '{id}' that could grow to {width}.", "use an id of its groups.")

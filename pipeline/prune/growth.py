@@ -21,7 +21,7 @@ Again = Callable[[fx.GraphModule], Network]
 
 
 def regrow(network: Network, growth: Iterable[Growth], again: Again, *, seed: int = 0) -> Network:
-    """The network after these edits, in order. Raises what `widen` and `branch` raise."""
+    """The network after these edits, in order. seed: of new weights alone. Raises what `widen` and `branch` raise."""
     widths: dict[str, int] = {}
     for edit in growth:
         if isinstance(edit, Widen):

@@ -24,11 +24,12 @@ from pipeline.flow import BuildResult, build
 from pipeline.nouns import AddBranch, Dim, LatencyTable, PruningPlan, Sensitivity, Site, SiteCost, Widen
 from pipeline.prepare import Proposal, chosen, propose
 from pipeline.project import load_project
+from pipeline.prune.evidence import Samples
 from pipeline.release.verify import read_manifest
-from pipeline.run import read_state
-from pipeline.work import captured, rebuilt
+from pipeline.run import Run, read_state
+from pipeline.work import Work, captured, rebuilt
 from profiles.errors import ScarceError, UsageError
-from profiles.schema import Profile, PruneSpec, load_profile
+from profiles.schema import Budget, PrepareSpec, Profile, PruneSpec, load_profile
 from targets.base import load_target
 from targets.harness.measurement import Session
 from targets.simulated import Simulated
@@ -307,6 +308,28 @@ def test_what_it_grew_by_was_measured_together_and_keeps_the_limit(grown):
     target: Any = load_target(load_profile("simulated"), run)
     took = target.true_ms(run / "work" / f"grown-{count}.onnx") / target.true_ms(bundle_of(result) / "dense.onnx")
     assert 1.2 < took <= limit
+
+
+def test_the_seed_of_the_preparation_draws_the_weights_that_the_network_grows_by(tmp_path: Path):
+    project, given = load_project(inception(tmp_path / "tiny")), load_profile("simulated")
+    torch.manual_seed(0)
+    network, samples = captured(project, project.model(), given.prune).network, project.calibration(8)
+    wider = next(group for group in network.topology.offered if group.name == "units.0.one.0")
+    growth = (Widen(wider.id, wider.size + 8), AddBranch("cat", 8))
+
+    def grown(work: Work) -> tuple[dict[str, torch.Tensor], str]:
+        found = prepare._regrown(work, growth)
+        prepare.trained(work, prepare.Grown(found, growth))
+        return found.graph.state_dict(), str(work.run.stages["prepare"]["key"])
+
+    with Run.create(tmp_path, given) as run:
+        target, known = load_target(given, tmp_path / ".deploy"), Samples(samples.inputs, samples.targets)
+        profiles = [given.model_copy(update={"prepare": PrepareSpec(seed=seed)}) for seed in (3, 3, 4)]
+        works = [Work(run, each, Budget.parse("1.2x"), target, project, network, known) for each in profiles]
+        (first, key), (again, same), (other, another) = (grown(work) for work in works)
+    assert all(torch.equal(value, again[name]) for name, value in first.items()) and key == same != another
+    changed = {name for name, value in first.items() if not torch.equal(value, other[name])}
+    assert changed == {"units.0.one.0.weight", "cat_branch.0.weight", "cat_branch.3.weight"}
 
 
 def test_where_nothing_fits_the_network_stays_and_the_build_goes_on(tmp_path: Path):

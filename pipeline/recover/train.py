@@ -477,7 +477,17 @@ def _sgd(module: nn.Module, spec: RecoverSpec) -> torch.optim.SGD:
 
 
 def _on(targets: Any, device: torch.device) -> Any:
-    return targets.to(device) if isinstance(targets, Tensor) else targets
+    """The targets with every tensor among them on the device, in dicts, lists and tuples too; the rest as it is."""
+    if isinstance(targets, Tensor):
+        return targets.to(device)
+    if isinstance(targets, dict):
+        moved = copy.copy(targets)
+        moved.update({key: _on(value, device) for key, value in targets.items()})
+        return moved
+    if isinstance(targets, list | tuple):
+        parts = [_on(value, device) for value in targets]
+        return type(targets)(*parts) if hasattr(targets, "_fields") else type(targets)(parts)
+    return targets
 
 
 def _seed(seed: int, attempt: int, epoch: int) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import safetensors
@@ -72,6 +73,26 @@ def test_a_damaged_network_recovers_from_the_teacher_alone(tmp_path):
     data = RecoverData(digits.train, no_labels, digits.accuracy)
     recovered = run(tmp_path, data, SPEC.model_copy(update={"alpha": 1.0}))
     assert digits.accuracy(recovered.module) > 0.95
+
+
+class Marked(NamedTuple):
+    boxes: torch.Tensor
+    name: str
+
+
+class Named(dict):
+    """A dict of a kind of its own."""
+
+
+def test_targets_are_moved_to_the_device_wherever_they_lie_and_keep_their_form():
+    given = Named(a=[torch.zeros(2), 3], b=(torch.zeros(3), {"c": Marked(torch.zeros(4), "a")}), d=None)
+    moved = training._on(given, torch.device("meta"))
+    a, (b, inner) = moved["a"], moved["b"]
+    assert all(each.is_meta for each in (a[0], b, inner["c"].boxes))
+    assert [tuple(each.shape) for each in (a[0], b, inner["c"].boxes)] == [(2,), (3,), (4,)]
+    assert (type(moved), type(a), type(inner["c"])) == (Named, list, Marked) and list(moved) == ["a", "b", "d"]
+    assert a[1] == 3 and inner["c"].name == "a" and moved["d"] is None
+    assert not given["a"][0].is_meta and not given["b"][0].is_meta, "what was given stays as it was"
 
 
 def test_neither_network_that_was_given_is_touched(tmp_path):

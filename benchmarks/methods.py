@@ -83,11 +83,11 @@ Results = dict[tuple[str, str], dict[str, Row]]
 
 def run(minutes: float, patterns: Sequence[str]) -> None:
     """Cells in turn, until all are done or the time is up."""
-    end, processor = time.monotonic() + 60 * minutes, builds.machine()["cpu"]
+    end, processor, known = time.monotonic() + 60 * minutes, builds.machine()["cpu"], read()
     for project in PROJECTS:
         for cell in sorted(cells(), key=_turn):
             asked = not patterns or any(fnmatch(f"{project}/{cell.name}", pattern) for pattern in patterns)
-            if not asked or cell.name in read().get((project, processor), {}):
+            if not asked or cell.name in known.get((project, processor), {}):
                 continue
             if time.monotonic() > end:
                 return

@@ -17,7 +17,7 @@ from pipeline.prune.criteria.base import PACKAGE as CRITERIA
 from pipeline.prune.evidence import Evidence, Samples
 from pipeline.prune.ranking import RANK_SAMPLES, require_labels
 from pipeline.prune.repair import NEED_INPUTS
-from pipeline.recover.train import HOOKS, rehearse_hook, rehearse_loss
+from pipeline.recover.train import HOOKS, Pair, rehearse_hook, rehearse_loss
 from profiles import plugins
 from profiles.errors import DeployError, UsageError
 from profiles.schema import PrepareSpec, Profile, PruneSpec, RecoverSpec
@@ -96,11 +96,15 @@ def rehearse(project: Project, profile: Profile, network: Network, samples: Samp
         chosen.check(Evidence(network, samples.first(few), project.loss, seed))
     if project.train is not None:
         specs: dict[str, PrepareSpec | RecoverSpec] = {"prepare": profile.prepare, "recover": profile.recover}
-        for table, spec in specs.items():
-            for name in spec.hooks if spec.epochs else ():
-                _rehearse_hook(project, network, table, name)
-        if trains and any(spec.epochs and spec.alpha < 1 for spec in specs.values()):
-            _rehearse_loss(project, network)
+        hooks = [(table, name) for table, spec in specs.items() if spec.epochs for name in spec.hooks]
+        by_loss = trains and any(spec.epochs and spec.alpha < 1 for spec in specs.values())
+        batch = next(iter(project.train(0, 0)), None) if hooks or by_loss else None
+        if batch is None:
+            return  # a training without batches is told by the training
+        for table, name in hooks:
+            _rehearse_hook(network, batch, table, name)
+        if by_loss:
+            _rehearse_loss(project, network, batch)
 
 
 def _rehearse_gradients(evidence: Evidence, criterion: str) -> None:
@@ -111,21 +115,20 @@ def _rehearse_gradients(evidence: Evidence, criterion: str) -> None:
     except Exception as error:  # the user's loss, or its shapes: whatever it raises is what is wrong with it
         message = f"the criterion '{criterion}' needs the gradient of the loss, which fails: {_first_line(error)}"
         raise UsageError(message, "let data.calibration yield targets that data.loss takes.") from error
-    wrong = "not finite" if not bool(gradients.isfinite().all()) else "zero for every unit"
-    if wrong == "not finite" or not bool(gradients.any()):
-        message = f"the criterion '{criterion}' needs the gradient of the loss, which is {wrong}."
-        raise UsageError(message, "mend data.loss, or --criterion obs, which needs none.")
+    if not bool(gradients.isfinite().all()):
+        wrong = "not finite"
+    elif not bool(gradients.any()):
+        wrong = "zero for every unit"
+    else:
+        return
+    message = f"the criterion '{criterion}' needs the gradient of the loss, which is {wrong}."
+    raise UsageError(message, "mend data.loss, or --criterion obs, which needs none.")
 
 
-def _rehearse_loss(project: Project, network: Network) -> None:
+def _rehearse_loss(project: Project, network: Network, batch: Pair) -> None:
     """Hold the loss against the first training batch: what a recovery would trip over after the whole search."""
-    assert project.train is not None
-    batch = next(iter(project.train(0, 0)), None)
-    if batch is None:
-        return  # a training without batches is told by the training
-    inputs, targets = batch
     try:
-        rehearse_loss(network.graph, inputs, targets, project.loss)
+        rehearse_loss(network.graph, *batch, project.loss)
     except DeployError:
         raise
     except Exception as error:  # the user's loss, or its shapes: whatever it raises is what is wrong with it
@@ -133,11 +136,7 @@ def _rehearse_loss(project: Project, network: Network) -> None:
         raise UsageError(message, "let data.train yield targets that data.loss takes.") from error
 
 
-def _rehearse_hook(project: Project, network: Network, table: str, name: str) -> None:
-    assert project.train is not None
-    batch = next(iter(project.train(0, 0)), None)
-    if batch is None:
-        return  # a training without batches is told by the training
+def _rehearse_hook(network: Network, batch: Pair, table: str, name: str) -> None:
     try:
         rehearse_hook(name, copy.deepcopy(network.graph), network.graph, *batch)
     except DeployError as error:

@@ -11,6 +11,7 @@ from tiny_project import replace, request, write_project
 from pipeline import demands
 from pipeline.flow import build
 from pipeline.project import load_project
+from pipeline.prune.evidence import Samples
 from pipeline.work import captured
 from profiles.errors import DeployError, UsageError
 from profiles.schema import load_profile
@@ -188,6 +189,23 @@ def test_a_rehearsal_changes_neither_the_network_nor_what_is_drawn_at_random(tmp
     assert torch.equal(state, torch.get_rng_state()) and not network.graph.training
     assert all(torch.equal(before[name], value) for name, value in network.graph.state_dict().items())
     assert all(parameter.grad is None for parameter in network.graph.parameters())
+
+
+def test_a_rehearsal_of_several_hooks_and_the_loss_reads_the_training_data_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    project = load_project(write_project(tmp_path / "tiny"))
+    profile = load_profile("local", {"recover": {"hooks": ["push", "ccm"]}})
+    network, samples = captured(project, project.model(), profile.prune).network, Samples([])
+    read, train = [], project.train
+
+    def counted(epoch: int, seed: int) -> Any:
+        read.append((epoch, seed))
+        return train(epoch, seed)
+
+    monkeypatch.setattr(type(project), "train", property(lambda _: counted))
+    demands.rehearse(project, profile, network, samples)
+    assert read == [(0, 0)]
 
 
 def test_a_solver_that_trains_says_what_it_does_without_training_data(tmp_path: Path):

@@ -144,11 +144,7 @@ def evidence_of(network: Network, batch: int = 8, count: int = 24, *, targets: b
     return Evidence(network, Samples([(part,) for part in some(count).split(batch)], told))
 
 
-def named(network: Network, name: str) -> ChannelGroup:
-    return next(group for group in network.topology.offered if group.name == name)
-
-
-def without_first(network: Network, rankings: dict[str, Ranking]) -> PruningPlan:
+def without_two_units(network: Network, rankings: dict[str, Ranking]) -> PruningPlan:
     """The plan that takes two units of every group."""
     edits = [KeepUnits(g.id, rankings[g.id].keep(g.size - 2)) for g in network.topology.offered]
     return PruningPlan(tuple(edits))
@@ -176,7 +172,7 @@ def test_every_repair_takes_the_plan(name: str, mode: str):
     network = network_of(name)
     evidence = evidence_of(network, targets=False)
     rankings = rank(evidence, "red")
-    plan = without_first(network, rankings)
+    plan = without_two_units(network, rankings)
     fixed = repair(prune(network, plan), network, plan, evidence.samples, mode, rankings=rankings)
     outputs = fixed(some(4))
     assert all(bool(each.isfinite().all()) for each in (outputs if isinstance(outputs, tuple) else (outputs,)))
@@ -189,7 +185,7 @@ def test_a_norm_along_another_axis_than_the_channels_of_its_layer_is_no_part_of_
     torch.manual_seed(0)
     network = find_groups(capture(lived_in(NormOfTokens(width, bias=bias)).eval(), example()))
     evidence = evidence_of(network, targets=False)
-    plan = without_first(network, rank(evidence, "magnitude"))
+    plan = without_two_units(network, rank(evidence, "magnitude"))
     cut = prune(network, plan)
     fixed = repair(cut, network, plan, evidence.samples, mode)
     with torch.no_grad():
@@ -226,7 +222,7 @@ def test_red_merges_units_of_a_transposed_convolution_without_data(groups: int):
             value[5] = value[4]
     network = find_groups(capture(model, example()))
     rankings = rank(Evidence(network, Samples([])), "red")
-    plan = without_first(network, rankings)
+    plan = without_two_units(network, rankings)
     assert bool(merge(network, plan, rankings, None)(some(4)).isfinite().all())
     if groups == 8:  # units 4 and 5 are one
         (group,) = network.topology.offered[:1]

@@ -97,7 +97,9 @@ def rehearse(project: Project, profile: Profile, network: Network, samples: Samp
     if project.train is not None:
         specs: dict[str, PrepareSpec | RecoverSpec] = {"prepare": profile.prepare, "recover": profile.recover}
         hooks = [(table, name) for table, spec in specs.items() if spec.epochs for name in spec.hooks]
-        by_loss = trains and any(spec.epochs and spec.alpha < 1 for spec in specs.values())
+        short = getattr(plugins.load(SOLVERS, profile.prune.solver), "RECOVERS", False)  # always judged by the loss
+        asked = [spec for spec in specs.values() if spec.epochs and (spec.alpha < 1 or not project.validates)]
+        by_loss = trains and bool(short or asked)
         batch = next(iter(project.train(0, 0)), None) if hooks or by_loss else None
         if batch is None:
             return  # a training without batches is told by the training

@@ -103,10 +103,20 @@ def test_a_loss_that_the_calibration_labels_do_not_fit_is_told_to_a_criterion_of
     assert error.message.startswith("the criterion 'taylor' needs the gradient of the loss, which fails: ")
 
 
-def test_a_loss_that_the_training_targets_do_not_fit_is_told_before_the_search(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("line", "overrides"),
+    [
+        ("", {"recover": {"epochs": 1}}),
+        ('validate = "tinydata:validate"\n', {"recover": {"epochs": 1, "alpha": 1.0}}),
+        ("", {"prune": {"solver": "netadapt"}, "recover": {"epochs": 0}}),
+    ],
+    ids=["learnt from", "judged by without data.validate", "judged by in short recoveries"],
+)
+def test_a_loss_that_the_training_targets_do_not_fit_is_told_before_the_search(tmp_path: Path, line, overrides):
     project = write_project(tmp_path / "tiny")
     replace(project / "tinydata.py", "labels[i : i + 32]) for", "images[i : i + 32, 0, :, 0]) for")
-    error = refused(project, tmp_path / "root", recover={"epochs": 1})
+    replace(project / "deploy.toml", line, "")
+    error = refused(project, tmp_path / "root", **overrides)
     assert error.message.startswith("the loss fails on the first training batch: ")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Mapping
 from torch import fx, nn
 
 from pipeline.nouns import Cut
-from pipeline.prune.taps import Tap, is_layer
+from pipeline.prune.taps import Tap, is_layer, is_relu
 
 
 def origins(
@@ -82,11 +82,12 @@ def _shared(pruned: fx.GraphModule) -> set[str]:
 
 
 def worth_keeping(pruned: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a later plan may begin at this value: not at what a layer gives before its norm and its addition."""
+    """Whether a later plan may begin at this value: not at what a layer gives before its norm, addition and ReLU."""
     if node.op in ("placeholder", "output") or is_layer(pruned, node):
         return False
     module = pruned.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return not (len(node.users) == 1 and isinstance(module, nn.modules.batchnorm._BatchNorm))
+    inside = isinstance(module, nn.modules.batchnorm._BatchNorm) or any(is_relu(pruned, user) for user in node.users)
+    return not (len(node.users) == 1 and inside)
 
 
 def to_compute(pruned: fx.GraphModule, values: Mapping[fx.Node, object]) -> set[fx.Node]:

@@ -23,7 +23,7 @@ from pipeline.prune.origins import origins, to_compute, worth_keeping
 from pipeline.prune.plan import resolve
 from pipeline.prune.repair import SequentialFit, repair
 from pipeline.prune.surgery import carry_out
-from pipeline.prune.taps import DenseTaps, aims, find_tap, is_layer
+from pipeline.prune.taps import DenseTaps, aims, find_tap, is_layer, is_relu
 
 KEEP_MIB = 768
 ROWS, FEWEST_ROWS = 2560, 1024
@@ -226,16 +226,20 @@ def _reached(pruned: fx.GraphModule, changed: frozenset[str]) -> set[fx.Node]:
 class _Keeping(fx.Interpreter):
     """Keeps the results that edits start from.
 
-    These are what a layer or an addition reads, not what lies inside a layer and its norm.
+    These are what a layer or an addition reads, not what lies inside a layer, its norm and its ReLU.
     """
 
     def __init__(self, graph: fx.GraphModule, limit: int) -> None:
         super().__init__(graph)
+        self.given = graph
         self.held = _Held(limit)
 
     def _inside(self, n: fx.Node) -> bool:
+        if len(n.users) != 1:
+            return False
         module = self.submodules.get(str(n.target)) if n.op == "call_module" else None
-        return len(n.users) == 1 and isinstance(module, nn.Conv1d | nn.Conv2d | nn.modules.batchnorm._BatchNorm)
+        layer = isinstance(module, nn.Conv1d | nn.Conv2d | nn.modules.batchnorm._BatchNorm)
+        return layer or is_relu(self.given, next(iter(n.users)))
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)

@@ -17,7 +17,7 @@ from pipeline.prune.ranking import rank
 from pipeline.prune.repair import MODES, SequentialFit, _Ridge, repair
 from pipeline.prune.sensitivity import FEWEST_ROWS, ROWS, LossProbe, measure, rows_worth, spread
 from pipeline.prune.surgery import prune, restore
-from pipeline.prune.taps import set_bias
+from pipeline.prune.taps import is_relu, set_bias
 from profiles.errors import DeployError
 
 
@@ -238,6 +238,14 @@ def test_a_loss_measured_from_kept_values_is_the_loss_of_a_whole_run(monkeypatch
     monkeypatch.setattr("pipeline.prune.sensitivity.KEEP_MIB", 0)
     assert LossProbe(network, samples).loss(plan) == pytest.approx(kept, rel=1e-4)
     assert LossProbe(network, samples).loss(single) == pytest.approx(one, rel=1e-4)
+
+
+def test_what_only_a_relu_reads_is_not_kept():
+    network, samples = network_of("residual pad"), some_samples()
+    kept = LossProbe(network, samples).values.keys()
+    relus = [node for node in network.graph.graph.nodes if is_relu(network.graph, node)]
+    read_alone = {node.args[0].name for node in relus if len(node.args[0].users) == 1}
+    assert read_alone and not read_alone & kept and {node.name for node in relus} <= kept
 
 
 def test_a_loss_is_that_of_samples_which_no_layer_was_refitted_on():

@@ -498,24 +498,21 @@ def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> tuple[f
         with work.run.progress("recover", 1) as step:
             done = recover(repaired, work.given.graph, data, spec, checkpoint, lambda *_: step())
         (folder / "recovered.safetensors").write_bytes(save(state(cast(fx.GraphModule, done.module))))
-        return {
-            "weights": folder / "recovered.safetensors",
-            "history": [[e.epoch, e.loss, e.validate] for e in done.history],
-            "stopped": done.stopped, "from": done.start_score, "to": done.best_score,
-        }  # fmt: skip
+        return {"weights": folder / "recovered.safetensors", **done.to_table()}
 
     inputs = {**work.taught, "plan": plan.to_json(), "start": hashes(repaired)}
     done = work.run.stage(
         work.by_data("recover"), spec, inputs, make, tools=TOOLS,
-        detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
+        detail=prepare.gain,
     )  # fmt: skip
-    notes = _not_recovered(done, spec)
+    notes = _on_recovery(done.values, spec)
     for note in notes:
         _say(work.run, f"note: {note}")
     return restore(prune(work.network, plan), load_file(done.path("weights")), "the recovered network"), notes
 
 
-def _not_recovered(done: Outcome, spec: RecoverSpec) -> tuple[str, ...]:
+def _on_recovery(done: Mapping[str, Any], spec: RecoverSpec) -> tuple[str, ...]:
+    """What a user would set differently next time. done: of `Recovered.to_table`."""
     if done["stopped"] == "diverged":
         rates = f"{spec.learning_rate:g} and {spec.learning_rate / 2:g}"
         mend = f"--set recover.learning_rate={spec.learning_rate / 10:g} may hold"
@@ -525,7 +522,17 @@ def _not_recovered(done: Outcome, spec: RecoverSpec) -> tuple[str, ...]:
     if done["stopped"] == "time" and not done["history"]:
         asked = f"recover.max_minutes is {spec.max_minutes:g}"
         return (f"{asked}, too short for a step of recovery and its score: nothing was trained after the repair.",)
-    return ()
+    first, scores = spec.learning_rate, dict[float, float]()
+    for _, _, score, peak in done["history"]:
+        scores[peak] = max(-math.inf if score is None else score, scores.get(peak, -math.inf))
+    best = max(scores, key=scores.__getitem__, default=first)
+    if best == first or done["kept"] is None:
+        return ()
+    other = f"{prepare.in_words(scores[first])} with {first:g}" if first in scores else f"{first:g} diverged"
+    alone = f"--set recover.learning_rate={best:g} takes it alone"
+    return (
+        f"the recovery did best with a learning rate of {best:g} ({prepare.in_words(scores[best])}; {other}): {alone}.",
+    )
 
 
 def _export(work: Work, plan: PruningPlan, model: fx.GraphModule) -> Outcome:

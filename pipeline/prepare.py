@@ -107,16 +107,12 @@ def trained(work: Work, grown: Grown) -> Work:
         with work.run.progress("prepare", 1) as step:
             done = recover(start, work.given.graph, data, spec, checkpoint, lambda *_: step(), allowed_drop=allowed)
         (folder / "prepared.safetensors").write_bytes(save(state(done.module)))
-        return {
-            "weights": folder / "prepared.safetensors",
-            "history": [[e.epoch, e.loss, e.validate] for e in done.history],
-            "stopped": done.stopped, "kept": done.best_epoch, "from": done.start_score, "to": done.best_score,
-        }  # fmt: skip
+        return {"weights": folder / "prepared.safetensors", **done.to_table()}
 
     inputs = {**work.taught, "growth": PruningPlan(grown.growth).to_json(), "start": hashes(start)}
     done = work.run.stage(
         work.by_data("prepare"), spec, inputs, make, tools=TOOLS,
-        detail=lambda d: f"{len(d['history'])} epochs, {d['from']:.4f} -> {d['to']:.4f}",
+        detail=gain,
     )  # fmt: skip
     graph = restore(prune(grown.network, PruningPlan()), load_file(done.path("weights")), "the prepared network")
     told = tuple(text for text in (grown.told, _told(spec, done)) if text)
@@ -124,6 +120,16 @@ def trained(work: Work, grown: Grown) -> Work:
         work, network=replace(grown.network, graph=graph), notes=(*work.notes, *told), rankings={},
         prepared=Prepared(work.given, done.files["weights"], grown.growth, grown.slower),
     )  # fmt: skip
+
+
+def gain(done: Outcome) -> str:
+    """What a training came to, of `Recovered.to_table`, in a few words."""
+    return f"{len(done['history'])} epochs, {in_words(done['from'])} -> {in_words(done['to'])}"
+
+
+def in_words(score: float | None) -> str:
+    """A score of a training as people read it."""
+    return f"{score:.4f}" if score is not None and math.isfinite(score) else "not finite"
 
 
 def hashes(graph: fx.GraphModule) -> dict[str, str]:
@@ -140,9 +146,10 @@ def _told(spec: PrepareSpec, done: Outcome) -> str:
     """What the training came to, in a sentence."""
     hooks = f" with {' and '.join(spec.hooks)}" if spec.hooks else ""
     ran = f"before pruning the network was trained for {len(done['history'])} epochs{hooks}"
+    before, after = in_words(done["from"]), in_words(done["to"])
     if done["kept"] is None:
-        return f"{ran}, none of which kept its score of {done['from']:.4f}: it is pruned as it was ({done['stopped']})."
-    return f"{ran}, its score went from {done['from']:.4f} to {done['to']:.4f}; the recovery follows the given network."
+        return f"{ran}, none of which kept its score of {before}: it is pruned as it was ({done['stopped']})."
+    return f"{ran}, its score went from {before} to {after}; the recovery follows the given network."
 
 
 # --- growing -------------------------------------------------------------------------------------------------------

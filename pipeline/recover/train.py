@@ -67,10 +67,14 @@ class RecoverData:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass. loss: mean over its steps. validate: score at its end. attempt: how often it went back to the start."""
+    """One pass. loss: mean over its steps. validate: score at its end. attempt: how often it went back to the start.
+
+    peak: highest learning rate of the cycle that it belongs to.
+    """
 
     epoch: int
     attempt: int
+    peak: float
     steps: int
     loss: float
     validate: float
@@ -92,6 +96,16 @@ class Recovered:
     best_score: float
     planned_steps: int
     resumed_epochs: int
+
+    def to_table(self) -> dict[str, Any]:
+        """Plain data on all but the weights; a score or loss that is not finite is None."""
+        epochs = [[e.epoch, _finite(e.loss), _finite(e.validate), e.peak] for e in self.history]
+        scores = {"from": _finite(self.start_score), "to": _finite(self.best_score)}
+        return {"history": epochs, "stopped": self.stopped, "kept": self.best_epoch, **scores}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass
@@ -238,7 +252,7 @@ class _Recovery:
         for inputs, targets in self._batches(story.epoch):
             if story.step >= story.steps or self._time_is_up():
                 break
-            rate = learning_rate(story.step, story.steps, self.spec.learning_rate * story.rate)
+            rate = learning_rate(story.step, story.steps, self._peak())
             loss = self._step(self.optimizer, inputs, targets, rate)
             if not math.isfinite(loss):
                 return math.nan, steps
@@ -267,6 +281,9 @@ class _Recovery:
             optimizer.step()
         return value
 
+    def _peak(self) -> float:
+        return self.spec.learning_rate * self.story.rate
+
     def _taught(self, inputs: tuple[Tensor, ...]) -> Any:
         """What the dense network says of them."""
         with torch.inference_mode():
@@ -288,7 +305,7 @@ class _Recovery:
         story = self.story
         if steps:
             score = self._score(self.student)
-            epoch = Epoch(story.epoch, story.attempt, steps, loss, score, self._elapsed() - before)
+            epoch = Epoch(story.epoch, story.attempt, self._peak(), steps, loss, score, self._elapsed() - before)
             story.history.append(asdict(epoch))
             if self._keeps(score):
                 story.best_score, story.best_epoch, self.best = score, len(story.history) - 1, self._weights()

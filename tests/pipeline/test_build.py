@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_project import GRID, problems, replace, request, run_of, write_project
 
+from pipeline import flow
 from pipeline.flow import BuildResult, build
 from pipeline.journal import Journal
 from pipeline.nouns import PruningPlan
@@ -29,7 +30,7 @@ from pipeline.release.verify import measure_again, read_manifest, recorded
 from pipeline.run import Run, read_state
 from pipeline.work import AGAIN, DENSE
 from profiles.errors import DeployError, MissedError, ScarceError
-from profiles.schema import load_profile
+from profiles.schema import RecoverSpec, load_profile
 from targets.base import Progress, load_target
 from targets.harness.measurement import Session
 from targets.simulated import Simulated
@@ -133,11 +134,33 @@ def test_plan_and_weights_reload_to_the_network_that_ships(met: tuple[Path, Buil
         ({"max_minutes": 1e-6}, "recover.max_minutes is 1e-06, too short for a step of recovery"),
     ],
 )
-def test_a_recovery_that_came_to_nothing_is_told(project: Path, tmp_path: Path, asked: dict[str, float], said: str):
+def test_a_recovery_that_another_setting_would_have_served_is_told(
+    project: Path, tmp_path: Path, asked: dict[str, float], said: str
+):
     console = Console(file=io.StringIO(), width=200)
     result = build(request(project, tmp_path / "root", overrides={"recover": asked}, console=console))
     assert result.report is not None and any(note.startswith(said) for note in result.report.notes)
     assert f"note: {said}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("history", "kept", "said"),
+    [
+        ([[0, 0.4, 0.86, 0.1], [0, 0.3, 0.88, 0.01]], 1, "a learning rate of 0.01 (0.8800; 0.8600 with 0.1)"),
+        ([[0, 0.4, None, 0.1], [0, 0.3, 0.88, 0.05]], 1, "a learning rate of 0.05 (0.8800; not finite with 0.1)"),
+        ([[0, 0.3, 0.88, 0.05]], 0, "a learning rate of 0.05 (0.8800; 0.1 diverged)"),
+        ([[0, 0.4, 0.88, 0.1], [0, 0.3, 0.86, 0.01]], 0, None),
+        ([[0, 0.4, 0.84, 0.1], [0, 0.3, 0.85, 0.01]], None, None),
+        ([], None, None),
+    ],
+)
+def test_a_smaller_learning_rate_that_did_better_is_told(history: list[Any], kept: int | None, said: str | None):
+    done = {"history": history, "stopped": "finished", "kept": kept, "from": 0.85, "to": 0.88}
+    notes = flow._on_recovery(done, RecoverSpec(learning_rate=0.1))
+    assert len(notes) == (said is not None)
+    if said is not None:
+        rate = said.split(" (")[0].rsplit(" ", 1)[1]
+        assert notes[0] == f"the recovery did best with {said}: --set recover.learning_rate={rate} takes it alone."
 
 
 def test_without_training_data_the_repaired_network_ships(project: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import resource
 import signal
@@ -389,6 +390,7 @@ def test_epochs_that_never_beat_the_start_are_tried_once_more_with_a_tenth_of_th
     recovered = run(tmp_path, RecoverData(digits.train, digits.loss, validate))
     assert [epoch.attempt for epoch in recovered.history] == [0, 0, 0, 1, 1, 1]
     assert peaks == [0.05] * 60 + [pytest.approx(0.005)] * 60
+    assert [epoch.peak for epoch in recovered.history] == [0.05] * 3 + [pytest.approx(0.005)] * 3
     assert (recovered.stopped, recovered.best_epoch, recovered.best_score) == ("finished", 3, 0.91)
     assert same(recovered.module, shown[4])
 
@@ -478,6 +480,13 @@ def test_without_validate_every_tenth_batch_is_held_out_of_training(tmp_path, mo
     assert not any(torch.equal(targets, held) for targets in trained for held in held_out)
     assert recovered.best_score > recovered.start_score
     assert digits.accuracy(recovered.module) > 0.9
+
+
+def test_a_score_that_is_not_finite_is_written_as_none(tmp_path):
+    data = RecoverData(digits.train, digits.loss, scripted([-math.inf, math.nan, 0.5, 0.4])[0])
+    table = json.loads(json.dumps(run(tmp_path, data).to_table(), allow_nan=False))
+    assert (table["from"], table["to"], table["kept"]) == (None, 0.5, 1)
+    assert [epoch[2] for epoch in table["history"]] == [None, 0.5, 0.4]
 
 
 def test_training_data_without_batches_is_an_error(tmp_path):

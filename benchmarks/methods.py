@@ -15,6 +15,7 @@ processor's apart, since the widths that pay are others there; benchmarks/result
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -133,7 +134,7 @@ def table(results: Results) -> str:
     for (project, _), rows in results.items():
         taken: dict[str, list[str]] = {}
         for name, row in sorted(rows.items()):
-            taken.setdefault(f"{row['machine']} {row.get('versions')}", []).append(name)
+            taken.setdefault(json.dumps([row["machine"], row.get("versions")], sort_keys=True), []).append(name)
         for where, names in taken.items():
             dense = rows[names[0]].get("summary", {}).get("accuracy_dense")
             told.append(f"{project} at {BUDGET}, dense {_share(dense)}: {where}")

@@ -39,6 +39,13 @@ def test_rows_of_two_processors_stay_apart_and_the_last_counts(kept: Path):
     assert "0.490x" not in told
 
 
+def test_cells_of_one_machine_share_a_heading_however_its_table_was_written(kept: Path):
+    other = row("criteria/random/0", "A", 0.46)
+    other["machine"] = {"cores": 2, "cpu": "A"}
+    kept.write_text(kept.read_text() + json.dumps(other) + "\n")
+    assert methods.table(methods.read()).count("resnet20_gtsrb at") == 2
+
+
 def test_a_cell_is_taken_again_on_another_processor_and_not_on_the_same(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

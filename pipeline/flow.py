@@ -514,8 +514,8 @@ def _recover(work: Work, plan: PruningPlan, repaired: fx.GraphModule) -> tuple[f
 def _on_recovery(done: Mapping[str, Any], spec: RecoverSpec) -> tuple[str, ...]:
     """What a user would set differently next time. done: of `Recovered.to_table`."""
     if done["stopped"] == "diverged":
-        rates = f"{spec.learning_rate:g} and {spec.learning_rate / 2:g}"
-        mend = f"--set recover.learning_rate={spec.learning_rate / 10:g} may hold"
+        rates = " and ".join(f"{rate:g}" for rate in done["diverged"])
+        mend = f"--set recover.learning_rate={min(done['diverged']) / 5:g} may hold"
         return (
             f"the recovery diverged at the learning rates {rates}, so the best weights before that are kept: {mend}.",
         )

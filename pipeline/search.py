@@ -18,7 +18,7 @@ from pipeline.latency.feedback import Seen, near, recalibrate, residuals
 from pipeline.latency.solvers.base import Solver
 from pipeline.nouns import LatencyTable, PruningPlan, Ranking, Sensitivity, Solution, Topology
 from pipeline.prune.sensitivity import LOOKS, around
-from profiles.errors import DeployError
+from profiles.errors import DeployError, MissedError
 from profiles.schema import PruneSpec
 
 EVALUATIONS = (140, 60)
@@ -240,7 +240,7 @@ class Search:
             trials = Trials(self, number) if loop.solver.TRIES else None
             try:
                 choice = self._solve(self.values, self._budget_ms(), trials=trials)
-            except DeployError:
+            except MissedError:
                 if number == 1:  # later it means that the corrected table has nothing more that fits
                     raise
                 return
@@ -361,7 +361,9 @@ class Search:
             part = new[start : start + MEASURED]
             results = self.loop.measure(f"{name} {start // MEASURED + 1}", [open_[key][0] for key in part])
             for key, measured in zip(part, results, strict=True):
-                self.tried[key] = replace(self.tried[key], measured=measured)
+                c = self.tried[key]
+                share = self._share(c.widths, c.dropped)
+                self.tried[key] = replace(c, predicted_ratio=share, round=len(self.rounds) + 1, measured=measured)
         return [self.tried[plan.to_json()].ratio * self.table.dense_ms for plan in plans]
 
     def _edits(self) -> int:
@@ -418,11 +420,13 @@ class Search:
         return replace(best, measured=Measured(ratio, low, high, again.dense_ms, device))
 
     def _verdict(self, now: Sequence[Candidate]) -> tuple[str, bool]:
+        best = self.best
+        if not now and best is None:
+            return f"no further plan is predicted to fit, budget {self.ratio:.3f}x is not kept", True
         if not now:
             return "no plan that is predicted to fit loses less; the search has settled", True
         ratios = [f"{c.ratio:.3f}x" for c in now]
         told = ", ".join(ratios) if len(now) <= 2 * MEASURED else f"{len(now)} from {min(ratios)} to {max(ratios)}"
-        best = self.best
         if best is None:
             return f"measured {told}, budget {self.ratio:.3f}x is not kept yet", False
         kept = f"measured {told}, best {best.ratio:.3f}x, {100 * self._unused():.1f} % of the budget unused"

@@ -85,7 +85,7 @@ class Epoch:
 class Recovered:
     """How a recovery ended. best_epoch: index in `history` of the weights in `module`; None: the start was kept.
 
-    best_score: of those weights.
+    best_score: of those weights. diverged: learning rates at which a loss was not finite.
     """
 
     module: nn.Module
@@ -96,12 +96,14 @@ class Recovered:
     best_score: float
     planned_steps: int
     resumed_epochs: int
+    diverged: tuple[float, ...]
 
     def to_table(self) -> dict[str, Any]:
         """Plain data on all but the weights; a score or loss that is not finite is None."""
         epochs = [[e.epoch, _finite(e.loss), _finite(e.validate), e.peak] for e in self.history]
         scores = {"from": _finite(self.start_score), "to": _finite(self.best_score)}
-        return {"history": epochs, "stopped": self.stopped, "kept": self.best_epoch, **scores}
+        told = {"history": epochs, "stopped": self.stopped, "kept": self.best_epoch, "diverged": list(self.diverged)}
+        return told | scores
 
 
 def _finite(value: float) -> float | None:
@@ -112,7 +114,8 @@ def _finite(value: float) -> float | None:
 class _Story:
     """What has happened so far; goes into the checkpoint as JSON. rate: share of the learning rate that is taken.
 
-    diverged, gentle: it went back to the start after a loss that was not finite, after epochs that gained too little.
+    dense_score: of the dense network, where a second cycle may follow. diverged: learning rates at which a loss was not
+    finite. gentle: it went back to the start after epochs that gained too little.
     """
 
     wanted: int
@@ -124,7 +127,8 @@ class _Story:
     epoch: int = 0
     step: int = 0
     rate: float = 1.0
-    diverged: bool = False
+    dense_score: float = math.inf
+    diverged: list[float] = field(default_factory=list)
     gentle: bool = False
     seconds: float = 0.0
     best_epoch: int | None = None
@@ -203,13 +207,14 @@ class _Recovery:
             self.student.requires_grad_(True)
         self.data, self.spec, self.hooks, self.progress = data, spec, hooks, progress
         self.checkpoint, self.allowed_drop, self.again = checkpoint, allowed_drop, again and allowed_drop is None
-        kept = "" if allowed_drop is None else f" latest within {allowed_drop!r}"
+        kept = f" again {self.again}" + ("" if allowed_drop is None else f" latest within {allowed_drop!r}")
         self.origin = stored.origin(spec.model_dump_json() + kept, pruned.state_dict(), dense.state_dict())
         self.start = self._weights()
         self.best = self.start
         self.optimizer = self._optimizer()
         self.held_out = [] if data.validate else self._hold_out()
         self.resumed_epochs = 0
+        self.late = False
         self.story = _Story(0, 0, 0.0, 0.0)
 
     # --- the whole ---
@@ -239,6 +244,7 @@ class _Recovery:
             best_score=story.best_score,
             planned_steps=story.steps,
             resumed_epochs=self.resumed_epochs,
+            diverged=tuple(story.diverged),
         )
 
     # --- one epoch, one step ---
@@ -250,7 +256,10 @@ class _Recovery:
         total, steps = 0.0, 0
         self.student.train()
         for inputs, targets in self._batches(story.epoch):
-            if story.step >= story.steps or self._time_is_up():
+            if story.step >= story.steps:
+                break
+            if self._time_is_up():
+                self.late = True
                 break
             rate = learning_rate(story.step, story.steps, self._peak())
             loss = self._step(self.optimizer, inputs, targets, rate)
@@ -310,7 +319,9 @@ class _Recovery:
             if self._keeps(score):
                 story.best_score, story.best_epoch, self.best = score, len(story.history) - 1, self._weights()
         story.epoch += 1
-        if story.step >= story.steps or story.epoch >= self.spec.epochs:
+        if self.late:
+            story.stopped = "time"
+        elif story.step >= story.steps or story.epoch >= self.spec.epochs:
             story.stopped = "finished" if story.steps >= story.wanted else "time"
         elif self._time_is_up():
             story.stopped = "time"
@@ -341,7 +352,7 @@ class _Recovery:
         """Back to the start with half the learning rate; the second time it is over."""
         if self.story.diverged:
             self.story.stopped = "diverged"
-        self.story.diverged = True
+        self.story.diverged.append(self._peak())
         self._back_to_start(0.5)
 
     def _back_to_start(self, share: float) -> None:
@@ -355,25 +366,21 @@ class _Recovery:
     def _may_go_gently(self) -> bool:
         """Whether the epochs gained too little and there is time for as many with a smaller rate; plans their steps."""
         story = self.story
-        if not self.again or story.gentle:
+        gained, gap = story.best_score - story.start_score, story.dense_score - story.start_score
+        enough = story.best_epoch is not None and gained >= ENOUGH * gap
+        if not self.again or story.gentle or enough:
             return False
         past = [epoch for epoch in story.history if epoch["attempt"] == story.attempt]
         taken = sum(epoch["steps"] for epoch in past)
         if not taken:
             return False
         step_s = sum(epoch["seconds"] - story.score_s for epoch in past) / taken
-        left = self.spec.max_minutes - (self._elapsed() + story.score_s) / 60  # the dense network is scored first
+        left = self.spec.max_minutes - self._elapsed() / 60
         steps = plan_steps(story.wanted, max(step_s, 0.0), story.score_s, self.spec.epochs, left)
-        if steps < LEAST_GENTLY * story.wanted or self._gained_enough():
+        if steps < LEAST_GENTLY * story.wanted:
             return False
         story.steps = steps
         return True
-
-    def _gained_enough(self) -> bool:
-        story = self.story
-        if story.best_epoch is None:
-            return False
-        return story.best_score - story.start_score >= ENOUGH * (self._score(self.teacher) - story.start_score)
 
     def _score(self, network: nn.Module) -> float:
         network.eval()
@@ -408,6 +415,8 @@ class _Recovery:
         if spec.epochs == 0 or spec.max_minutes == 0:
             story.stopped = "time" if spec.epochs else "finished"
             return story
+        if self.again:
+            story.dense_score = self._score(self.teacher)
         story.wanted = spec.epochs * self._count()
         left = spec.max_minutes - self._elapsed() / 60
         story.steps = plan_steps(story.wanted, self._time_step(), story.score_s, spec.epochs, left)

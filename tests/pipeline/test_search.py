@@ -30,7 +30,7 @@ from pipeline.prune.plan import make_plan
 from pipeline.prune.sensitivity import around
 from pipeline.search import KEEPS, Candidate, Choice, Found, Loop, Measured, Search
 from profiles import plugins
-from profiles.errors import MissedError
+from profiles.errors import DeployError, MissedError
 from profiles.schema import PruneSpec
 
 SIZES = {"stem": 48, "mid": 64, "inside": 64}
@@ -334,6 +334,8 @@ def test_no_solver_ends_with_an_error_where_only_the_corrected_table_has_nothing
     ratio = share * TABLE.predict({"stem": 8, "mid": 8, "inside": 8}, dropped).ms / TABLE.dense_ms
     found = Device(bias).search(ratio, rounds=3, solver=cast(Solver, plugins.load("pipeline.latency.solvers", name)))
     assert found.chosen is None and found.seen
+    last = found.rounds[-1].said
+    assert last == f"no further plan is predicted to fit, budget {ratio:.3f}x is not kept" or "measured" in last
 
 
 def test_a_block_that_loses_nothing_but_rounding_is_no_obstacle():
@@ -521,11 +523,25 @@ def test_a_solver_that_tries_is_asked_once_a_round_and_nothing_is_measured_or_tr
     assert found.chosen is not None and found.chosen.measured is not None
 
 
+def test_an_error_of_the_device_in_a_later_round_ends_the_search():
+    class Failing(Trying):
+        def solve(self, *asked: Any) -> Solution:
+            if self.answers:
+                raise DeployError("the device is silent.", "look at it.")
+            return super().solve(*asked)
+
+    device = Device(0.67)
+    with pytest.raises(DeployError, match="the device is silent"):
+        device.search(0.5, solver=cast(Solver, Failing()))
+    assert len(device.told) == 1
+
+
 def test_what_a_solver_measured_belongs_to_its_round():
     device = Device(1.1)
     found = device.search(0.5, rounds=1, solver=Trying())
     (first,) = found.rounds
     assert {c.plan for c in first.candidates} == {plan for _, plans in device.asked for plan in plans}
+    assert {c.round for c in first.candidates} == {1}
     assert all(c.measured for c in first.candidates)
 
 

@@ -15,8 +15,10 @@ from pipeline.nouns import DropBlock, KeepUnits, PruningPlan
 from pipeline.prune.capture import Network, capture
 from pipeline.prune.evidence import Samples
 from pipeline.prune.groups import find_groups
+from pipeline.prune.origins import worth_keeping
 from pipeline.prune.repair import SequentialFit
 from pipeline.prune.sensitivity import LossProbe
+from pipeline.prune.taps import is_relu
 
 
 class Twice(nn.Module):
@@ -97,6 +99,14 @@ def test_losses_are_those_of_a_probe_that_has_seen_no_plan(name: str, room_mib: 
     for plan in walk(network, 20):
         got = probe.loss(plan)
         assert got == pytest.approx(LossProbe(network, samples).loss(plan), rel=1e-5, abs=1e-9)
+
+
+def test_no_later_plan_begins_at_what_only_a_relu_reads():
+    graph = find_groups(capture(lived_in(EVERY["residual pad"]()), example())).graph
+    relus = [node for node in graph.graph.nodes if is_relu(graph, node)]
+    alone = [node.args[0] for node in relus if len(node.args[0].users) == 1]
+    assert alone and not any(worth_keeping(graph, node) for node in alone)
+    assert all(worth_keeping(graph, node) for node in relus)
 
 
 def test_a_layer_before_the_first_difference_is_not_refitted_again(monkeypatch: pytest.MonkeyPatch):

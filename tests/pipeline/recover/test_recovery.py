@@ -328,6 +328,25 @@ def test_a_recovery_slower_than_planned_stops_in_the_middle_of_an_epoch_and_stay
     assert again.history == recovered.history
 
 
+def test_the_only_epoch_is_not_finished_where_the_time_broke_it_off(tmp_path, monkeypatch):
+    data = RecoverData(Clock(monkeypatch, [0.0] * 10 + [6.0]).train, digits.loss, digits.accuracy)
+    recovered = run(tmp_path, data, RecoverSpec(epochs=1, max_minutes=1.5))
+    assert recovered.stopped == "time"
+    assert [epoch.steps for epoch in recovered.history] == [14]
+
+
+@pytest.mark.parametrize("dense_s", [5.0, 20.0, 40.0, 80.0])
+def test_the_minutes_hold_however_long_the_score_of_the_dense_network_takes(tmp_path, monkeypatch, dense_s):
+    clock = Clock(monkeypatch, [1.0])
+
+    def validate(network: torch.nn.Module) -> float:
+        clock.now += dense_s if same(network, digits.dense()) else 5.0
+        return digits.accuracy(network)
+
+    run(tmp_path, RecoverData(clock.train, digits.loss, validate), RecoverSpec(epochs=1, max_minutes=2))
+    assert clock.now <= 120
+
+
 def test_the_minutes_hold_with_the_last_score_counted_in(tmp_path, monkeypatch):
     clock = Clock(monkeypatch, [1.0])
 
@@ -369,9 +388,17 @@ def test_a_loss_that_is_not_finite_sends_it_back_once_with_half_the_learning_rat
     recovered = run(tmp_path, RecoverData(digits.train, nan_at(34), digits.accuracy))
     assert recovered.stopped == "finished"
     assert [epoch.attempt for epoch in recovered.history] == [0, 1, 1, 1]
+    assert recovered.diverged == (0.05,)
     assert peaks[0] == 0.05
     assert peaks[-60:] == [0.025] * 60
     assert digits.accuracy(recovered.module) > 0.95
+
+
+def test_a_divergence_of_the_second_cycle_names_its_own_rates(tmp_path):
+    validate, _ = scripted([0.9, *[0.5] * 9])
+    recovered = run(tmp_path, RecoverData(digits.train, nan_at(*range(64, 1000)), validate))
+    assert (recovered.stopped, [epoch.attempt for epoch in recovered.history]) == ("diverged", [0, 0, 0])
+    assert recovered.diverged == pytest.approx((0.005, 0.0025))
 
 
 def test_a_second_divergence_ends_it_and_the_repaired_network_is_kept(tmp_path):

@@ -175,6 +175,8 @@ def _measure_together(work: Work, dense: Outcome, name: str, plans: Sequence[Pru
     for index, plan in enumerate(plans, 1):
         artifacts[f"candidate-{index}"] = _narrowed(work, dense, plan, f"{name}-{index}")
     session = measure(work, name, artifacts, "rank")
+    if session.contaminated:
+        session = measure(work, f"{name} again", artifacts, "rank")
     return [_measured(session, f"candidate-{index}", work.budget) for index in range(1, len(plans) + 1)]
 
 

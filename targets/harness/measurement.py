@@ -40,7 +40,11 @@ CONTAMINATED = 0.20
 DRIFT_S = 30.0
 """Length of the first and of the last stretch of a process that `Measurement.drift` compares."""
 STOPPED = 0.05
-"""Share of blocks in which a processor quota stopped a network: a stop lasts as long as many blocks."""
+"""Share of blocks in which a processor quota, or something else, held a network up: a stop lasts as long as many
+blocks."""
+TORN = 1.5
+"""Third quartile over first of a block's inferences, above which something else held the processor between them; below
+1.1 where nothing does. Evenly busy machines flag few blocks, since flags are relative to the run's own median."""
 NEEDED = {"p90": 1024, "p99": 4096}
 """Pooled inferences without which a tail percentile is not reported."""
 BOOTSTRAP = 1000
@@ -252,6 +256,12 @@ class Measurement:
         return float(np.mean(np.concatenate([block.flagged for block in self.processes])))
 
     @property
+    def torn_share(self) -> float:
+        """Share of the blocks whose inferences lie further apart than TORN."""
+        quartiles = [np.quantile(block.ns, (0.25, 0.75), axis=1) for block in self.processes]
+        return float(np.mean(np.concatenate([third > TORN * first for first, third in quartiles])))
+
+    @property
     def stopped_share(self) -> float:
         """Share of the blocks in which a processor quota stopped the process."""
         return float(np.mean(np.concatenate([block.quota_stops > 0 for block in self.processes])))
@@ -324,6 +334,10 @@ def _t_bounds(values: NDArray[np.float64]) -> tuple[float, float]:
     return max(0.0, float(values.mean()) - half), float(values.mean()) + half
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 @dataclass(frozen=True, eq=False)
 class Session:
     """Artifacts measured in turn, and all that is needed to judge and to repeat it. Times of day are in UTC, ISO 8601.
@@ -355,15 +369,22 @@ class Session:
         """What makes the session no result, in words, or None.
 
         More than 20 % of some network's blocks flagged; over-current, which lowers a Jetson's clocks for all that runs;
-        a processor quota that stops every network. One that stops a single network is that network's own trouble and
+        a processor quota that stops every network, or something else that holds the processor between the inferences of
+        every one: it takes long blocks more often than short ones, so that the median of the longer network jumps first
+        and the ratio falls (0.34 was measured for 0.50). What meets a single network is that network's own trouble and
         shows in its mean and p99.
         """
         if self.telemetry.get("overcurrent_events", 0.0) > 0.0:
             return f"the board's power supply was overloaded {self.telemetry['overcurrent_events']:.0f} times meanwhile"
         if any(m.flagged_share > CONTAMINATED for m in self.measurements.values()):
-            return f"more than {CONTAMINATED:.0%} of the blocks of a network were disturbed".replace("%", " %")
+            return f"more than {_percent(CONTAMINATED)} of the blocks of a network were disturbed"
         if all(m.stopped_share > STOPPED for m in self.measurements.values()):
             return "a processor quota stopped every network"
+        torn = [m.torn_share for m in self.measurements.values()]
+        if len(torn) > 1 and max(torn) > CONTAMINATED and min(torn) > STOPPED:
+            return (
+                f"something else held the processor between inferences, in {_percent(max(torn))} of a network's blocks"
+            )
         return None
 
     @property

@@ -79,6 +79,27 @@ def test_a_plan_that_the_search_flattered_is_given_up_before_anything_is_trained
     assert recoveries(result) == 1 and sessions(result, "accept plan") == 2 and sessions(result, "accept") == 1
 
 
+def test_a_short_session_that_was_disturbed_is_taken_again_and_the_second_one_counts(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measure, together, believed = ondevice.measure, ondevice._measure_together, []
+
+    def disturbed(work: Any, name: str, *asked: Any) -> Any:
+        session = measure(work, name, *asked)
+        return changed(session, telemetry={"overcurrent_events": 1.0}) if name == "round 1" else session
+
+    def told(work: Any, dense: Any, name: str, plans: Any) -> Any:
+        made = together(work, dense, name, plans)
+        believed.extend(each.device for each in made)
+        return made
+
+    monkeypatch.setattr(ondevice, "measure", disturbed)
+    monkeypatch.setattr(ondevice, "_measure_together", told)
+    result = build(request(project, tmp_path / "root"))
+    assert sessions(result, "round 1") == sessions(result, "round 1 again") == 1
+    assert sessions(result, "confirm 1 again") == 0 and believed and None not in believed
+
+
 def test_where_the_search_leaves_nothing_open_the_plan_is_not_accepted_first(
     project: Path, tmp_path: Path, short_measurements: dict[str, float]
 ):

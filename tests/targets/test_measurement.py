@@ -230,6 +230,35 @@ def test_a_quota_that_stops_one_network_shows_in_it_and_one_that_stops_all_conta
     assert session(a=[stopped], b=[stopped]).contaminated
 
 
+def busy(rng, ms, every_ms=8.0, slice_ms=4.0, processes=3):
+    """Blocks of a network on a core that something else takes in slices, none of which is flagged."""
+    shape = (40, 12)
+    hit = [rng.random(shape) < min(1.0, (ms + 0.1) / every_ms * 2) for _ in range(processes)]
+    return [blocks(1e6 * (ms + slice_ms * each) * rng.normal(1.0, 0.01, shape)) for each in hit]
+
+
+def test_a_core_that_something_else_takes_in_slices_contaminates_a_session_although_no_block_stands_out():
+    rng = np.random.default_rng(21)
+    measured = session(a=busy(rng, 1.0), b=busy(rng, 2.0))
+    assert measured.ratio("a", "b").center < 0.4, "the longer one is hit more often, and the truth is 0.5"
+    assert measured.measurement("b").flagged_share == 0
+    told = "something else held the processor between inferences, in "
+    assert measured.contamination is not None and measured.contamination.startswith(told)
+    assert judge(measured, "a", "b", Budget(ratio=0.5)).verdict == "undecided"
+
+
+def test_a_network_that_alone_takes_now_long_and_now_short_is_its_own_trouble():
+    rng = np.random.default_rng(22)
+    assert not session(a=busy(rng, 2.0), b=noisy(rng, 1.0)).contaminated
+    assert not session(a=busy(rng, 2.0)).contaminated
+
+
+def test_runs_that_lie_a_little_apart_contaminate_nothing():
+    rng = np.random.default_rng(23)
+    wide = [blocks(1e6 * rng.normal(1.0, 0.1, (40, 12))) for _ in range(3)]
+    assert not session(a=wide, b=wide).contaminated
+
+
 def halves(center, spread=0.002):
     rng = np.random.default_rng(8)
     scatter = np.exp(np.linspace(-spread, spread, 8))
